@@ -1,0 +1,35 @@
+"""The error family: every error a user can cause or meet derives from `CodeLlavaError`.
+
+A message says what is wrong, where, what was expected and what was got, and what to do next. Commands print it as one
+`error: …` line and exit 1. `assert` is kept for our own bugs.
+"""
+
+from __future__ import annotations
+
+
+class CodeLlavaError(Exception):
+    """Base of all errors that a command reports without a traceback."""
+
+
+class ConfigError(CodeLlavaError):
+    """A setting, flag or configuration file is wrong, or the machine lacks what it asks for."""
+
+
+class CheckpointError(CodeLlavaError):
+    """A checkpoint folder is missing, incomplete, or does not fit its own configuration."""
+
+
+class PromptError(CodeLlavaError):
+    """A prompt's memory markers or lengths are wrong."""
+
+
+class SpliceError(CodeLlavaError):
+    """Latents and placeholders do not agree."""
+
+
+class ServerError(CodeLlavaError):
+    """A model server cannot be reached or refused a request."""
+
+
+class DatasetError(CodeLlavaError):
+    """A data file is missing, malformed, or belongs to something else."""

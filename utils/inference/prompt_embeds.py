@@ -8,10 +8,28 @@ Shape legend: T prompt rows, D decoder width. This module knows no model and no 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import io
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
 
+import numpy as np
+import pybase64
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
+
+from utils.errors import ConfigError, DatasetError
+from utils.files import atomic_path, read_json, sha256_bytes, write_json
+
+Format = Literal["npy", "safetensors"]
+TENSOR_NAME = "prompt_embeds"
+SIDECAR_VERSION = 1
+
+_FORMAT_BY_SUFFIX: dict[str, Format] = {".npy": "npy", ".safetensors": "safetensors"}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NPY_MAGIC = b"\x93NUMPY"
+_PICKLE_MAGICS = (b"\x80", b"PK\x03\x04")  # a bare pickle; the zip that torch.save (and np.savez) write
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,3 +69,173 @@ class PromptEmbeds:
     spans: tuple[tuple[int, int], ...]
     stats: CompressionStats
     provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def sidecar_path(path: str | Path) -> Path:
+    """Where the JSON that describes the array at `path` lies: the same name with the suffix `.json`."""
+    return Path(path).with_suffix(".json")
+
+
+def save_prompt_embeds(path: str | Path, embeds: PromptEmbeds, *, format: Format | None = None) -> None:
+    """Write an array file and its JSON sidecar, each atomically.
+
+    The sidecar holds the array file's sha256, so that a reader can never take an old sidecar for a new array.
+
+    Args:
+        path: The array file, for example `artifacts/prompt_embeddings.npy`.
+        embeds: What to write: float32 in `npy` (NumPy has no bfloat16), the tensor's own dtype in `safetensors`.
+        format: `npy` or `safetensors`; by the suffix of `path` without it.
+
+    Raises:
+        ConfigError: The format is unknown, or the suffix promises the other one.
+        DatasetError: The values are not a finite float matrix, or a span lies outside it.
+    """
+    path = Path(path)
+    format = _format_for(path, format)
+    values_TD = _checked(embeds.values_TD.detach().cpu(), "the values to save")
+    _check_spans(embeds.spans, len(values_TD), "the spans to save")
+    data = _encode_npy(values_TD) if format == "npy" else safetensors.torch.save({TENSOR_NAME: values_TD.contiguous()})
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+    sidecar = {
+        "version": SIDECAR_VERSION,
+        "array": {
+            "file": path.name,
+            "sha256": sha256_bytes(data),
+            "shape": list(values_TD.shape),
+            "dtype": _dtype_name(values_TD.dtype),
+        },
+        "spans": [list(span) for span in embeds.spans],
+        "stats": {**asdict(embeds.stats), "ratio": embeds.stats.ratio},
+        "provenance": embeds.provenance,
+    }
+    write_json(sidecar_path(path), sidecar)
+
+
+def load_prompt_embeds(path: str | Path) -> PromptEmbeds:
+    """Read an array file and, where there is one, its sidecar.
+
+    A bare array (`np.save` of a matrix) is a valid input: it has no spans and no provenance. Values come back in the
+    dtype they had when they were saved; a float32 `.npy` of a bfloat16 checkpoint narrows without loss.
+
+    Returns:
+        Values [T, D], contiguous, on the CPU.
+
+    Raises:
+        DatasetError: The file is missing, a pickle, cut short, not a finite float16, bfloat16 or float32 matrix, or
+            its sidecar describes another array.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DatasetError(f"{path} does not exist: write it with general/step1.py") from None
+    values_TD = _checked(_decode(data, path), str(path))
+    sidecar_file = sidecar_path(path)
+    if not sidecar_file.exists():
+        stats = CompressionStats(memory_tokens=0, num_latents=0, prompt_tokens=len(values_TD))
+        return PromptEmbeds(values_TD=values_TD, spans=(), stats=stats)
+    return _with_sidecar(values_TD, sha256_bytes(data), sidecar_file)
+
+
+def encode_wire(values_TD: torch.Tensor, dtype: torch.dtype | None = None) -> str:
+    """Encode rows the way vLLM takes them: base64 of `torch.save` of one matrix.
+
+    Args:
+        values_TD: Float tensor [T, D] on any device; it is not changed.
+        dtype: The server's dtype (servers before 0.26 demand it; later ones cast); the tensor's own without it.
+
+    Raises:
+        DatasetError: The values are not a finite float matrix.
+    """
+    # torch.save writes a tensor's whole storage: a slice must be copied first, or its neighbours travel too.
+    owned_TD = values_TD.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
+    _checked(owned_TD, "the values to send")
+    buffer = io.BytesIO()
+    torch.save(owned_TD, buffer)
+    return pybase64.b64encode_as_string(buffer.getbuffer())
+
+
+def _format_for(path: Path, format: str | None) -> Format:
+    by_suffix = _FORMAT_BY_SUFFIX.get(path.suffix)
+    chosen = format or by_suffix
+    if chosen not in _FORMAT_BY_SUFFIX.values():
+        raise ConfigError(f"{path}: no format in the name and none given: end it with .npy or .safetensors")
+    if by_suffix and by_suffix != chosen:
+        raise ConfigError(f"{path}: the name says {by_suffix}, the format asked for is {chosen}: make them agree")
+    return cast(Format, chosen)
+
+
+def _encode_npy(values_TD: torch.Tensor) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values_TD.to(torch.float32).contiguous().numpy(), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _decode(data: bytes, path: Path) -> torch.Tensor:
+    """Read an array file's bytes; the content, not the name, tells the format."""
+    if data.startswith(_PICKLE_MAGICS):
+        raise DatasetError(
+            f"{path} is a pickle or a torch.save file, which may run code: save it as .npy or .safetensors"
+        )
+    try:
+        if data.startswith(_NPY_MAGIC):
+            array = np.load(io.BytesIO(data), allow_pickle=False)
+            if array.dtype not in (np.float32, np.float16):
+                raise DatasetError(f"{path} holds {array.dtype}, expected float32: save array.astype('float32')")
+            return torch.from_numpy(np.ascontiguousarray(array))
+        tensors = safetensors.torch.load(data)
+    except (ValueError, EOFError, SafetensorError) as error:
+        raise DatasetError(f"{path} is not a readable .npy or .safetensors file: {error}") from None
+    if TENSOR_NAME not in tensors:
+        raise DatasetError(f"{path} has no tensor {TENSOR_NAME!r}, it has {sorted(tensors)}")
+    return tensors[TENSOR_NAME]
+
+
+def _checked(values_TD: torch.Tensor, where: str) -> torch.Tensor:
+    """The values themselves, when they are a non-empty finite float matrix."""
+    if values_TD.ndim != 2 or 0 in values_TD.shape:
+        raise DatasetError(f"{where}: expected a matrix [rows, width], got shape {list(values_TD.shape)}")
+    if values_TD.dtype not in _DTYPES.values():
+        raise DatasetError(f"{where}: expected {' or '.join(_DTYPES)}, got {_dtype_name(values_TD.dtype)}")
+    finite_T = values_TD.isfinite().all(dim=1)
+    if not finite_T.all():
+        bad = (~finite_T).nonzero().flatten()
+        raise DatasetError(
+            f"{where}: {len(bad)} of {len(values_TD)} rows hold NaN or infinity, the first is row {bad[0]}"
+        )
+    return values_TD
+
+
+def _check_spans(spans: tuple[tuple[int, int], ...], num_rows: int, where: str) -> None:
+    end = 0
+    for index, (start, stop) in enumerate(spans):
+        if not end <= start <= stop <= num_rows:
+            raise DatasetError(f"{where}: span {index} is rows {start} to {stop} of {num_rows}, after row {end}")
+        end = stop
+
+
+def _with_sidecar(values_TD: torch.Tensor, sha256: str, file: Path) -> PromptEmbeds:
+    sidecar = read_json(file)
+    try:
+        array, stats = sidecar["array"], dict(sidecar["stats"])
+        version, expected_sha256, dtype = sidecar["version"], array["sha256"], _DTYPES[array["dtype"]]
+        spans = tuple((int(start), int(stop)) for start, stop in sidecar["spans"])
+        stats.pop("ratio")
+        counts = CompressionStats(**stats)
+        provenance = dict(sidecar["provenance"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DatasetError(f"{file} is not a sidecar of prompt embeddings ({error!r}): save the array again") from None
+    if version != SIDECAR_VERSION:
+        raise DatasetError(f"{file} has version {version}, expected {SIDECAR_VERSION}: save the array again")
+    if sha256 != expected_sha256:
+        raise DatasetError(
+            f"{file} describes another array: sha256 {expected_sha256[:12]}…, the file's is {sha256[:12]}…: "
+            "save the array again, or remove the sidecar to use the array on its own"
+        )
+    _check_spans(spans, len(values_TD), str(file))
+    return PromptEmbeds(values_TD=values_TD.to(dtype), spans=spans, stats=counts, provenance=provenance)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,179 @@
+"""Prompt embeddings on disk and on the wire."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from utils.errors import ConfigError, DatasetError
+from utils.inference.prompt_embeds import (
+    CompressionStats,
+    PromptEmbeds,
+    encode_wire,
+    load_prompt_embeds,
+    save_prompt_embeds,
+    sidecar_path,
+)
+
+STATS = CompressionStats(memory_tokens=12, num_latents=3, prompt_tokens=7, cached_tokens=4)
+
+
+def make_embeds(dtype: torch.dtype = torch.float32) -> PromptEmbeds:
+    values_TD = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return PromptEmbeds(values_TD=values_TD, spans=((2, 4), (4, 5)), stats=STATS, provenance={"chunk_size": 4})
+
+
+@pytest.mark.parametrize("suffix", ["npy", "safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_saved_comes_back(tmp_path: Path, suffix: str, dtype: torch.dtype) -> None:
+    embeds = make_embeds(dtype)
+    path = tmp_path / f"rows.{suffix}"
+    save_prompt_embeds(path, embeds)
+    loaded = load_prompt_embeds(path)
+    assert loaded.values_TD.dtype == dtype
+    assert torch.equal(loaded.values_TD, embeds.values_TD)
+    assert (loaded.spans, loaded.stats, loaded.provenance) == (embeds.spans, embeds.stats, embeds.provenance)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["rows.json", f"rows.{suffix}"]
+
+
+def test_npy_is_float32_in_c_order_for_any_reader(tmp_path: Path) -> None:
+    values_TD = make_embeds(torch.bfloat16).values_TD.T.contiguous().T  # a transposed view
+    save_prompt_embeds(tmp_path / "rows.npy", PromptEmbeds(values_TD=values_TD, spans=(), stats=STATS))
+    array = np.load(tmp_path / "rows.npy", allow_pickle=False)
+    assert array.dtype == np.float32
+    assert array.flags.c_contiguous
+    assert np.array_equal(array, values_TD.float().numpy())
+
+
+def test_sidecar_reports_spans_counts_and_ratio(tmp_path: Path) -> None:
+    save_prompt_embeds(tmp_path / "rows.npy", make_embeds(torch.bfloat16))
+    sidecar = json.loads((tmp_path / "rows.json").read_text())
+    assert sidecar["spans"] == [[2, 4], [4, 5]]
+    assert sidecar["stats"]["ratio"] == 4.0
+    assert sidecar["array"]["shape"] == [7, 5]
+    assert sidecar["array"]["dtype"] == "bfloat16"
+
+
+def test_bare_array_is_a_valid_input(tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", np.asfortranarray(np.ones((3, 2), np.float32)))
+    loaded = load_prompt_embeds(tmp_path / "rows.npy")
+    assert loaded.spans == ()
+    assert loaded.stats.prompt_tokens == 3
+    assert loaded.values_TD.is_contiguous()
+
+
+def test_sidecar_of_another_array_is_refused(tmp_path: Path) -> None:
+    save_prompt_embeds(tmp_path / "rows.npy", make_embeds())
+    np.save(tmp_path / "rows.npy", np.ones((7, 5), np.float32))
+    with pytest.raises(DatasetError, match=r"rows\.json describes another array"):
+        load_prompt_embeds(tmp_path / "rows.npy")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "not a sidecar"),
+        ('{"version": 1}', "not a sidecar"),
+        ("not json", "is not JSON"),
+    ],
+)
+def test_broken_sidecar_is_named(tmp_path: Path, content: str, message: str) -> None:
+    save_prompt_embeds(tmp_path / "rows.npy", make_embeds())
+    sidecar_path(tmp_path / "rows.npy").write_text(content)
+    with pytest.raises(DatasetError, match=message):
+        load_prompt_embeds(tmp_path / "rows.npy")
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    return buffer.getvalue()
+
+
+def _torch_file() -> bytes:
+    buffer = io.BytesIO()
+    torch.save(torch.ones(2, 2), buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (_npy(np.ones(4, np.float32)), r"expected a matrix \[rows, width\], got shape \[4\]"),
+        (_npy(np.ones((0, 4), np.float32)), "expected a matrix"),
+        (_npy(np.array([[0, 1], [np.nan, 0], [np.inf, 0]], np.float32)), "2 of 3 rows hold NaN or infinity, the first"),
+        (_npy(np.ones((2, 2))), "holds float64, expected float32"),
+        (_npy(np.ones((2, 2), ">f4")), "holds >f4"),
+        (_npy(np.ones((2, 2), np.int64)), "holds int64"),
+        (_npy(np.array([["a", {}]], object)), "not a readable"),
+        (_npy(np.ones((2, 2), np.float32))[:-1], "not a readable"),
+        (pickle.dumps([1]), "is a pickle"),
+        (_torch_file(), "is a pickle or a torch.save file"),
+        (b"", "not a readable"),
+        (b"hello, this is text", "not a readable"),
+    ],
+)
+def test_bad_file_is_refused_and_named(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "rows.npy"
+    path.write_bytes(data)
+    with pytest.raises(DatasetError, match=message) as caught:
+        load_prompt_embeds(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_file_and_foreign_tensor_name(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    with pytest.raises(DatasetError, match="does not exist"):
+        load_prompt_embeds(tmp_path / "none.npy")
+    save_file({"other": torch.ones(2, 2)}, tmp_path / "rows.safetensors")
+    with pytest.raises(DatasetError, match=r"no tensor 'prompt_embeds', it has \['other'\]"):
+        load_prompt_embeds(tmp_path / "rows.safetensors")
+
+
+def test_bad_values_write_nothing(tmp_path: Path) -> None:
+    bad = PromptEmbeds(values_TD=torch.full((2, 2), torch.nan), spans=(), stats=STATS)
+    with pytest.raises(DatasetError, match="NaN"):
+        save_prompt_embeds(tmp_path / "rows.npy", bad)
+    outside = PromptEmbeds(values_TD=torch.ones(2, 2), spans=((1, 3),), stats=STATS)
+    with pytest.raises(DatasetError, match="span 0 is rows 1 to 3 of 2"):
+        save_prompt_embeds(tmp_path / "rows.npy", outside)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_format_and_name_must_agree(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the name says npy"):
+        save_prompt_embeds(tmp_path / "rows.npy", make_embeds(), format="safetensors")
+    with pytest.raises(ConfigError, match="no format in the name"):
+        save_prompt_embeds(tmp_path / "rows", make_embeds())
+    save_prompt_embeds(tmp_path / "rows", make_embeds(), format="npy")
+    assert load_prompt_embeds(tmp_path / "rows").spans == ((2, 4), (4, 5))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_wire_blob_is_a_safe_torch_file_of_the_rows_alone(dtype: torch.dtype | None) -> None:
+    whole = torch.randn(1000, 8, generator=torch.Generator().manual_seed(1))
+    blob = encode_wire(whole[10:13].requires_grad_(), dtype)
+    data = base64.b64decode(blob, validate=True)
+    tensor = torch.load(io.BytesIO(data), weights_only=True)
+    assert torch.equal(tensor, whole[10:13].to(dtype or torch.float32))
+    assert tensor.is_contiguous()
+    assert len(data) < 4000, "the neighbours' rows travelled too"
+
+
+@pytest.mark.parametrize("values", [torch.ones(3), torch.full((1, 2), torch.inf), torch.ones(2, 2, dtype=torch.int64)])
+def test_wire_refuses_what_a_server_would(values: torch.Tensor) -> None:
+    with pytest.raises(DatasetError):
+        encode_wire(values)
+
+
+def test_wire_refuses_values_that_overflow_the_servers_dtype() -> None:
+    with pytest.raises(DatasetError, match="infinity"):
+        encode_wire(torch.full((1, 2), 1e6), torch.float16)

@@ -1,0 +1,210 @@
+"""The predictions of one task on disk: appended row by row, whole after a kill at any moment, never of another dataset.
+
+    with PredictionFile("out/vt.jsonl", rows) as file:
+        for row in file.missing:
+            file.append(prediction_row(row, "answer", {}))
+
+A finished row is one line, written with one system call, so a killed process leaves at most one half line at the end;
+the next run cuts that off and goes on. On closing, the rows are put into the dataset's order.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from utils.errors import DatasetError
+from utils.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataRow:
+    """One row of a dataset with its place in the file; `index` repeats in some datasets, the number does not."""
+
+    number: int
+    fields: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """What ties a prediction to its question: a hash of prompt and references."""
+        parts = [self.fields["input"], self.fields.get("answer_prefix", ""), *self.fields["outputs"]]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def prediction_row(row: DataRow, text: str, measured: Mapping[str, Any], *, keep_input: bool = False) -> dict[str, Any]:
+    """Put an answer into the reference's prediction format.
+
+    Args:
+        row: The question.
+        text: The model's answer.
+        measured: Counts of this answer (tokens, latents, depths), kept under `others`.
+        keep_input: Repeat the whole prompt, as the reference does; long datasets double their size by it.
+    """
+    fields = row.fields
+    return {
+        "index": fields["index"],
+        "pred": text,
+        **({"input": fields["input"]} if keep_input else {}),
+        "outputs": fields["outputs"],
+        "others": {**fields.get("others", {}), "row": row.number, "digest": row.digest, **measured},
+        "truncation": fields.get("truncation", -1),
+        "length": fields.get("length", -1),
+    }
+
+
+def read_predictions(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the predictions of a file; a half-written last line is passed over with a warning.
+
+    Raises:
+        DatasetError: The file is missing, or a line other than the last is not a prediction; file and line are named.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DatasetError(f"{path} does not exist: predict first") from None
+    whole, _, rest = data.rpartition(b"\n")
+    if rest:
+        logger.warning("%s: the last line is only half written (%d bytes); that row counts as missing", path, len(rest))
+    for number, line in enumerate(whole.split(b"\n"), start=1):
+        if line.strip():
+            yield _parse(line, f"{path}, line {number}")
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DatasetError(f"{where}: not JSON ({error}): remove the line to have its row predicted again") from None
+    if not isinstance(row, dict) or not {"index", "pred", "outputs"} <= row.keys() or not isinstance(row["pred"], str):
+        raise DatasetError(f"{where}: expected a prediction with index, pred and outputs, got {str(row)[:80]}")
+    return row
+
+
+def _answers(stored: Mapping[str, Any], row: DataRow) -> bool:
+    """Whether a stored prediction belongs to this question; the reference's predictions carry no digest."""
+    digest = (stored.get("others") or {}).get("digest", row.digest)
+    return digest == row.digest and stored["outputs"] == row.fields["outputs"]
+
+
+class PredictionFile:
+    """Opens, repairs, checks and extends the predictions of one task; use as a context manager.
+
+    Attributes:
+        path: The JSON-lines file.
+        rows: The questions, in the dataset's order.
+
+    Raises:
+        DatasetError: On entering, when another process writes the file, a line is broken, or a stored prediction
+            answers another question than this dataset's.
+    """
+
+    def __init__(self, path: str | Path, rows: Sequence[DataRow]) -> None:
+        self.path = Path(path)
+        self.rows = rows
+        self._stream: BinaryIO | None = None
+        self._lines: dict[int, bytes] = {}
+
+    @property
+    def missing(self) -> list[DataRow]:
+        """The rows without a prediction, in order."""
+        return [row for row in self.rows if row.number not in self._lines]
+
+    def __enter__(self) -> PredictionFile:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = _open_locked(self.path)
+        try:
+            self._repair(self._stream)
+            self._load(self._stream)
+        except BaseException:
+            self._stream.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._stream is not None
+        try:
+            os.fsync(self._stream.fileno())
+            self._put_in_order()
+        finally:
+            self._stream.close()
+
+    def append(self, prediction: dict[str, Any]) -> None:
+        """Store one finished row; it survives whatever happens to this process afterwards."""
+        assert self._stream is not None
+        # ASCII escapes: a model may answer with half a surrogate pair, which is no UTF-8.
+        line = json.dumps(prediction).encode("ascii") + b"\n"
+        if self._stream.write(line) != len(line):
+            raise OSError(errno.ENOSPC, "a row could be written only in part; the next run repairs it", str(self.path))
+        self._lines[prediction["others"]["row"]] = line
+
+    def _repair(self, stream: BinaryIO) -> None:
+        data = _read_all(stream)
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            logger.warning("%s: cut off a half-written last line (%d bytes)", self.path, len(data) - end)
+            stream.truncate(end)
+
+    def _load(self, stream: BinaryIO) -> None:
+        by_number = {row.number: row for row in self.rows}
+        by_index = {row.fields["index"]: row for row in self.rows}
+        for number, line in enumerate(_read_all(stream).split(b"\n")[:-1], start=1):
+            if not line.strip():
+                continue
+            where = f"{self.path}, line {number}"
+            stored = _parse(line, where)
+            others = stored.get("others") or {}
+            row = by_number.get(others["row"]) if "row" in others else by_index.get(stored["index"])
+            if (
+                row is None
+                or others.get("digest", row.digest) != row.digest
+                or stored["outputs"] != row.fields["outputs"]
+            ):
+                raise DatasetError(
+                    f"{where}: predicted for another dataset (row {others.get('row', stored['index'])} asks something "
+                    "else here): choose another output folder, or remove this one"
+                )
+            self._lines[row.number] = line + b"\n"
+
+    def _put_in_order(self) -> None:
+        assert self._stream is not None
+        wanted = b"".join(self._lines[row.number] for row in self.rows if row.number in self._lines)
+        if _read_all(self._stream) != wanted:
+            with atomic_path(self.path) as temporary:
+                temporary.write_bytes(wanted)
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    """Open for appending with an exclusive lock that dies with the process."""
+    while True:
+        # Unbuffered: one append is one write call, so a kill cannot tear two rows.
+        stream = path.open("a+b", buffering=0)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A finishing process may have replaced the file between our open and our lock.
+            if os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
+                return stream  # type: ignore[return-value]
+        except BlockingIOError:
+            stream.close()
+            raise DatasetError(f"{path}: another process is predicting into this file: wait for it to end") from None
+        except FileNotFoundError:
+            pass
+        stream.close()
+
+
+def _read_all(stream: BinaryIO) -> bytes:
+    stream.seek(0)
+    return stream.read()

@@ -94,7 +94,7 @@ async def _predict(
             for task in tasks:
                 data, rows = _read_rows(job, folder / task)
                 name = task if job.num_chunks == 1 else f"{task}-{job.chunk_index}"
-                manifest["data"][task] = {**data, "num_rows": len(rows)}
+                manifest["data"][task] = data
                 write_run_manifest(target, manifest)
                 with PredictionFile(target / f"{name}.jsonl", rows) as file:
                     todo = [row for row in file.missing if job.max_rows is None or row.number < job.max_rows]
@@ -140,7 +140,8 @@ def _read_rows(job: PredictJob, folder: Path) -> tuple[dict[str, Any], list[Data
     rows = [DataRow(number=number, fields=row) for number, row in enumerate(fields)]
     size = -(-len(rows) // job.num_chunks)
     kept = ("rows_sha256", "max_seq_length", "mode", "seed")
-    return {k: manifest[k] for k in kept if k in manifest}, rows[job.chunk_index * size : (job.chunk_index + 1) * size]
+    data = {"num_rows": len(rows), **{name: manifest[name] for name in kept if name in manifest}}
+    return data, rows[job.chunk_index * size : (job.chunk_index + 1) * size]
 
 
 async def _ask(

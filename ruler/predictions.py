@@ -74,12 +74,21 @@ def read_predictions(path: str | Path) -> Iterator[dict[str, Any]]:
         data = path.read_bytes()
     except FileNotFoundError:
         raise DatasetError(f"{path} does not exist: predict first") from None
-    whole, _, rest = data.rpartition(b"\n")
-    if rest:
-        logger.warning("%s: the last line is only half written (%d bytes); that row counts as missing", path, len(rest))
-    for number, line in enumerate(whole.split(b"\n"), start=1):
+    lines = data.split(b"\n")
+    if not _is_whole(lines[-1]):
+        torn = lines.pop()
+        logger.warning("%s: the last line is only half written (%d bytes); its row counts as missing", path, len(torn))
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             yield _parse(line, f"{path}, line {number}")
+
+
+def _is_whole(last_line: bytes) -> bool:
+    """Whether what follows the last newline is nothing or a whole object: a torn one does not parse."""
+    try:
+        return not last_line.strip() or isinstance(json.loads(last_line), dict)
+    except ValueError:
+        return False
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
@@ -154,7 +163,11 @@ class PredictionFile:
     def _repair(self, stream: BinaryIO) -> None:
         data = _read_all(stream)
         end = data.rfind(b"\n") + 1
-        if end < len(data):
+        if end == len(data):
+            return
+        if _is_whole(data[end:]):
+            stream.write(b"\n")
+        else:
             logger.warning("%s: cut off a half-written last line (%d bytes)", self.path, len(data) - end)
             stream.truncate(end)
 

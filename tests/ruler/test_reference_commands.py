@@ -1,0 +1,80 @@
+"""The commands that keep the reference's flags: call_api.py and evaluate.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruler_fake_server import FakeServer
+
+SCRIPTS = Path(__file__).parents[2] / "ruler/RULER/scripts"
+SCORED = Path(__file__).parents[1] / "data/ruler_scored"
+
+
+def start(script, *flags, cwd=None):
+    return subprocess.run(
+        [sys.executable, str(SCRIPTS / script), *map(str, flags)], capture_output=True, text=True, cwd=cwd, timeout=120
+    )
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_call_api_then_evaluate(make_dataset, tmp_path, chunks):
+    data, save = make_dataset(count=5) / "1024", tmp_path / "pred"
+    with FakeServer() as server:
+        port = server.url.rpartition(":")[2]
+        for index in range(chunks):
+            done = start(
+                "pred/call_api.py", "--data_dir", data, "--save_dir", save, "--benchmark", "synthetic", "--task",
+                "niah_single_1", "--server_type", "vllm", "--server_host", "127.0.0.1", "--server_port", port,
+                "--model_name_or_path", "fake", "--temperature", "0.0", "--top_k", "32", "--top_p", "1.0",
+                "--stop_words", "END,STOP", "--batch_size", "1", "--threads", "2", "--chunk_idx", index,
+                "--chunk_amount", chunks, cwd=tmp_path,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+    assert server.bodies[0]["stop"] == ["END", "STOP"]
+    assert server.bodies[0]["top_k"] == 32
+    done = start("eval/evaluate.py", "--data_dir", save, "--benchmark", "synthetic", "--verbose", 1)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (save / "niah_single_1.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == list(range(5))
+    assert rows[0]["input"].startswith("A question")
+    assert [path.name for path in save.glob("*.jsonl")] == ["niah_single_1.jsonl"]
+    assert (save / "summary-niah_single_1.csv").read_text().splitlines()[2] == "Score,0.0"
+    assert "references ['1000000']" in done.stdout
+
+
+def test_evaluate_writes_the_references_files(tmp_path):
+    folder = tmp_path / "pred"
+    shutil.copytree(SCORED, folder)
+    for path in folder.glob("*.csv"):
+        path.unlink()
+    assert start("eval/evaluate.py", "--data_dir", folder, "--benchmark", "synthetic").returncode == 0
+    for name in ("summary.csv", "submission.csv"):
+        assert (folder / name).read_bytes() == (SCORED / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--server_type", "gemini"], "OpenAI-compatible"),
+        (["--ssh_server", "host"], "--ssh_server is not supported"),
+        (["--chunk_idx", "2", "--chunk_amount", "2"], "chunk_idx < chunk_amount"),
+    ],
+)
+def test_what_is_not_supported_is_said(tmp_path, flags, words):
+    done = start("pred/call_api.py", "--data_dir", tmp_path, "--save_dir", tmp_path, "--task", "vt", *flags)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["pred/call_api.py", "eval/evaluate.py"])
+def test_help_knows_no_model_libraries(script):
+    code = f"import runpy, sys; sys.argv = ['x', '--help']\ntry:\n runpy.run_path({str(SCRIPTS / script)!r}, run_name='__main__')\nexcept SystemExit: pass\nprint([m for m in ('torch', 'transformers', 'openai', 'matplotlib', 'numpy') if m in sys.modules])"  # noqa: E501
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -14,12 +14,23 @@ This is RULER's only door to `utils.inference`; heavy imports happen when a back
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from ruler.protocol import BACKENDS, Answer, Backend, BackendSettings, Question, RowRefusedError, TransientError
-from utils.errors import ConfigError, ServerError
+from ruler.protocol import (
+    BACKENDS,
+    Answer,
+    Backend,
+    BackendSettings,
+    Question,
+    RowRefusedError,
+    Sampling,
+    TransientError,
+)
+from utils.errors import CheckpointError, ConfigError, ServerError
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +47,8 @@ def open_backend(settings: BackendSettings) -> Backend:
     """
     builders: dict[str, Callable[[BackendSettings], Backend]] = {
         "server-text": ServerText,
+        "local-text": lambda chosen: LocalCausalLm(chosen) if _is_plain_model(chosen.model) else LocalCodeLlava(chosen),
+        "local-memory": LocalCodeLlava,
     }
     if settings.name not in builders:
         raise ConfigError(f"unknown backend {settings.name!r}: expected one of {', '.join(BACKENDS)}")
@@ -157,3 +170,127 @@ def _seconds(retry_after: str | None) -> float | None:
         return max(0.0, float(retry_after)) if retry_after else None
     except ValueError:
         return None
+
+
+class LocalCodeLlava:
+    """A Code-LLaVA checkpoint in this process: contexts as latents, or as text for its bare decoder."""
+
+    concurrency = 1
+
+    def __init__(self, settings: BackendSettings) -> None:
+        from utils.inference.checkpoint import find_checkpoint
+        from utils.inference.inference import load_model
+
+        self.batch_size = settings.batch_size
+        self._sampling = settings.sampling
+        self._compress = settings.name == "local-memory"
+        files = find_checkpoint(settings.model, settings.chunk_size)
+        self.details: dict[str, Any] = {"model": files.root.name, "fingerprint": files.fingerprint}
+        self._model, self._tokenizer, self._processor = load_model(files.root, settings.device, settings.chunk_size)
+        if self._compress:
+            self.details["chunk_size"] = self._processor.chunk_size
+
+    async def start(self) -> None:
+        """Nothing to find out: the checkpoint is loaded."""
+
+    async def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answer as one batch, beside the event loop."""
+        return await asyncio.to_thread(self._answer, questions)
+
+    async def close(self) -> None:
+        """The model goes with this object."""
+
+    def _answer(self, questions: Sequence[Question]) -> list[Answer]:
+        texts = [question.memory_text if self._compress else question.text for question in questions]
+        prompts = [self._processor.parse_raw(text) for text in texts]
+        max_tokens = max(question.max_tokens for question in questions)
+        generated = self._model.generate(prompts, max_new_tokens=max_tokens, **_sampling_arguments(self._sampling))
+        return [
+            Answer(
+                text=_until_stop(self._tokenizer.decode(ids, skip_special_tokens=True), self._sampling),
+                prompt_tokens=len(prompt.input_ids),
+                memory_tokens=prompt.memory_tokens if self._compress else None,
+                num_latents=prompt.num_latents if self._compress else None,
+            )
+            for prompt, ids in zip(prompts, generated, strict=True)
+        ]
+
+
+class LocalCausalLm:
+    """Any Hugging Face causal language model in this process, from a folder or by hub id."""
+
+    concurrency = 1
+
+    def __init__(self, settings: BackendSettings) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.batch_size = settings.batch_size
+        self._sampling = settings.sampling
+        device = settings.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(settings.model, padding_side="left")
+            self._model = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto").to(device).eval()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{settings.model}: cannot be loaded as a causal language model: {error}") from None
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self.details: dict[str, Any] = {"model": Path(str(settings.model)).name}
+
+    async def start(self) -> None:
+        """Nothing to find out: the model is loaded."""
+
+    async def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answer as one batch, beside the event loop."""
+        return await asyncio.to_thread(self._answer, questions)
+
+    async def close(self) -> None:
+        """The model goes with this object."""
+
+    def _answer(self, questions: Sequence[Question]) -> list[Answer]:
+        from utils.model.code_llava_model import check_prompt_fits
+
+        batch = self._tokenizer([question.text for question in questions], return_tensors="pt", padding=True)
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        max_tokens = max(question.max_tokens for question in questions)
+        for question, length in zip(questions, lengths, strict=True):
+            check_prompt_fits(length, self._model.config, question.max_tokens)
+        ids = self._model.generate(
+            **batch.to(self._model.device),
+            max_new_tokens=max_tokens,
+            pad_token_id=self._tokenizer.pad_token_id,
+            **_sampling_arguments(self._sampling),
+        )
+        new = self._tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [
+            Answer(text=_until_stop(text, self._sampling), prompt_tokens=length)
+            for text, length in zip(new, lengths, strict=True)
+        ]
+
+
+def _is_plain_model(model: str | None) -> bool:
+    """Whether `--model` is a language model by itself; a Code-LLaVA checkpoint has its `config.json` one floor down."""
+    return model is not None and (not Path(model).is_dir() or (Path(model) / "config.json").is_file())
+
+
+def _sampling_arguments(sampling: Sampling) -> dict[str, Any]:
+    """Hugging Face generation arguments; plain greedy search at temperature 0."""
+    import torch
+
+    if sampling.temperature == 0:
+        return {"do_sample": False}
+    # Before each batch, so that a resumed run draws what an undisturbed one would have drawn.
+    torch.manual_seed(sampling.seed)
+    return {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+    }
+
+
+def _until_stop(text: str, sampling: Sampling) -> str:
+    """Cut an answer before the first stop string; a server does this itself."""
+    return text[: min((at for stop in sampling.stop if (at := text.find(stop)) >= 0), default=len(text))]

@@ -63,16 +63,20 @@ def claim_run_folder(folder: Path, settings: dict[str, Any], subset: str) -> dic
     """
     manifest = read_run_manifest(folder)
     wanted = {**settings, "subset": subset}
-    stored = manifest.get("settings", wanted)
+    check_same(manifest.get("settings", wanted), wanted, folder)
+    if not manifest and prediction_tasks(folder):
+        raise DatasetError(f"{folder} holds predictions without {MANIFEST_NAME}: choose another output folder")
+    return {"settings": wanted, "data": {}, **manifest}
+
+
+def check_same(stored: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    """Raise `DatasetError` at the first setting in which a folder's predictions differ from this run."""
     for key in sorted(stored.keys() | wanted.keys()):
         if stored.get(key) != wanted.get(key):
             raise DatasetError(
                 f"{folder} holds predictions made with {key} = {stored.get(key)!r}, this run has {wanted.get(key)!r}: "
                 "choose another output folder, or remove this one"
             )
-    if not manifest and prediction_tasks(folder):
-        raise DatasetError(f"{folder} holds predictions without {MANIFEST_NAME}: choose another output folder")
-    return {"settings": wanted, "data": {}, **manifest}
 
 
 def write_run_manifest(folder: Path, manifest: dict[str, Any]) -> None:

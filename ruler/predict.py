@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ruler.dataset import read_dataset
-from ruler.layout import choose, claim_run_folder, dataset_tasks, length_folders, write_run_manifest
+from ruler.layout import check_same, choose, claim_run_folder, dataset_tasks, length_folders, write_run_manifest
 from ruler.predictions import DataRow, PredictionFile
 from ruler.protocol import BACKENDS, DEFAULT_SERVER_URL, Backend, BackendSettings, Sampling, TransientError
 from ruler.registry import get_task, resolve_tasks
@@ -101,10 +101,11 @@ async def _predict(
                     if todo and backend is None:
                         # Only now: a finished run needs no model.
                         backend = await _start(settings, retry)
-                    failed = await _ask(backend, file, todo, job, task, retry) if backend and todo else []
                     if backend:
+                        check_same(manifest.get("backend", backend.details), backend.details, target)
                         manifest |= {"backend": backend.details, "provenance": provenance()}
                         write_run_manifest(target, manifest)
+                    failed = await _ask(backend, file, todo, job, task, retry) if backend and todo else []
                 _write_failures(target / f"{name}.failed.jsonl", failed)
                 length = int(folder.name) if folder.name.isdecimal() else data.get("max_seq_length")
                 outcomes.append(

@@ -1,7 +1,7 @@
 """The three marker strings and how a tokenizer maps them to ids; their only home.
 
-    The prompt     "Explain <|memory_start|>def f(): …<|memory_end|>"
-    becomes        "Explain <|memory_start|><|memory|><|memory|><|memory_end|>"   one placeholder a latent
+The prompt     "Explain <|memory_start|>def f(): …<|memory_end|>"
+becomes        "Explain <|memory_start|><|memory|><|memory|><|memory_end|>"   one placeholder a latent
 """
 
 from __future__ import annotations

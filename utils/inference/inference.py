@@ -1,0 +1,307 @@
+"""Answer prompts about code from a checkpoint, with Hugging Face generation.
+
+    model, tokenizer, processor = load_model("checkpoints/my-pair", chunk_size=8)
+    text = generate_text(model, tokenizer, processor, code="def f(): return 3", prompt="What does f return?")
+
+As a command: `python -m utils.inference.inference --test_data examples.json`. The sampling settings are those of the
+published Code-LLaVA command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.cli import EXIT_OK, make_parser, print_json, run_command
+from utils.errors import ConfigError, DatasetError
+from utils.files import read_json
+from utils.inference.flags import add_checkpoint_flags, add_memory_limit_flags
+from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START
+
+if TYPE_CHECKING:
+    import torch
+
+    from utils.model.code_llava_model import CodeLLaVAModel
+    from utils.model.processor import Processor
+    from utils.model.prompt import MemoryPrompt
+
+logger = logging.getLogger(__name__)
+
+# Source: the published Code-LLaVA inference command.
+SAMPLING = {"top_p": 0.8, "top_k": 20, "min_p": 0.0, "repetition_penalty": 1.1}
+
+# Answered without --test-data, so that the command shows what it does on any machine.
+BUILT_IN_EXAMPLES = (
+    {
+        "code": "def shipping_fee(weight_kg):\n    if weight_kg <= 2:\n        return 4\n"
+        "    return 4 + 3 * (weight_kg - 2)\n",
+        "prompt": f"Here is a function: {MEMORY} What is its name?",
+    },
+    {
+        "code": "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        "
+        "self.items.append(item)\n",
+        "prompt": "Repeat the code.",
+    },
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What a model said to one prompt.
+
+    Attributes:
+        text: The new text, without special tokens.
+        finish_reason: "stop" at an end token, "length" at the limit.
+        prompt_tokens: Rows of the prompt.
+        completion_tokens: New tokens.
+    """
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def load_model(
+    checkpoint_path: str | Path | None = None,
+    device: str | torch.device = "auto",
+    chunk_size: int | None = None,
+    max_code_length: int | None = None,
+    attn_implementation: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    truncate_memory: bool = False,
+    batch_tokens: int | None = None,
+) -> tuple[CodeLLaVAModel, Any, Processor]:
+    """Load a whole checkpoint for generation.
+
+    Args:
+        checkpoint_path: Folder or hub id; None for the embedded default.
+        device: "auto", "cpu", "cuda" or "cuda:<number>".
+        chunk_size: Encoder tokens per latent; None for the checkpoint's own.
+        max_code_length: Most encoder tokens of one memory span; longer is an error.
+        attn_implementation: A transformers name for both models; None: packed encoding, sdpa decoding.
+        dtype: "float32", "bfloat16", "float16"; None as stored.
+        truncate_memory: Cut spans over `max_code_length` at the end, with a warning, where otherwise it is an error.
+        batch_tokens: Tokens of one encoder pass; None: chosen by device.
+
+    Returns:
+        The model in eval mode, the decoder's tokenizer, and the processor that parses prompts for it.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, incomplete or inconsistent.
+        ConfigError: It cannot serve the chunk size, or the device is not there.
+    """
+    from utils.inference.checkpoint import find_checkpoint
+    from utils.inference.weights import load_decoder, load_memory_encoder, load_tokenizers
+    from utils.model.code_llava_model import CodeLLaVAModel
+    from utils.model.processor import Processor
+    from utils.model.prompt import MemoryLimit
+
+    files = find_checkpoint(checkpoint_path, chunk_size)
+    tokenizers = load_tokenizers(files)
+    settings: dict[str, Any] = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
+    encoder = load_memory_encoder(
+        files, **settings, batch_tokens=batch_tokens, pad_token_id=tokenizers.encoder.pad_token_id
+    )
+    decoder = load_decoder(files, **settings)
+    model = CodeLLaVAModel(
+        encoder,
+        decoder,
+        eos_token_ids=_end_tokens(decoder, tokenizers.decoder),
+        pad_token_id=tokenizers.decoder.pad_token_id or 0,
+    ).eval()
+    limit = MemoryLimit(max_tokens=max_code_length, truncate=truncate_memory)
+    return model, tokenizers.decoder, Processor(tokenizers=tokenizers, chunk_size=files.config.chunk_size, limit=limit)
+
+
+def generate_text(
+    model: CodeLLaVAModel,
+    llm_tokenizer: Any,
+    processor: Processor,
+    code: str,
+    prompt: str,
+    device: str | torch.device = "auto",
+    max_tokens: int = 512,
+    temperature: float = 0.7,
+) -> str:
+    """Answer one prompt about one piece of code; the new text only.
+
+    Args:
+        model: From `load_model`.
+        llm_tokenizer: From `load_model`.
+        processor: From `load_model`.
+        code: The memory; it goes where `<|memory|>` stands in the prompt, else after it.
+        prompt: One user turn.
+        device: Kept for the published signature; the model stays where it was loaded.
+        max_tokens: Most new tokens.
+        temperature: 0 for greedy decoding.
+
+    Raises:
+        PromptError: Markers in the code, empty code, or a prompt longer than the decoder's positions.
+    """
+    parsed = processor.parse_chat(build_messages(code, prompt))
+    return complete(model, llm_tokenizer, [parsed], max_tokens=max_tokens, temperature=temperature)[0].text
+
+
+def complete(
+    model: CodeLLaVAModel,
+    llm_tokenizer: Any,
+    prompts: Sequence[MemoryPrompt],
+    *,
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+) -> list[Completion]:
+    """Continue parsed prompts as one batch, with the published sampling settings; temperature 0 is greedy."""
+    sampling: dict[str, Any] = {"do_sample": temperature > 0, "repetition_penalty": SAMPLING["repetition_penalty"]}
+    if temperature > 0:
+        sampling |= {**SAMPLING, "temperature": temperature}
+    generated = model.generate(prompts, max_new_tokens=max_tokens, **sampling)
+    return [
+        Completion(
+            text=llm_tokenizer.decode(ids, skip_special_tokens=True),
+            finish_reason="length" if len(ids) == max_tokens else "stop",
+            prompt_tokens=len(prompt.input_ids),
+            completion_tokens=len(ids),
+        )
+        for prompt, ids in zip(prompts, generated, strict=True)
+    ]
+
+
+def build_messages(code: str, prompt: str) -> list[dict[str, str]]:
+    """One user turn in which the code, wrapped in the memory markers, stands for each `<|memory|>` or at the end."""
+    wrapped = f"{MEMORY_START}{code}{MEMORY_END}"
+    content = prompt.replace(MEMORY, wrapped) if MEMORY in prompt else f"{prompt} {wrapped}"
+    return [{"role": "user", "content": content}]
+
+
+def read_test_data(path: str | Path) -> list[dict[str, str]]:
+    """Read `{"examples": [{"code": str, "prompt": str}, …]}`.
+
+    Raises:
+        DatasetError: The file is missing or of another shape; the message names the example.
+    """
+    data = read_json(path)
+    examples = data.get("examples") if isinstance(data, dict) else None
+    if not isinstance(examples, list) or not examples:
+        raise DatasetError(
+            f'{path}: expected {{"examples": [{{"code": …, "prompt": …}}, …]}} with at least one example'
+        )
+    for number, example in enumerate(examples):
+        for key in ("code", "prompt"):
+            if not isinstance(example, dict) or not isinstance(example.get(key), str):
+                raise DatasetError(f"{path}: example {number} has no text under {key!r}")
+    return examples
+
+
+def _end_tokens(decoder: Any, tokenizer: Any) -> list[int]:
+    configured = decoder.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of `python -m utils.inference.inference`."""
+    parser = make_parser(
+        "Answer prompts about code from a checkpoint: the code is compressed, the decoder generates.",
+        examples="""\
+  uv run python -m utils.inference.inference
+  uv run python -m utils.inference.inference --test-data examples.json --num-examples 4 --temperature 0 --json
+  uv run python -m utils.inference.inference --checkpoint latent-context/0.6b-4b-LCLM-16x --device cuda""",
+        prog="python -m utils.inference.inference",
+    )
+    add_checkpoint_flags(parser, path_flags=("--checkpoint", "--model-path"))
+    add_memory_limit_flags(parser)
+    data = parser.add_argument_group("data")
+    data.add_argument("--test-data", "--test_data", help='JSON {"examples": [{"code", "prompt"}]}; built-in examples')
+    data.add_argument("--num-examples", "--num_examples", type=int, help="first N examples; default all")
+    generation = parser.add_argument_group("generation")
+    generation.add_argument("--max-tokens", "--max_tokens", type=int, default=512, help="new tokens; default 512")
+    generation.add_argument("--temperature", type=float, default=0.7, help="0 is greedy; default 0.7")
+    generation.add_argument("--seed", type=int, default=0, help="of the sampling; default 0")
+    generation.add_argument("--batch-size", type=int, default=4, help="prompts generated together; default 4")
+    parser.add_argument("--json", action="store_true", help="one JSON object an example on stdout")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    return run_command(build_parser(), _run, argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    for name in ("num_examples", "max_tokens", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.temperature < 0:
+        raise ConfigError(f"--temperature must not be negative, got {args.temperature}")
+    examples = read_test_data(args.test_data) if args.test_data else list(BUILT_IN_EXAMPLES)
+    for result in _answers(args, examples[: args.num_examples]):
+        _print_result(result, args.json)
+    return EXIT_OK
+
+
+def _answers(args: argparse.Namespace, examples: Sequence[dict[str, str]]) -> Iterator[dict[str, Any]]:
+    import torch
+    from tqdm import tqdm
+
+    model, tokenizer, processor = load_model(
+        args.checkpoint,
+        args.device,
+        args.chunk_size,
+        args.max_code_length,
+        args.attn_implementation,
+        args.dtype,
+        truncate_memory=args.truncate_memory,
+        batch_tokens=args.batch_tokens,
+    )
+    # All prompts are parsed before the first is answered: a bad one is reported at once.
+    prompts = [processor.parse_chat(build_messages(e["code"], e["prompt"])) for e in examples]
+    model.check_room(prompts, args.max_tokens)
+    torch.manual_seed(args.seed)
+    with tqdm(total=len(prompts), unit="prompt", disable=len(prompts) <= args.batch_size) as bar:
+        for at in range(0, len(prompts), args.batch_size):
+            batch = prompts[at : at + args.batch_size]
+            began = time.perf_counter()
+            completions = complete(model, tokenizer, batch, max_tokens=args.max_tokens, temperature=args.temperature)
+            seconds = time.perf_counter() - began
+            for offset, (prompt, completion) in enumerate(zip(batch, completions, strict=True)):
+                yield {
+                    "index": at + offset,
+                    "prompt": examples[at + offset]["prompt"],
+                    "text": completion.text,
+                    "finish_reason": completion.finish_reason,
+                    "memory_tokens": prompt.memory_tokens,
+                    "num_latents": prompt.num_latents,
+                    "ratio": round(prompt.memory_tokens / max(1, prompt.num_latents), 2),
+                    "prompt_tokens": completion.prompt_tokens,
+                    "completion_tokens": completion.completion_tokens,
+                    "truncated_tokens": sum(span.truncated_tokens for span in prompt.spans),
+                    "seconds": round(seconds / len(batch), 3),
+                    "seed": args.seed,
+                }
+            bar.update(len(batch))
+
+
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+        return
+    import sys
+
+    counts = f"{result['memory_tokens']} memory tokens → {result['num_latents']} latents ({result['ratio']}×)"
+    sys.stdout.write(
+        f"--- example {result['index']}: {counts}, {result['completion_tokens']} new tokens, {result['seconds']} s\n"
+        f"{result['prompt']}\n> {result['text']}\n"
+    )
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,295 @@
+"""The weights of a checkpoint, each part on its own, so that a job loads only what it needs.
+
+    files = find_checkpoint(path)
+    tokenizers = load_tokenizers(files)
+    encoder = load_memory_encoder(files, device="cpu")      # encoder and adapter
+    table = load_embedding_table(files)                     # the decoder's embeddings, memory-mapped
+    decoder = load_decoder(files, device="cpu")
+
+LoRA folders (`adapter_model.safetensors`) are merged into their base. Every tensor is checked against the configuration
+before use.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from utils.errors import CheckpointError, ConfigError
+from utils.files import read_json
+from utils.inference.checkpoint import (
+    CheckpointFiles,
+    check_state,
+    is_peft_folder,
+    tensor_names,
+    weight_files,
+)
+from utils.model.adapter import Adapter
+from utils.model.code_chunker import CodeChunker
+from utils.model.code_llava_model import MemoryEncoder
+from utils.model.prompt import PromptTokenizers
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# How transformers' families name the input embedding table.
+_TABLE_NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+# Families whose embedding layer does more than look a row up: the table alone is not enough for them.
+_SCALED_EMBEDDINGS = ("gemma",)
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device that is there.
+
+    Raises:
+        ConfigError: CUDA was asked for but this machine or this torch has none.
+    """
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"--device {device}: expected auto, cpu, cuda or cuda:<number>") from None
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (chosen.index or 0) >= count:
+            raise ConfigError(f"--device {device}: {count} CUDA devices are visible; use --device cpu or auto")
+    return chosen
+
+
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Turn a name such as "float32" into a dtype; None and "auto" mean as stored.
+
+    Raises:
+        ConfigError: An unknown name.
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return None
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: expected auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def load_tokenizers(files: CheckpointFiles) -> PromptTokenizers:
+    """Load both tokenizers and look up the marker tokens.
+
+    Raises:
+        CheckpointError: A tokenizer cannot be read, or the decoder's lacks a marker.
+    """
+    return PromptTokenizers(decoder=_tokenizer(files.decoder), encoder=_tokenizer(files.encoder))
+
+
+def load_memory_encoder(
+    files: CheckpointFiles,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    batch_tokens: int | None = None,
+    pad_token_id: int | None = None,
+) -> MemoryEncoder:
+    """Load encoder and adapter.
+
+    Args:
+        files: The checkpoint.
+        device: Where to put them.
+        dtype: Their dtype; None for the encoder's as stored.
+        attn_implementation: A transformers name (`eager`, `sdpa`, …) to batch equal windows with it; None for packed
+            rows wherever the encoder can run them.
+        batch_tokens: Tokens of one encoder pass; None: chosen by device.
+        pad_token_id: The encoder tokenizer's pad token; None: looked up there.
+
+    Raises:
+        CheckpointError: A tensor is missing, unknown or of another shape than the configurations say.
+    """
+    target, wanted = resolve_device(device), resolve_dtype(dtype)
+    encoder = _load_model(AutoModel, files.encoder, wanted, attn_implementation)
+    _round_rotary_frequencies(encoder, DTYPES[files.config.rope_dtype])
+    if pad_token_id is None and files.config.pooling == "eos":
+        pad_token_id = _tokenizer(files.encoder).pad_token_id
+    chunker = CodeChunker(
+        encoder,
+        files.config,
+        pad_token_id=pad_token_id,
+        packed=None if attn_implementation is None else False,
+        batch_tokens=batch_tokens,
+    )
+    adapter = _load_adapter(files, chunker, encoder.dtype)
+    return MemoryEncoder(chunker, adapter).to(target).eval()
+
+
+def load_decoder(
+    files: CheckpointFiles,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+) -> Any:
+    """Load the decoder, a Hugging Face causal language model.
+
+    Raises:
+        CheckpointError: A tensor is missing or of another shape than the configuration says.
+    """
+    model = _load_model(AutoModelForCausalLM, files.decoder, resolve_dtype(dtype), attn_implementation)
+    return model.to(resolve_device(device)).eval()
+
+
+def load_embedding_table(files: CheckpointFiles, dtype: str | torch.dtype | None = None) -> torch.Tensor:
+    """Load the decoder's input embedding table [vocabulary, D] on the CPU and nothing else of the decoder.
+
+    The table stays memory-mapped in its stored dtype: only the rows that are looked up become resident. Decoders whose
+    table cannot stand alone (LoRA on top of a base model, scaled embeddings) are loaded whole.
+    """
+    wanted = resolve_dtype(dtype)
+    if is_peft_folder(files.decoder):
+        logger.info("%s holds LoRA weights: loading the base model for its embedding table", files.decoder)
+        return load_decoder(files, device="cpu", dtype=dtype).get_input_embeddings().weight.detach()
+    config = load_decoder_config(files)
+    if str(config.model_type).startswith(_SCALED_EMBEDDINGS):
+        raise CheckpointError(
+            f"{files.decoder}: the embeddings of {config.model_type} models are scaled as they are looked up, which "
+            "compressing without the decoder does not do; generate with `python -m utils.inference.inference` instead"
+        )
+    places = {n: p for n, p in weight_files(files.decoder).items() if n.endswith(_TABLE_NAMES)}
+    if len(places) != 1:
+        raise CheckpointError(f"{files.decoder}: expected one input embedding table, found {sorted(places) or 'none'}")
+    name, path = next(iter(places.items()))
+    with safe_open(path, framework="pt") as file:
+        table = file.get_tensor(name)
+    if table.shape[1] != config.hidden_size or table.shape[0] < config.vocab_size:
+        expected = [config.vocab_size, config.hidden_size]
+        raise CheckpointError(f"{path}: {name}: expected shape {expected}, got {list(table.shape)}")
+    return table if wanted is None else table.to(wanted)
+
+
+def load_decoder_config(files: CheckpointFiles) -> Any:
+    """The decoder's Hugging Face configuration (its base model's for a LoRA folder)."""
+    if is_peft_folder(files.decoder):
+        return AutoConfig.from_pretrained(_base_of(files.decoder))
+    return AutoConfig.from_pretrained(files.decoder)
+
+
+def resize_table(model: Any, num_tokens: int) -> None:
+    """Give a model's embedding table at least `num_tokens` rows; new rows are the mean of the old ones.
+
+    transformers draws new rows at random, which would make two loads of one checkpoint differ.
+    """
+    table = model.get_input_embeddings().weight
+    old = table.shape[0]
+    if num_tokens <= old:
+        return
+    mean = table.detach().float().mean(dim=0)
+    model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    with torch.no_grad():
+        for layer in {id(x): x for x in (model.get_input_embeddings(), model.get_output_embeddings()) if x}.values():
+            layer.weight[old:] = mean.to(layer.weight.dtype)
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers' own bars, one a folder and often faster than the eye, off stderr."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: its tokenizer cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _load_model(kind: Any, folder: Path, dtype: torch.dtype | None, attn_implementation: str | None) -> Any:
+    base = _base_of(folder) if is_peft_folder(folder) else folder
+    arguments: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
+    if attn_implementation is not None:
+        arguments["attn_implementation"] = attn_implementation
+    try:
+        with without_progress_bars():
+            model, report = kind.from_pretrained(base, **arguments)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"{base}: the model cannot be loaded: {str(error).splitlines()[0]}") from None
+    _check_report(report, base)
+    return _merge_lora(model, folder) if is_peft_folder(folder) else model
+
+
+def _check_report(report: dict[str, Any], folder: Path | str) -> None:
+    # A pooler on top of an encoder is never used here; checkpoints often lack it.
+    missing = sorted(name for name in report["missing_keys"] if "pooler." not in name)
+    mismatched = sorted(report["mismatched_keys"])
+    # A head that is not used is no loss; a layer that is not used means weights and configuration disagree.
+    unused = sorted(name for name in report["unexpected_keys"] if "layer" in name)
+    if missing:
+        raise CheckpointError(f"{folder}: {missing[0]} is missing from the weights ({len(missing)} missing in all)")
+    if unused:
+        raise CheckpointError(f"{folder}: config.json has no place for {unused[0]} ({len(unused)} such weights in all)")
+    if mismatched:
+        name, got, expected = mismatched[0]
+        raise CheckpointError(f"{folder}: {name}: expected shape {list(expected)}, got {list(got)}")
+
+
+def _merge_lora(model: Any, folder: Path) -> Any:
+    from peft import PeftModel
+
+    resize_table(model, len(_tokenizer(folder)))
+    return PeftModel.from_pretrained(model, folder).merge_and_unload()
+
+
+def _base_of(folder: Path) -> str:
+    path = folder / "adapter_config.json"
+    base = read_json(path).get("base_model_name_or_path") if path.is_file() else None
+    if not base:
+        raise CheckpointError(f"{path}: base_model_name_or_path is missing: the LoRA weights do not say their base")
+    # A relative base is meant from the LoRA folder, a bare name is a hub id.
+    beside = folder / base
+    return str(beside) if beside.is_dir() else str(base)
+
+
+def _round_rotary_frequencies(encoder: Any, dtype: torch.dtype) -> None:
+    for module in encoder.modules():
+        if isinstance(getattr(module, "inv_freq", None), torch.Tensor):
+            module.inv_freq = module.inv_freq.to(dtype).float()
+
+
+def _load_adapter(files: CheckpointFiles, chunker: CodeChunker, dtype: torch.dtype) -> Adapter:
+    state: dict[str, torch.Tensor] = {}
+    for name, renamed in files.layout.adapter.items():
+        path = files.root / name
+        tensors = load_file(path)
+        if renamed and set(tensors) != set(renamed):
+            raise CheckpointError(f"{path}: expected the keys {sorted(renamed)}, got {sorted(tensor_names(path))}")
+        state |= {renamed.get(key, key): value for key, value in tensors.items()}
+    where = " and ".join(str(files.root / name) for name in files.layout.adapter)
+    for key in ("fc1.weight", "fc2.weight"):
+        if key not in state or state[key].ndim != 2:
+            raise CheckpointError(f"{where}: {key} is missing or is not a matrix")
+    decoder_config = load_decoder_config(files)
+    adapter = Adapter(
+        chunker.width,
+        int(decoder_config.hidden_size),
+        config=files.config,
+        middle_width=state["fc1.weight"].shape[0],
+        layer_config=chunker.encoder.config if files.config.adapter == "attn_mlp" else decoder_config,
+    )
+    check_state(state, adapter.state_dict(), where)
+    adapter.load_state_dict(state)
+    # The parameters only: rotary frequencies stay in float32.
+    for parameter in adapter.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return adapter

@@ -1,0 +1,263 @@
+"""Token ids → windows → hidden states → one pooled vector a chunk.
+
+    for window in plan_windows(token_ids, config):   …   # what the encoder sees at once
+    chunker = CodeChunker(encoder, config, pad_token_id=0)
+    pooled = chunker(windows)                            # one [n, E] tensor a window
+
+All windows of a call, whatever span or prompt they come from, are packed end to end without padding; windows never see
+each other, so packing, order and batch size change nothing but rounding. Encoders that cannot run packed are batched by
+equal window length instead: also without padding, on any attention implementation.
+
+Semantics: LCLM, "End-to-End Context Compression at Scale", arXiv 2606.09659.
+Shape legend: T packed tokens, H encoder width, R chunk size, N chunks of a batch, n chunks of a window, E pooled width.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from utils.errors import ConfigError
+from utils.model.config import CompressionConfig
+from utils.model.packed_attention import Segments, supports_packed_attention, use_packed_attention
+from utils.model.prompt import num_latents
+
+# Tokens of one encoder pass. Enough to keep matrix products at full speed, small enough to keep memory flat.
+DEFAULT_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """What the encoder sees at once: a core that is pooled, and context that is only read.
+
+    Attributes:
+        left: Encoder tokens before the core.
+        core: The tokens that become latents.
+        right: Encoder tokens after the core.
+        chunk_size: Tokens of the core per latent.
+    """
+
+    left: Sequence[int]
+    core: Sequence[int]
+    right: Sequence[int]
+    chunk_size: int
+
+    @property
+    def num_latents(self) -> int:
+        """Vectors that this window gives."""
+        return num_latents(len(self.core), self.chunk_size)
+
+    @property
+    def num_tokens(self) -> int:
+        """Text tokens that the encoder reads for it."""
+        return len(self.left) + len(self.core) + len(self.right)
+
+
+def plan_windows(token_ids: Sequence[int], config: CompressionConfig) -> list[Window]:
+    """Cut one span into windows.
+
+    Args:
+        token_ids: Encoder tokens of the span, at least one.
+        config: Window, overlap, mask and chunk size.
+    """
+    if len(token_ids) == 0:
+        raise ValueError("a span has at least one token; the prompt parser refuses empty ones")
+    size, reach = config.window, config.overlap
+    return [
+        Window(
+            left=token_ids[max(0, at - reach) : at],
+            core=token_ids[at : at + size],
+            right=() if config.causal else token_ids[at + size : at + size + reach],
+            chunk_size=config.chunk_size,
+        )
+        for at in range(0, len(token_ids), size)
+    ]
+
+
+class CodeChunker(nn.Module):
+    """The encoder part: windows to pooled hidden states.
+
+    Args:
+        encoder: A Hugging Face encoder or decoder-only model without its head.
+        config: How the checkpoint compresses.
+        pad_token_id: The encoder tokenizer's pad token, the marker that eos pooling appends.
+        packed: Run on packed rows; None: wherever the encoder can.
+        batch_tokens: Tokens of one encoder pass; None: chosen by device.
+
+    Raises:
+        ConfigError: eos pooling without a pad token, windows longer than the encoder's positions, packed rows on an
+            encoder that cannot run them.
+    """
+
+    def __init__(
+        self,
+        encoder: Any,
+        config: CompressionConfig,
+        *,
+        pad_token_id: int | None = None,
+        packed: bool | None = None,
+        batch_tokens: int | None = None,
+    ) -> None:
+        super().__init__()
+        if config.pooling == "eos" and pad_token_id is None:
+            raise ConfigError("eos pooling needs a pad token in the encoder's tokenizer; it has none")
+        if packed and not supports_packed_attention(encoder):
+            raise ConfigError(f"{type(encoder).__name__} cannot run packed rows; leave packed=None")
+        self.encoder = encoder
+        self.config = config
+        self.pad_token_id = pad_token_id
+        self.batch_tokens = batch_tokens
+        self.packed = supports_packed_attention(encoder) if packed is None else packed
+        if self.packed:
+            use_packed_attention(encoder)
+
+    @property
+    def width(self) -> int:
+        """E, the width of a pooled vector."""
+        factor = self.config.chunk_size if self.config.pooling == "concat" else 1
+        return int(self.encoder.config.hidden_size) * factor
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder lives."""
+        return next(self.encoder.parameters()).device
+
+    def forward(self, windows: Sequence[Window]) -> list[torch.Tensor]:
+        """Encode and pool windows.
+
+        Returns:
+            One [n, E] tensor a window, in the order given, in the encoder's dtype.
+        """
+        results: list[torch.Tensor] = [torch.empty(0)] * len(windows)
+        for indices, pooled_NE in self.batches(windows):
+            parts = pooled_NE.split([windows[i].num_latents for i in indices])
+            for i, part in zip(indices, parts, strict=True):
+                results[i] = part
+        return results
+
+    def batches(self, windows: Sequence[Window]) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Encode micro-batch by micro-batch, so that a long memory needs no more room than a short one.
+
+        Yields:
+            The indices of the windows of a micro-batch, and their pooled vectors end to end, [N, E].
+        """
+        for indices in self._micro_batches(windows):
+            batch = [windows[i] for i in indices]
+            rows = [self._encoder_tokens(window) for window in batch]
+            yield indices, self._pool(batch, self._hidden_states(rows))
+
+    def _micro_batches(self, windows: Sequence[Window]) -> Iterator[list[int]]:
+        limit = self.batch_tokens or DEFAULT_BATCH_TOKENS.get(self.device.type, 4096)
+        # Equal lengths side by side share one attention call; equal chunk sizes share one pooling.
+        order = sorted(range(len(windows)), key=lambda i: (windows[i].chunk_size, windows[i].num_tokens))
+        batch: list[int] = []
+        tokens = 0
+        for i in order:
+            size = windows[i].num_tokens
+            if batch and tokens + size > limit:
+                yield batch
+                batch, tokens = [], 0
+            batch.append(i)
+            tokens += size
+        if batch:
+            yield batch
+
+    def _encoder_tokens(self, window: Window) -> np.ndarray:
+        marks = [self.pad_token_id] * window.num_latents if self.config.pooling == "eos" else []
+        return np.concatenate(
+            [np.asarray(part, dtype=np.int64) for part in (window.left, window.core, window.right, marks)]
+        )
+
+    def _hidden_states(self, rows: Sequence[np.ndarray]) -> torch.Tensor:
+        """Last hidden states of all rows end to end, [T, H]."""
+        longest = max(len(row) for row in rows)
+        room = getattr(self.encoder.config, "max_position_embeddings", None)
+        if room is not None and longest > room:
+            raise ConfigError(
+                f"a window of {longest} tokens (with overlap and markers) is longer than the encoder's {room} "
+                f"positions: use a checkpoint with a smaller encoder_window_size (now {self.config.window})"
+            )
+        lengths = [len(row) for row in rows]
+        if self.packed:
+            return self._forward_packed(rows, lengths)
+        starts = [0, *np.flatnonzero(np.diff(lengths)) + 1, len(rows)]
+        groups = [self._forward_equal(rows[a:b]) for a, b in itertools.pairwise(starts)]
+        return torch.cat(groups)
+
+    def _forward_packed(self, rows: Sequence[np.ndarray], lengths: list[int]) -> torch.Tensor:
+        positions = np.concatenate([np.arange(length) for length in lengths])
+        return self._call(
+            input_ids=self._to_device(np.concatenate(rows))[None],
+            position_ids=self._to_device(positions)[None],
+            segments=Segments.of(lengths, causal=self.config.causal),
+        )[0]
+
+    def _forward_equal(self, rows: Sequence[np.ndarray]) -> torch.Tensor:
+        ids_BL = self._to_device(np.stack(rows))
+        length = ids_BL.shape[1]
+        # A mask of our own, so that the result does not hang on what the attention implementation assumes.
+        seen = torch.ones(length, length, dtype=torch.bool, device=ids_BL.device)
+        if self.config.causal:
+            seen = seen.tril()
+        dtype = next(self.encoder.parameters()).dtype
+        bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+        positions = torch.arange(length, device=ids_BL.device).expand(len(rows), -1)
+        mask = bias[None, None].expand(len(rows), 1, -1, -1)
+        return self._call(input_ids=ids_BL, position_ids=positions, attention_mask=mask).flatten(0, 1)
+
+    def _call(self, **inputs: Any) -> torch.Tensor:
+        if getattr(self.encoder.config, "type_vocab_size", 0):
+            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        return self.encoder(**inputs, use_cache=False).last_hidden_state
+
+    def _to_device(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.device, non_blocking=True)
+
+    def _pool(self, windows: Sequence[Window], hidden_TH: torch.Tensor) -> torch.Tensor:
+        """Pool a micro-batch in one gather; the windows are sorted by chunk size."""
+        with_marks = self.config.pooling == "eos"
+        lengths = [w.num_tokens + (w.num_latents if with_marks else 0) for w in windows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        counts = np.array([w.num_latents for w in windows])
+        if with_marks:
+            # Markers stand last in their window, in the order of their latents.
+            last = np.repeat(offsets[1:] - counts, counts) + _ranges(counts)
+            return hidden_TH[self._to_device(last)]
+        cores = np.array([len(w.core) for w in windows])
+        begins = offsets[:-1] + [len(w.left) for w in windows]
+        sizes = np.array([w.chunk_size for w in windows])
+        pooled = []
+        for size in np.unique(sizes):
+            chosen = sizes == size
+            chunk = _ranges(counts[chosen]) * size
+            first = np.repeat(begins[chosen], counts[chosen]) + chunk
+            real = np.minimum(np.repeat(cores[chosen], counts[chosen]) - chunk, size)
+            pooled.append(self._pool_chunks(hidden_TH, first, real, int(size)))
+        return torch.cat(pooled)
+
+    def _pool_chunks(self, hidden_TH: torch.Tensor, first: np.ndarray, real: np.ndarray, size: int) -> torch.Tensor:
+        """Chunks of `real` ≤ `size` tokens that begin at `first`: their mean, or their states side by side."""
+        within = np.arange(size)
+        full = bool((real == size).all())
+        # Places beyond a short last chunk repeat its first token here and are blanked below.
+        index_NR = self._to_device(first[:, None] + np.where(within < real[:, None], within, 0))
+        states_NRH = hidden_TH[index_NR]
+        if not full:
+            blank = self._to_device(within >= real[:, None])
+            states_NRH = states_NRH.masked_fill(blank[..., None], 0)
+        if self.config.pooling == "concat":
+            return states_NRH.flatten(1)
+        divisor = self._to_device(real)[:, None]
+        return (states_NRH.sum(dim=1, dtype=torch.float32) / divisor).to(hidden_TH.dtype)
+
+
+def _ranges(counts: np.ndarray) -> np.ndarray:
+    """0..c-1 for each count c, end to end."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1]) - np.repeat(ends - counts, counts)

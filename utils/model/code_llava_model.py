@@ -1,0 +1,257 @@
+"""The model: a memory encoder (chunker and adapter) in front of any causal language model.
+
+    memory spans ──► MemoryEncoder ──► latents ──► CodeLLaVAModel.embed_prompt ──► prompt embeddings ──► decoder
+
+`MemoryEncoder` stands alone, so that compressing never needs the decoder. Shape legend: B prompts, T rows, n latents of
+a span, D decoder width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.errors import ConfigError, PromptError
+from utils.model.adapter import Adapter
+from utils.model.code_chunker import CodeChunker, Window, plan_windows
+from utils.model.config import CompressionConfig
+from utils.model.processor import ModelInputs
+from utils.model.prompt import MemoryPrompt, MemorySpan
+from utils.model.splice import splice_latents
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUnit:
+    """The smallest stretch of a span whose latents depend on nothing else: what is batched and cached.
+
+    One window; or, where the adapter attends over a span, all its windows.
+    """
+
+    windows: tuple[Window, ...]
+
+    @property
+    def num_latents(self) -> int:
+        """Latents that this unit gives."""
+        return sum(window.num_latents for window in self.windows)
+
+    @property
+    def num_tokens(self) -> int:
+        """Memory tokens that it stands for."""
+        return sum(len(window.core) for window in self.windows)
+
+
+class MemoryEncoder(nn.Module):
+    """Encoder tokens to latents: chunker, then adapter."""
+
+    def __init__(self, chunker: CodeChunker, adapter: Adapter) -> None:
+        super().__init__()
+        self.chunker = chunker
+        self.adapter = adapter
+
+    @property
+    def config(self) -> CompressionConfig:
+        """How this encoder compresses."""
+        return self.chunker.config
+
+    def units(self, span: MemorySpan) -> list[MemoryUnit]:
+        """Cut a span into its independent units, in order."""
+        config = self.config.with_chunk_size(span.chunk_size)
+        windows = plan_windows(span.token_ids, config)
+        if self.adapter.has_attention:
+            return [MemoryUnit(windows=tuple(windows))]
+        return [MemoryUnit(windows=(window,)) for window in windows]
+
+    def encode_units(self, units: Sequence[MemoryUnit]) -> list[torch.Tensor]:
+        """Latents of each unit, [n, D], whatever spans and prompts the units come from."""
+        results: list[torch.Tensor] = [torch.empty(0)] * len(units)
+        for indices, latents in self._encode_batches(units):
+            parts = latents.split([units[i].num_latents for i in indices])
+            for i, part in zip(indices, parts, strict=True):
+                results[i] = part
+        return results
+
+    def forward(self, spans: Sequence[MemorySpan]) -> list[torch.Tensor]:
+        """Latents of each span, [n, D], in the encoder's dtype and on its device."""
+        units_of_spans = [self.units(span) for span in spans]
+        latents = iter(self.encode_units([unit for units in units_of_spans for unit in units]))
+        return [torch.cat([next(latents) for _ in units]) for units in units_of_spans]
+
+    def _encode_batches(self, units: Sequence[MemoryUnit]) -> Iterator[tuple[list[int], torch.Tensor]]:
+        if not units:
+            return
+        if self.adapter.has_attention:
+            windows = [window for unit in units for window in unit.windows]
+            with explain_out_of_memory(f"encoding {len(windows)} windows", "--batch-tokens"):
+                pooled = torch.cat(self.chunker(windows))
+                yield list(range(len(units))), self.adapter(pooled, [unit.num_latents for unit in units])
+            return
+        windows = [unit.windows[0] for unit in units]
+        limit = self.chunker.batch_tokens
+        with explain_out_of_memory(
+            f"encoding {len(windows)} windows, {limit or 'automatic'} tokens a batch", "--batch-tokens"
+        ):
+            for indices, pooled in self.chunker.batches(windows):
+                yield indices, self.adapter(pooled, [windows[i].num_latents for i in indices])
+
+
+class CodeLLaVAModel(nn.Module):
+    """A decoder that reads compressed memory.
+
+    Args:
+        memory_encoder: Spans to latents.
+        decoder: Any Hugging Face causal language model of the adapter's output width.
+        eos_token_ids: Ids that end a generation.
+        pad_token_id: Filler after the end of shorter generations in a batch.
+    """
+
+    def __init__(
+        self, memory_encoder: MemoryEncoder, decoder: Any, *, eos_token_ids: Sequence[int] = (), pad_token_id: int = 0
+    ) -> None:
+        super().__init__()
+        self.memory_encoder = memory_encoder
+        self.decoder = decoder
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.pad_token_id = pad_token_id
+
+    @property
+    def llm_model(self) -> Any:
+        """The decoder, under its published name."""
+        return self.decoder
+
+    @property
+    def code_chunker(self) -> CodeChunker:
+        """The encoder part, under its published name."""
+        return self.memory_encoder.chunker
+
+    @property
+    def config(self) -> CompressionConfig:
+        """How this model compresses."""
+        return self.memory_encoder.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder's embedding table lives."""
+        return self.decoder.get_input_embeddings().weight.device
+
+    def encode_memory(self, spans: Sequence[MemorySpan]) -> list[torch.Tensor]:
+        """Latents of each span, [n, D]; spans of many prompts are encoded together."""
+        return self.memory_encoder(spans)
+
+    def embed_prompt(self, prompt: MemoryPrompt) -> torch.Tensor:
+        """Prompt embeddings [T, D] in the decoder's dtype."""
+        return self.embed_prompts([prompt])[0]
+
+    def embed_prompts(self, prompts: Sequence[MemoryPrompt]) -> list[torch.Tensor]:
+        """Prompt embeddings of many prompts, their spans encoded together."""
+        latents = iter(self.encode_memory([span for prompt in prompts for span in prompt.spans]))
+        return [self._splice(prompt, [next(latents) for _ in prompt.spans]) for prompt in prompts]
+
+    def forward(self, inputs: ModelInputs) -> Any:
+        """Next-token loss and logits of a batch of prompts with targets.
+
+        Args:
+            inputs: From `Processor.collate`; padded, with labels where a loss is wanted.
+
+        Returns:
+            The decoder's output: `loss` if there are labels, and `logits` [B, T, vocabulary].
+        """
+        embeds = self.embed_prompts(inputs.prompts)
+        longest = inputs.attention_mask.shape[1]
+        rows = []
+        for embed, mask in zip(embeds, inputs.attention_mask, strict=True):
+            filler = embed.new_zeros(longest - embed.shape[0], embed.shape[1])
+            padded_left = embed.shape[0] < longest and not bool(mask[0])
+            rows.append(torch.cat([filler, embed] if padded_left else [embed, filler]))
+        device = self.device
+        labels = None if inputs.labels is None else inputs.labels.to(device)
+        return self.decoder(
+            inputs_embeds=torch.stack(rows),
+            attention_mask=inputs.attention_mask.to(device),
+            position_ids=inputs.position_ids.to(device),
+            labels=labels,
+            use_cache=False,
+        )
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Sequence[MemoryPrompt], *, max_new_tokens: int = 512, **sampling: Any
+    ) -> list[list[int]]:
+        """Continue prompts, as one left-padded batch.
+
+        Args:
+            prompts: Parsed prompts.
+            max_new_tokens: Most new tokens of each.
+            sampling: Hugging Face generation arguments (`do_sample`, `temperature`, `top_p`, …); greedy by default.
+
+        Returns:
+            The new token ids of each prompt, up to and without its end token.
+
+        Raises:
+            PromptError: A prompt and its answer are longer than the decoder's positions.
+        """
+        if not prompts:
+            return []
+        self.check_room(prompts, max_new_tokens)
+        embeds = self.embed_prompts(prompts)
+        lengths = [embed.shape[0] for embed in embeds]
+        longest = max(lengths)
+        embeds_BTD = torch.stack([nn.functional.pad(e, (0, 0, longest - len(e), 0)) for e in embeds])
+        mask_BT = torch.zeros(len(embeds), longest, dtype=torch.long, device=embeds_BTD.device)
+        for row, length in enumerate(lengths):
+            mask_BT[row, longest - length :] = 1
+        arguments = {"do_sample": False, **sampling}
+        with explain_out_of_memory(f"generating for {len(prompts)} prompts of up to {longest} rows", "--batch-size"):
+            ids = self.decoder.generate(
+                inputs_embeds=embeds_BTD,
+                attention_mask=mask_BT,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(self.eos_token_ids) or None,
+                pad_token_id=self.pad_token_id,
+                **arguments,
+            )
+        return [self._until_end(row) for row in ids.tolist()]
+
+    def check_room(self, prompts: Sequence[MemoryPrompt], max_new_tokens: int = 0) -> None:
+        """Refuse prompts that the decoder has no positions for; nothing is ever cut."""
+        for number, prompt in enumerate(prompts):
+            check_prompt_fits(len(prompt.input_ids), self.decoder.config, max_new_tokens, f"prompt {number}")
+
+    def _splice(self, prompt: MemoryPrompt, latents: Sequence[torch.Tensor]) -> torch.Tensor:
+        ids = torch.tensor(prompt.input_ids, device=self.device)
+        embeds = self.decoder.get_input_embeddings()(ids)
+        return splice_latents(embeds, latents, [(span.start, span.stop) for span in prompt.spans])
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        for index, token in enumerate(ids):
+            if token in self.eos_token_ids:
+                return ids[:index]
+        return ids
+
+
+def check_prompt_fits(num_rows: int, decoder_config: Any, max_new_tokens: int = 0, name: str = "the prompt") -> None:
+    """Raise `PromptError` if a prompt of `num_rows` and its answer exceed the decoder's positions."""
+    room = getattr(decoder_config, "max_position_embeddings", None)
+    if room is None or num_rows + max_new_tokens <= room:
+        return
+    wanted = f"{num_rows} rows" + (f" + {max_new_tokens} new tokens" if max_new_tokens else "")
+    raise PromptError(
+        f"{name} needs {wanted}, but the decoder has {room} positions: compress more (larger --chunk-size), shorten "
+        "the text outside the memory" + (", or lower --max-tokens" if max_new_tokens else "")
+    )
+
+
+@contextmanager
+def explain_out_of_memory(doing: str, flag: str) -> Iterator[None]:
+    """Turn an allocator's failure into an error that says what was tried and which flag lowers it."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        # The CPU allocator has no exception type of its own.
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise ConfigError(f"out of memory while {doing}: lower {flag}, or use a smaller dtype") from error
+        raise

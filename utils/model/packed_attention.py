@@ -1,0 +1,131 @@
+"""Block-diagonal attention for packed rows: sequences laid end to end without padding, none seeing another.
+
+Everything but attention works token by token, so a model may run on one long row [1, T] of many sequences: only here
+do their borders matter. Used for encoding (windows as sequences) and for training (documents as sequences).
+
+    segments = Segments.of([512, 512, 37], causal=True)
+    use_packed_attention(model)
+    model(input_ids=row_1T, position_ids=positions_1T, segments=segments)
+
+Sequences of equal length that lie side by side are attended as one batch, so sort by length where the order is free.
+Shape legend: T packed tokens, h query heads, g key/value heads, K head width, b sequences in a run, l their length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from utils.errors import ConfigError
+
+PACKED = "code_llava_packed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segments:
+    """Where the sequences of a packed row lie.
+
+    Attributes:
+        runs: `(start, count, length)` of neighbouring sequences of one length.
+        causal: Whether a token sees only the tokens before it in its own sequence.
+    """
+
+    runs: tuple[tuple[int, int, int], ...]
+    causal: bool
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], *, causal: bool) -> Segments:
+        """Describe sequences of these lengths, laid end to end in this order."""
+        runs: list[tuple[int, int, int]] = []
+        start = 0
+        for length in lengths:
+            if runs and runs[-1][2] == length:
+                first, count, _ = runs[-1]
+                runs[-1] = (first, count + 1, length)
+            else:
+                runs.append((start, 1, length))
+            start += length
+        return cls(runs=tuple(runs), causal=causal)
+
+
+def supports_packed_attention(model: Any) -> bool:
+    """Whether a Hugging Face model's attention can be replaced by ours without changing what it computes."""
+    config = model.config
+    special = ("attn_logit_softcapping", "position_embedding_type", "attention_chunk_size")
+    plain = all(getattr(config, name, None) in (None, "absolute") for name in special)
+    return bool(getattr(model, "_supports_attention_backend", False)) and plain
+
+
+def use_packed_attention(model: Any) -> None:
+    """Switch a Hugging Face model to packed rows; its calls then need `segments=`."""
+    model.set_attn_implementation(PACKED)
+
+
+def packed_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segments: Segments | None = None,
+    sliding_window: int | None = None,
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend inside each sequence of a packed row; the signature is transformers' attention interface.
+
+    Args:
+        module: The attention layer that calls.
+        query: [1, h, T, K].
+        key: [1, g, T, K] with g dividing h.
+        value: [1, g, T, K].
+        attention_mask: Must be None, the segments say it all.
+        scaling: Factor on the scores; 1/sqrt(K) by default.
+        dropout: Probability of dropping an attention weight.
+        segments: The sequences of the row.
+        sliding_window: Tokens that a token sees back, itself included, in models that have this.
+        unused: What transformers passes to every attention function and this one does not need.
+
+    Returns:
+        [1, T, h, K] and None for the attention weights.
+    """
+    if segments is None:
+        raise ConfigError("packed attention was called without segments: pass segments=Segments.of(…) to the model")
+    if unused.get("s_aux") is not None or unused.get("softcap") is not None:
+        raise ConfigError(f"{type(module).__name__} needs attention sinks or soft caps, which packed rows do not have")
+    assert attention_mask is None
+    assert query.shape[0] == 1
+    pieces = []
+    for start, count, length in segments.runs:
+        stop = start + count * length
+        # [1, h, b·l, K] → [b, h, l, K]: views, nothing is copied
+        q, k, v = (x[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
+        mask = None
+        if sliding_window is not None and length > sliding_window:
+            offsets = torch.arange(length, device=q.device)
+            distance = offsets[:, None] - offsets[None, :]
+            mask = distance.abs() < sliding_window
+            if segments.causal:
+                mask &= distance >= 0
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            scale=scaling,
+            is_causal=segments.causal and mask is None and length > 1,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        pieces.append(out.transpose(1, 2).flatten(0, 1))
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[None], None
+
+
+AttentionInterface.register(PACKED, packed_attention_forward)

@@ -1,0 +1,288 @@
+"""Prompts with memory: text with markers → decoder ids in which each memory span is a run of placeholders.
+
+    prompt = parse_raw_prompt("Explain <|memory_start|>def f(): return 1<|memory_end|>", tokenizers, chunk_size=4)
+    prompt.input_ids       # … start, placeholder × num_latents, end …
+    prompt.spans[0].text   # "def f(): return 1"
+
+The markers are found by one pass over the text as written; a span never reaches the decoder tokenizer or the chat
+template, which see a single placeholder in its place. This module knows no torch and no model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from utils.errors import PromptError
+from utils.model.markers import MARKERS, MEMORY, MEMORY_END, MEMORY_START, MarkerIds
+
+_MARKER = re.compile("|".join(re.escape(marker) for marker in MARKERS))
+_EXCERPT = 40
+
+
+def num_latents(num_tokens: int, chunk_size: int) -> int:
+    """Latents that stand for `num_tokens` encoder tokens: one a chunk, the last chunk may be short."""
+    if num_tokens < 1 or chunk_size < 1:
+        raise ValueError(f"num_tokens and chunk_size must be at least 1, got {num_tokens} and {chunk_size}")
+    return -(-num_tokens // chunk_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemorySpan:
+    """One compressed stretch of a prompt.
+
+    Attributes:
+        text: What stood between the markers.
+        token_ids: Its encoder tokens, without special tokens.
+        start: First placeholder in the prompt's decoder ids.
+        stop: One past the last placeholder.
+        chunk_size: Encoder tokens per latent in this span.
+        truncated_tokens: Encoder tokens left out at the end because the caller asked for truncation.
+    """
+
+    text: str
+    token_ids: Sequence[int]
+    start: int
+    stop: int
+    chunk_size: int
+    truncated_tokens: int = 0
+
+    @property
+    def num_latents(self) -> int:
+        """Rows of the prompt that this span takes."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPrompt:
+    """Decoder ids with placeholders, and the spans behind them, in order."""
+
+    input_ids: list[int]
+    spans: tuple[MemorySpan, ...]
+
+    @property
+    def memory_tokens(self) -> int:
+        """Encoder tokens in all spans."""
+        return sum(len(span.token_ids) for span in self.spans)
+
+    @property
+    def num_latents(self) -> int:
+        """Placeholders in all spans."""
+        return sum(span.num_latents for span in self.spans)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptTokenizers:
+    """The two tokenizers that a prompt meets, and the decoder's marker ids.
+
+    Attributes:
+        decoder: Hugging Face tokenizer of the decoder, with the marker tokens.
+        encoder: Hugging Face tokenizer of the encoder.
+        markers: Looked up once; a missing marker is a `CheckpointError` here, before any prompt is read.
+    """
+
+    decoder: Any
+    encoder: Any
+    markers: MarkerIds = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "markers", MarkerIds.from_tokenizer(self.decoder))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryLimit:
+    """How long one span may be.
+
+    Attributes:
+        max_tokens: Most encoder tokens of a span; None for no limit.
+        truncate: Keep the first `max_tokens` of a longer span and report it, where otherwise it is an error.
+    """
+
+    max_tokens: int | None = None
+    truncate: bool = False
+
+
+def parse_raw_prompt(
+    text: str, tokenizers: PromptTokenizers, chunk_size: int | Sequence[int], limit: MemoryLimit | None = None
+) -> MemoryPrompt:
+    """Parse a prompt that is one text, as a base model reads it (the tokenizer's own special tokens are added).
+
+    Args:
+        text: The prompt with 0..n marked spans.
+        tokenizers: Decoder and encoder tokenizer.
+        chunk_size: Encoder tokens per latent, one for all spans or one a span.
+        limit: Longest allowed span; no limit by default.
+
+    Raises:
+        PromptError: Unpaired, nested or empty spans, a literal placeholder, a span over the limit.
+    """
+    pieces = list(_split_spans(text, "the prompt"))
+    shortened = _join_with_placeholders(pieces)
+    ids = tokenizers.decoder(shortened, add_special_tokens=True)["input_ids"]
+    return _assemble(ids, _memories(pieces), tokenizers, chunk_size, limit)
+
+
+def parse_chat_prompt(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizers: PromptTokenizers,
+    chunk_size: int | Sequence[int],
+    limit: MemoryLimit | None = None,
+    **template_arguments: Any,
+) -> MemoryPrompt:
+    """Parse a chat; the decoder's template is applied with the generation prompt and adds all special tokens.
+
+    Args:
+        messages: `{"role": …, "content": …}` in order; memory may stand in any content.
+        tokenizers: Decoder and encoder tokenizer.
+        chunk_size: Encoder tokens per latent, one for all spans or one a span.
+        limit: Longest allowed span; no limit by default.
+        template_arguments: Passed to the template, for example `enable_thinking=False`.
+
+    Raises:
+        PromptError: As `parse_raw_prompt`; also a message of another shape, markers in a role, a decoder without a
+            chat template, a template that drops or repeats a span.
+    """
+    if not messages:
+        raise PromptError("the chat has no messages: give at least one {'role': 'user', 'content': …}")
+    shortened: list[dict[str, Any]] = []
+    memories: list[str] = []
+    for number, message in enumerate(messages):
+        role, content = _role_and_content(message, number)
+        pieces = list(_split_spans(content, f"message {number}"))
+        memories += _memories(pieces)
+        shortened.append({**message, "role": role, "content": _join_with_placeholders(pieces)})
+    if not getattr(tokenizers.decoder, "chat_template", None):
+        raise PromptError("the decoder tokenizer has no chat template: use the raw-text command instead")
+    arguments = {"add_generation_prompt": True, **template_arguments, "tokenize": False}
+    text = tokenizers.decoder.apply_chat_template(shortened, **arguments)
+    # The template wrote the special tokens; adding them again would put a second BOS in front.
+    ids = tokenizers.decoder(text, add_special_tokens=False)["input_ids"]
+    return _assemble(ids, memories, tokenizers, chunk_size, limit)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    text: str
+    is_memory: bool
+
+
+def _split_spans(text: str, where: str) -> Iterator[_Piece]:
+    """Cut a text into plain pieces and memory pieces, checking the markers' order on the way."""
+    position, opened = 0, None
+    for match in _MARKER.finditer(text):
+        marker, at = match.group(), match.start()
+        if marker == MEMORY:
+            raise PromptError(
+                f"{_place(text, at, where)}: the text holds a literal {MEMORY}, which stands for a latent and cannot "
+                "be typed; remove it or write it differently"
+            )
+        if marker == MEMORY_START:
+            if opened is not None:
+                raise PromptError(
+                    f"{_place(text, at, where)}: {MEMORY_START} inside the span that begins at character {opened}; "
+                    f"spans do not nest, close it with {MEMORY_END} first"
+                )
+            yield _Piece(text[position:at], False)
+            opened = at
+        else:
+            if opened is None:
+                raise PromptError(f"{_place(text, at, where)}: {MEMORY_END} without a {MEMORY_START} before it")
+            if at == position:
+                raise PromptError(f"{_place(text, opened, where)}: the memory span is empty; fill it or remove it")
+            yield _Piece(text[position:at], True)
+            opened = None
+        position = match.end()
+    if opened is not None:
+        raise PromptError(f"{_place(text, opened, where)}: {MEMORY_START} without a {MEMORY_END} after it")
+    yield _Piece(text[position:], False)
+
+
+def _place(text: str, at: int, where: str) -> str:
+    excerpt = text[max(0, at - _EXCERPT // 2) : at + _EXCERPT]
+    return f"{where}, character {at} ({excerpt!r})"
+
+
+def _memories(pieces: Sequence[_Piece]) -> list[str]:
+    return [piece.text for piece in pieces if piece.is_memory]
+
+
+def _join_with_placeholders(pieces: Sequence[_Piece]) -> str:
+    placeholder = MEMORY_START + MEMORY + MEMORY_END
+    return "".join(placeholder if piece.is_memory else piece.text for piece in pieces)
+
+
+def _role_and_content(message: Mapping[str, Any], number: int) -> tuple[str, str]:
+    if not isinstance(message, Mapping):
+        raise PromptError(f"message {number}: expected an object with role and content, got {type(message).__name__}")
+    for key in ("role", "content"):
+        if not isinstance(message.get(key), str):
+            raise PromptError(f"message {number}: {key} must be a text, got {type(message.get(key)).__name__}")
+    role = message["role"]
+    if _MARKER.search(role):
+        raise PromptError(f"message {number}: the role holds a memory marker; memory belongs into the content")
+    return role, message["content"]
+
+
+def _assemble(
+    ids: list[int],
+    memories: Sequence[str],
+    tokenizers: PromptTokenizers,
+    chunk_size: int | Sequence[int],
+    limit: MemoryLimit | None,
+) -> MemoryPrompt:
+    """Widen each single placeholder to its span's number of latents and note where it came to lie."""
+    # Placeholders are special tokens: one, or a run of them, leaves the ids around them the same.
+    marks = tokenizers.markers
+    places = [index for index, token in enumerate(ids) if token == marks.memory]
+    intact = all(ids[at - 1] == marks.start and ids[at + 1 : at + 2] == [marks.end] for at in places)
+    if len(places) != len(memories) or not intact:
+        raise PromptError(
+            f"the prompt has {len(memories)} memory spans but {len(places)} came out of the decoder's chat template "
+            "and tokenizer; use a template that writes each message's content once and unchanged"
+        )
+    sizes = _sizes_per_span(chunk_size, len(memories))
+    texts = list(memories)
+    token_ids = tokenizers.encoder(texts, add_special_tokens=False)["input_ids"] if texts else []
+    input_ids: list[int] = []
+    spans: list[MemorySpan] = []
+    copied = 0
+    for number, (place, text, tokens, size) in enumerate(zip(places, texts, token_ids, sizes, strict=True)):
+        kept, cut = _apply_limit(tokens, limit, number)
+        if not kept:
+            raise PromptError(f"memory span {number} ({text[:_EXCERPT]!r}) has no encoder tokens; fill it or remove it")
+        input_ids += ids[copied:place]
+        start = len(input_ids)
+        input_ids += [marks.memory] * num_latents(len(kept), size)
+        spans.append(
+            MemorySpan(
+                text=text, token_ids=kept, start=start, stop=len(input_ids), chunk_size=size, truncated_tokens=cut
+            )
+        )
+        copied = place + 1
+    input_ids += ids[copied:]
+    return MemoryPrompt(input_ids=input_ids, spans=tuple(spans))
+
+
+def _sizes_per_span(chunk_size: int | Sequence[int], num_spans: int) -> Sequence[int]:
+    sizes = [chunk_size] * num_spans if isinstance(chunk_size, int) else list(chunk_size)
+    if len(sizes) == 1:
+        sizes *= num_spans
+    if len(sizes) != num_spans:
+        raise PromptError(f"{len(sizes)} chunk sizes for {num_spans} memory spans: give one, or one a span")
+    for size in sizes:
+        if size < 1:
+            raise PromptError(f"chunk size must be at least 1, got {size}")
+    return sizes
+
+
+def _apply_limit(tokens: list[int], limit: MemoryLimit | None, number: int) -> tuple[list[int], int]:
+    if limit is None or limit.max_tokens is None or len(tokens) <= limit.max_tokens:
+        return tokens, 0
+    if not limit.truncate:
+        raise PromptError(
+            f"memory span {number} has {len(tokens)} encoder tokens, more than the limit of {limit.max_tokens}: raise "
+            "--max-memory-tokens, shorten the span, or pass --truncate-memory to keep its beginning"
+        )
+    return tokens[: limit.max_tokens], len(tokens) - limit.max_tokens

@@ -15,6 +15,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 from ruler.registry import Metric
@@ -69,7 +70,7 @@ class Interval:
 
     low: float
     high: float
-    method: Literal["wilson", "bootstrap"]
+    method: Literal["wilson", "bootstrap", "mover"]
 
 
 def interval(values: Sequence[float], *, seed: int = 0) -> Interval | None:
@@ -91,6 +92,28 @@ def interval(values: Sequence[float], *, seed: int = 0) -> Interval | None:
     means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(_RESAMPLES))
     low, high = means[int(0.025 * _RESAMPLES)], means[int(0.975 * _RESAMPLES) - 1]
     return Interval(low=round(100 * low, 2), high=round(100 * high, 2), method="bootstrap")
+
+
+def interval_of_task_mean(values_of_tasks: Sequence[Sequence[float]]) -> Interval | None:
+    """95 % interval of the plain mean over tasks, put together from the tasks' own intervals.
+
+    Their half-widths add up as squares, each side for itself, so that a perfect score of few rows stays unsure below.
+
+    Args:
+        values_of_tasks: Sample values in 0..1, task by task.
+
+    Returns:
+        None without tasks.
+
+    Source: MOVER, Zou and Donner, "Construction of confidence limits about effect measures" (Stat. Med. 2008).
+    """
+    parts = [(100 * fmean(values), sure) for values in values_of_tasks if (sure := interval(values))]
+    if not parts:
+        return None
+    mean = fmean(centre for centre, _ in parts)
+    low = mean - math.hypot(*(centre - sure.low for centre, sure in parts)) / len(parts)
+    high = mean + math.hypot(*(sure.high - centre for centre, sure in parts)) / len(parts)
+    return Interval(low=round(max(0.0, low), 2), high=round(min(100.0, high), 2), method="mover")
 
 
 def wilson(successes: float, trials: int) -> tuple[float, float]:

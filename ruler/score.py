@@ -20,6 +20,7 @@ from ruler.metrics import (
     THRESHOLD,
     effective_length,
     interval,
+    interval_of_task_mean,
     length_averages,
     official_score,
     postprocess,
@@ -133,11 +134,13 @@ def score_folder(folder: Path, tasks: Sequence[str] | None = None) -> dict[str, 
     judged = judge_folder(folder, tasks)
     write_reference_files(folder, judged)
     data = read_run_manifest(folder).get("data", {})
+    tasks_scores = {task: _task_scores(task, judged[task], data.get(task, {})) for task in judged}
     return {
         "length": _length_of(folder, data),
-        "tasks": {task: _task_scores(task, judged[task], data.get(task, {})) for task in judged},
-        "score": _mean_score(judged, RULER_13),
-        "code_score": _mean_score(judged, CODE_TASKS),
+        "tasks": tasks_scores,
+        **_token_means(list(tasks_scores.values())),
+        **_mean_score("score", judged, RULER_13),
+        **_mean_score("code_score", judged, CODE_TASKS),
     }
 
 
@@ -147,10 +150,28 @@ def _length_of(folder: Path, data: Mapping[str, Any]) -> int | None:
     return next((entry["max_seq_length"] for entry in data.values() if "max_seq_length" in entry), None)
 
 
-def _mean_score(judged: Mapping[str, Sequence[Judged]], group: Sequence[str]) -> float | None:
-    """Plain mean over those tasks of a group that were run; None if none was."""
-    scores = [official_score([item.value for item in judged[task]]) for task in group if task in judged]
-    return round(fmean(scores), 2) if scores else None
+def _mean_score(name: str, judged: Mapping[str, Sequence[Judged]], group: Sequence[str]) -> dict[str, Any]:
+    """Plain mean over those tasks of a group that were run, and its interval; None if none was run."""
+    values = [[item.value for item in judged[task]] for task in group if task in judged]
+    sure = interval_of_task_mean(values)
+    return {
+        name: round(fmean(map(official_score, values)), 2) if values else None,
+        f"{name}_interval": asdict(sure) if sure else None,
+        f"{name}_tasks": len(values),
+    }
+
+
+def _token_means(tasks: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Mean tokens a row before and after compression, and memory tokens a latent (1 for text); None where unknown."""
+    after = [scores.get("prompt_tokens") for scores in tasks]
+    memory = [scores.get("memory_tokens", 0.0) for scores in tasks]
+    latents = [scores.get("num_latents", 0.0) for scores in tasks]
+    known = None not in after
+    return {
+        "tokens_before": round(fmean(after) - fmean(latents) + fmean(memory), 1) if known else None,
+        "tokens_after": round(fmean(after), 1) if known else None,
+        "ratio": round(sum(memory) / sum(latents), 2) if sum(latents) else 1.0,
+    }
 
 
 def _task_scores(task: str, judged: Sequence[Judged], data: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,6 +190,7 @@ def _task_scores(task: str, judged: Sequence[Judged], data: Mapping[str, Any]) -
         "nulls": nulls(judged),
         "rows": len(judged),
         "expected_rows": data.get("num_rows", len(judged)),
+        "rows_sha256": data.get("rows_sha256"),
         # A mean of some rows only would compare unequal things.
         **{name: round(fmean(seen), 1) for name, seen in counts.items() if len(seen) == len(judged)},
         **({"needles": needles} if needles else {}),

@@ -5,6 +5,7 @@ import pytest
 from ruler.metrics import (
     effective_length,
     interval,
+    interval_of_task_mean,
     length_averages,
     official_score,
     postprocess,
@@ -84,3 +85,18 @@ def test_length_averages_weigh_one_to_n():
     assert averages.weighted_increasing == pytest.approx((90 + 150 + 180) / 6)
     assert averages.weighted_decreasing == pytest.approx((270 + 150 + 60) / 6)
     assert length_averages({}) is None
+
+
+def test_interval_of_a_mean_over_tasks():
+    one, two = [0.0, 0.0, 1.0, 1.0], [1.0] * 4
+    first, second = interval(one), interval(two)
+    both = interval_of_task_mean([one, two])
+    assert first is not None
+    assert second is not None
+    assert both is not None
+    assert both.low == pytest.approx(75 - ((50 - first.low) ** 2 + (100 - second.low) ** 2) ** 0.5 / 2, abs=0.01)
+    assert both.high == pytest.approx(75 + (first.high - 50) / 2, abs=0.01)
+    alone = interval_of_task_mean([one])
+    assert alone is not None
+    assert (alone.low, alone.high) == pytest.approx((first.low, first.high), abs=0.01)
+    assert interval_of_task_mean([]) is None

@@ -68,8 +68,8 @@ def score_by_length(runs: Sequence[Run]) -> Figure | None:
         bars = [_error(e["score"], e["score_interval"]) for e in entries]
         axes.errorbar(x, y, yerr=list(zip(*bars, strict=True)), capsize=3, label=name, **_style(number))
     axes.axhline(THRESHOLD, color="#666666", linestyle="--", linewidth=1)
-    place = {"xycoords": ("axes fraction", "data"), "ha": "right", "fontsize": 8}
-    axes.annotate(f"threshold {THRESHOLD}", (0.99, THRESHOLD + 1), **place)
+    label = f"threshold {THRESHOLD}"
+    axes.annotate(label, (0.99, THRESHOLD + 1), xycoords=("axes fraction", "data"), ha="right", fontsize=8)
     axes.set_xticks(list(places.values()), [_short(length) for length in places])
     axes.set(xlabel="context length (tokens)", ylabel="mean score", ylim=(-2, 104), title="Score against length")
     axes.legend(frameon=False, fontsize=8)
@@ -146,8 +146,7 @@ def _heat_maps(
     width = 1.9 + len(runs) * max(1.6, 0.62 * len(columns))
     figure = Figure(figsize=(max(5.0, width), 1.5 + 0.3 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
-    colours = mpl.colormaps[_MAP].copy()
-    colours.set_bad("#eeeeee")  # not run
+    colours = mpl.colormaps[_MAP].with_extremes(bad="#eeeeee")  # not run
     for axes, run, grid in zip(panels, runs, grids, strict=True):
         image = axes.imshow(grid, cmap=colours, vmin=0, vmax=100, aspect="auto")
         axes.set_xticks(range(len(columns)), columns)

@@ -100,7 +100,7 @@ class Compressor:
             dtype=dtype,
             attn_implementation=attn_implementation,
             batch_tokens=batch_tokens,
-            pad_token_id=tokenizers.encoder.pad_token_id,
+            tokenizer=tokenizers.encoder,
         )
         processor = Processor(tokenizers=tokenizers, chunk_size=files.config.chunk_size, limit=limit)
         return cls(files, processor, encoder, load_embedding_table(files), dtype=resolve_dtype(dtype), cache=cache)

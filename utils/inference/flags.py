@@ -16,15 +16,27 @@ DTYPE_NAMES = ("auto", "bfloat16", "float16", "float32")
 
 
 def add_checkpoint_flags(
-    parser: argparse.ArgumentParser, path_flags: tuple[str, ...] = ("--model-path", "--checkpoint")
+    parser: argparse.ArgumentParser,
+    path_flags: tuple[str, ...] = ("--model-path", "--checkpoint"),
+    per_span_chunk_size: bool = False,
 ) -> None:
-    """Add the flags that choose a checkpoint and how it runs; the path is found under `args.checkpoint`."""
+    """Add the flags that choose a checkpoint and how it runs.
+
+    Args:
+        parser: Where to add them.
+        path_flags: Spellings of the checkpoint's flag; its value is found under `args.checkpoint`.
+        per_span_chunk_size: `args.chunk_size` is then a list, one number for all spans or one a span.
+    """
     group = parser.add_argument_group("checkpoint")
     group.add_argument(
         *_spellings(*path_flags), dest="checkpoint", help="folder, run folder or hub id; default: the embedded one"
     )
     group.add_argument(
-        *_spellings("--chunk-size"), type=int, help="encoder tokens per latent; default: the checkpoint's own"
+        *_spellings("--chunk-size"),
+        type=_numbers if per_span_chunk_size else int,
+        help="encoder tokens per latent"
+        + (" (or one a span: 4,16)" if per_span_chunk_size else "")
+        + "; default: the checkpoint's own",
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>; default auto")
     group.add_argument("--dtype", default="auto", choices=DTYPE_NAMES, help="default auto: as stored")
@@ -67,6 +79,10 @@ def open_cache(args: argparse.Namespace) -> LatentCache | None:
     from utils.inference.latent_cache import LatentCache
 
     return None if args.no_cache else LatentCache.open(args.cache_dir)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def _spellings(*flags: str) -> list[str]:

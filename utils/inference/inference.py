@@ -106,9 +106,7 @@ def load_model(
     files = find_checkpoint(checkpoint_path, chunk_size)
     tokenizers = load_tokenizers(files)
     settings: dict[str, Any] = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
-    encoder = load_memory_encoder(
-        files, **settings, batch_tokens=batch_tokens, pad_token_id=tokenizers.encoder.pad_token_id
-    )
+    encoder = load_memory_encoder(files, **settings, batch_tokens=batch_tokens, tokenizer=tokenizers.encoder)
     decoder = load_decoder(files, **settings)
     model = CodeLLaVAModel(
         encoder,

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import lmdb
 
 from utils.cli import EXIT_FAILED_ROWS, EXIT_OK, make_parser, print_json, run_command
-from utils.errors import ConfigError
+from utils.errors import CodeLlavaError, ConfigError
 from utils.inference.latent_store import MAX_LIMIT_BYTES, LatentStore
 
 if TYPE_CHECKING:
@@ -319,6 +319,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    try:
+        return _look_after(args)
+    except lmdb.Error as error:
+        raise CodeLlavaError(f"the latent cache could not be read or written: {error}: try again") from None
+
+
+def _look_after(args: argparse.Namespace) -> int:
     with LatentCache.open(args.cache_dir) as cache:
         result: dict[str, Any] = {}
         if args.command == "prune":

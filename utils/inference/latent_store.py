@@ -9,7 +9,9 @@ LMDB stored, but it cannot tell whether the disk kept it: callers put a checksum
 
 Layout: `<root>/lock` orders opening and replacing, `<root>/v1/{data,lock}.mdb` is the database. LMDB wants one open
 environment a file and process, never across a fork, so stores are shared inside a process and close around forks.
-A file system that several machines share (NFS) is no place for it.
+A damaged file is noticed and replaced by an empty one, except that LMDB trusts the pages of its search tree (about a
+thousandth of the file): random bytes there can end the process. A file system that several machines share (NFS) is no
+place for it.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ _DAMAGE = (
     lmdb.MapResizedError,
     lmdb.BadTxnError,
     lmdb.ProblemError,
+    struct.error,
 )
 
 _shared: dict[Path, LatentStore] = {}
@@ -173,8 +176,9 @@ class LatentStore:
             evicted = int(before - transaction.stat(uses)["entries"])
         with self._lock, self._folder_lock():
             fresh = Path(tempfile.mkdtemp(prefix=_TRASH, dir=self.root))
-            self._environment(locked=True).copy(str(fresh), compact=True)
-            self._replace_folder(fresh)
+            with self._noticing_damage(locked=True):
+                self._environment(locked=True).copy(str(fresh), compact=True)
+                self._replace_folder(fresh)
         return evicted
 
     def clear(self) -> None:
@@ -191,12 +195,8 @@ class LatentStore:
         """A transaction and the databases (values, uses, totals); damage of the file replaces it."""
         with self._lock:
             try:
-                environment = self._environment()
-                with environment.begin(write=write, buffers=True) as transaction:
+                with self._noticing_damage(), self._environment().begin(write=write, buffers=True) as transaction:
                     yield transaction, self._dbs
-            except _DAMAGE as error:
-                self._discard_damaged(error)
-                raise
             except lmdb.PanicError:
                 self._close()  # LMDB refuses further use of this environment; the file is as the last commit left it
                 raise
@@ -240,7 +240,8 @@ class LatentStore:
             if state.st_size < needed:
                 raise lmdb.CorruptedError(f"{self._data_file} has {state.st_size} bytes, expected {needed}")
             environment.reader_check()  # slots of killed processes would keep deleted pages from being used again
-            self._dbs = tuple(environment.open_db(name) for name in (b"values", b"uses", b"totals"))
+            values, uses, totals = (environment.open_db(name) for name in (b"values", b"uses", b"totals"))
+            self._dbs = values, uses, totals
         except BaseException:
             environment.close()
             raise
@@ -270,15 +271,21 @@ class LatentStore:
             fresh.rename(folder)
         shutil.rmtree(trash, ignore_errors=True)
 
-    def _discard_damaged(self, error: lmdb.Error) -> None:
-        inode = self._inode
-        self._warn_damaged(error)
-        with self._folder_lock():
-            if self._data_file.exists() and self._data_file.stat().st_ino == inode:  # no other process was faster
-                self._replace_folder(None)
-        self._close()
+    @contextlib.contextmanager
+    def _noticing_damage(self, locked: bool = False) -> Iterator[None]:
+        """Replace a damaged database by an empty one, and raise."""
+        try:
+            yield
+        except _DAMAGE as error:
+            self._warn_damaged(error)
+            with contextlib.nullcontext() if locked else self._folder_lock():
+                # Another process may have been faster: what lies there now is not what was damaged.
+                if self._data_file.exists() and self._data_file.stat().st_ino == self._inode:
+                    self._replace_folder(None)
+            self._close()
+            raise lmdb.CorruptedError(str(error)) from None
 
-    def _warn_damaged(self, error: lmdb.Error) -> None:
+    def _warn_damaged(self, error: Exception) -> None:
         logger.warning("the latent cache %s is damaged (%s): starting an empty one", self.root, error)
 
     def _by_age(self, transaction: lmdb.Transaction) -> list[tuple[float, bytes, int]]:

@@ -97,7 +97,7 @@ def load_memory_encoder(
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
     batch_tokens: int | None = None,
-    pad_token_id: int | None = None,
+    tokenizer: Any = None,
 ) -> MemoryEncoder:
     """Load encoder and adapter.
 
@@ -108,7 +108,7 @@ def load_memory_encoder(
         attn_implementation: A transformers name (`eager`, `sdpa`, …) to batch equal windows with it; None for packed
             rows wherever the encoder can run them.
         batch_tokens: Tokens of one encoder pass; None: chosen by device.
-        pad_token_id: The encoder tokenizer's pad token; None: looked up there.
+        tokenizer: The encoder's tokenizer; None: loaded.
 
     Raises:
         CheckpointError: A tensor is missing, unknown or of another shape than the configurations say.
@@ -116,14 +116,14 @@ def load_memory_encoder(
     target, wanted = resolve_device(device), resolve_dtype(dtype)
     encoder = _load_model(AutoModel, files.encoder, wanted, attn_implementation)
     _round_rotary_frequencies(encoder, DTYPES[files.config.rope_dtype])
-    if pad_token_id is None and files.config.pooling == "eos":
-        pad_token_id = _tokenizer(files.encoder).pad_token_id
+    tokenizer = tokenizer or _tokenizer(files.encoder)
     chunker = CodeChunker(
         encoder,
         files.config,
-        pad_token_id=pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         packed=None if attn_implementation is None else False,
         batch_tokens=batch_tokens,
+        tokenizer=tokenizer,
     )
     adapter = _load_adapter(files, chunker, encoder.dtype)
     return MemoryEncoder(chunker, adapter).to(target).eval()

@@ -89,6 +89,7 @@ class CodeChunker(nn.Module):
         pad_token_id: The encoder tokenizer's pad token, the marker that eos pooling appends.
         packed: Run on packed rows; None: wherever the encoder can.
         batch_tokens: Tokens of one encoder pass; None: chosen by device.
+        tokenizer: The encoder's tokenizer, kept for callers that hold text rather than tokens.
 
     Raises:
         ConfigError: eos pooling without a pad token, windows longer than the encoder's positions, packed rows on an
@@ -103,6 +104,7 @@ class CodeChunker(nn.Module):
         pad_token_id: int | None = None,
         packed: bool | None = None,
         batch_tokens: int | None = None,
+        tokenizer: Any = None,
     ) -> None:
         super().__init__()
         if config.pooling == "eos" and pad_token_id is None:
@@ -112,6 +114,7 @@ class CodeChunker(nn.Module):
         self.encoder = encoder
         self.config = config
         self.pad_token_id = pad_token_id
+        self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens
         self.packed = supports_packed_attention(encoder) if packed is None else packed
         if self.packed:

@@ -7,8 +7,7 @@ The sum is right only where no token reaches across a cut. A cut is trusted when
 
 1. the tokenizer splits texts into words before it forms tokens (`splits_words`),
 2. it lies before a single space or behind a line end, and
-3. the tokenizer itself, given the two characters before it and the three behind it, forms the same tokens for the whole
-   as for the halves.
+3. the tokenizer itself, given the characters on both sides of it, forms the same tokens for the whole as for the halves.
 
 Other cuts are undone: the two pieces are counted as one. A tokenizer without word splitting undoes them all, which is
 the plain way of counting.
@@ -16,12 +15,10 @@ the plain way of counting.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 
 from ruler.tokenizers import TextTokenizer
-
-_BEFORE, _BEHIND = 2, 3
 
 
 class PieceCounter:
@@ -35,16 +32,17 @@ class PieceCounter:
         self.tokenizer = tokenizer
         self.adds_up = tokenizer.splits_words and not whole
         self._counts: dict[str, int] = {"": 0}
-        self._cuts: dict[tuple[str, str], bool] = {}
+        self._starts = _Memo(_start)
+        self._ends = _Memo(_end)
+        self._trusted: dict[tuple[str, str], bool] = {}
 
     def count(self, pieces: Sequence[str]) -> int:
         """Tokens of the text `"".join(pieces)`."""
         if not self.adds_up:
             return self.count_whole("".join(pieces))
-        amounts = Counter(self._join_untrusted(pieces))
-        self._learn(amounts)
-        counts = self._counts
-        return sum(counts[piece] * times for piece, times in amounts.items())
+        joined = self._join_untrusted(pieces)
+        self._learn(joined)
+        return sum(map(self._counts.__getitem__, joined))
 
     def count_whole(self, text: str) -> int:
         """Tokens of one text, counted by the tokenizer in one go."""
@@ -66,27 +64,28 @@ class PieceCounter:
 
     def _learn(self, pieces: Iterable[str]) -> None:
         """Count the pieces not seen before, in one batch."""
-        new = [piece for piece in dict.fromkeys(pieces) if piece not in self._counts]
+        # A set's order changes from run to run, and so would the batches: harmless, counts do not depend on it.
+        new = list(set(pieces) - self._counts.keys())
         if new:
             self._counts.update(zip(new, self.tokenizer.count(new), strict=True))
 
     def _join_untrusted(self, pieces: Sequence[str]) -> Sequence[str]:
         """The same text in pieces between which every cut is trusted."""
-        ends = [piece[-_BEFORE:] for piece in pieces]
-        starts = [piece[:_BEHIND] for piece in pieces]
-        cuts = set(zip(ends, starts[1:], strict=False))
-        known = self._cuts
-        for cut in cuts - known.keys():
-            known[cut] = self._trusts(*cut)
-        if all(known[cut] for cut in cuts):
-            return pieces
-        joined = [pieces[0]]
-        for end, start, piece in zip(ends, starts[1:], pieces[1:], strict=False):
-            if known[end, start]:
-                joined.append(piece)
-            else:
-                joined[-1] += piece
-        return joined
+        starts = map(self._starts.__getitem__, pieces[1:])
+        cuts = list(zip(map(self._ends.__getitem__, pieces), starts, strict=False))
+        different = set(cuts)
+        for cut in different - self._trusted.keys():
+            self._trusted[cut] = self._trusts(*cut)
+        untrusted = {cut for cut in different if not self._trusted[cut]}
+        places = [place for place, cut in enumerate(cuts, start=1) if cut in untrusted] if untrusted else []
+        joined: list[str] = []
+        done = 0
+        for place in places:  # the pieces on both sides of each place become one
+            if place > done:
+                joined += pieces[done:place]
+            joined[-1] += pieces[place]
+            done = place + 1
+        return [*joined, *pieces[done:]]
 
     def _trusts(self, before: str, behind: str) -> bool:
         at_space = before[-1:].strip() != "" and behind[:1] == " " and behind[1:2].strip() != ""
@@ -95,3 +94,25 @@ class PieceCounter:
             return False
         encode = self.tokenizer.encode
         return encode(before + behind) == encode(before) + encode(behind)
+
+
+class _Memo(dict[str, str]):
+    """A function of a string, looked up from the second time on."""
+
+    def __init__(self, function: Callable[[str], str]) -> None:
+        super().__init__()
+        self._function = function
+
+    def __missing__(self, key: str) -> str:
+        value = self[key] = sys.intern(self._function(key))
+        return value
+
+
+def _start(piece: str) -> str:
+    """The characters that a cut before `piece` is judged by."""
+    return piece[:2]
+
+
+def _end(piece: str) -> str:
+    """The characters that a cut behind `piece` is judged by; before a line end, one more: ".\n" may be one token."""
+    return piece[-2:] if piece.endswith("\n") else piece[-1:]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -15,12 +15,11 @@ from ruler.counting import PieceCounter
 from ruler.data_files import RulerData
 from ruler.essay import Essay
 from ruler.fitting import CountMismatchError, RowMaker, balanced_row, compat_rows, derive_seed
-from ruler.registry import REFERENCE_COMMIT, TaskConfig, get_task
+from ruler.registry import TaskConfig, get_task
 from ruler.tasks.base import Prompt, Streams, TaskGenerator
 from ruler.templates import chat_template
 from ruler.tokenizers import TextTokenizer, load_tokenizer
 from utils.errors import ConfigError
-from utils.files import provenance
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from utils.errors import DatasetError
@@ -106,7 +107,7 @@ class SentenceSplitter:
     def _ends_sentence(self, context: str) -> bool:
         """Whether a token of `context` other than the last ends a sentence."""
         tokens = _TOKEN.findall(context)
-        return any(self._is_break(token, following) for token, following in zip(tokens, tokens[1:], strict=False))
+        return any(self._is_break(token, following) for token, following in pairwise(tokens))
 
     def _is_break(self, token: str, following: str) -> bool:
         ends, abbreviation = self._by_type(token)

@@ -204,7 +204,7 @@ def _hub_file(repo: str, name: str, *, required: bool) -> Path | None:
             return None
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"no tokenizer at {repo}: not a folder, not a tokenizer.json file, and not to be had from the hub ({reason})"
+            f"no tokenizer at {repo}: neither a folder, nor a tokenizer.json file, nor on the hub ({reason})"
         ) from None
 
 

@@ -6,6 +6,7 @@ the size that fills one. Sizes are in the task's own unit (words, lines, documen
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -60,7 +61,7 @@ class Streams:
         return [items[index] for index in _permutation(self.seed, len(items))]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _permutation(seed: int, length: int) -> list[int]:
     order = list(range(length))
     Random(seed).shuffle(order)
@@ -86,7 +87,7 @@ class Sample:
     @property
     def pieces(self) -> list[str]:
         """All pieces in order."""
-        return [*self.head, *self.context, *self.tail]
+        return [piece for piece in (*self.head, *self.context, *self.tail) if piece]
 
     def extended(self, filler: Sequence[str]) -> Sample:
         """The sample with `filler` at the end of its context."""
@@ -186,10 +187,8 @@ class TaskGenerator:
     def attempts(self, streams: Streams, size: int, number: int) -> Iterator[Sample]:
         """Samples of shrinking size, for the caller to take the first that fits."""
         while True:
-            try:
+            with contextlib.suppress(SampleFailed):
                 yield self.sample(streams, size, number)
-            except SampleFailed:
-                pass
             if size <= self.step:
                 return
             size -= self.step

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ruler.essay import Essay
-from ruler.tasks.base import NOISE, NOISE_SENTENCES, Prompt, Sample, Streams, TaskGenerator, line_pieces
+from ruler.tasks.base import NOISE, NOISE_SENTENCES, Prompt, Sample, Streams, TaskGenerator
 from ruler.words import WordPairs
 
 DEPTHS = [round(number * (100 / 39)) for number in range(40)]  # percent, evenly spread

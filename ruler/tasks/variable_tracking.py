@@ -11,6 +11,7 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from ruler.counting import PieceCounter
 from ruler.tasks.base import (
@@ -111,7 +112,7 @@ class VariableTracking(TaskGenerator):
         self, streams: Streams, names: list[str], value: str, size: int, depths: Sequence[float] | None
     ) -> Sample:
         chain = [f"VAR {names[0]} = {value}"]
-        chain += [f"VAR {name} = VAR {source} " for source, name in zip(names, names[1:], strict=False)]
+        chain += [f"VAR {name} = VAR {source} " for source, name in pairwise(names)]
         lines = [NOISE] * size
         if depths is None:
             places = sorted(streams.random.sample(range(size), len(chain)))

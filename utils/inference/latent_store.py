@@ -7,8 +7,10 @@
 This module knows no tensor; `latent_cache.py` says what the values mean and checks them. It never gives back less than
 LMDB stored, but it cannot tell whether the disk kept it: callers put a checksum into the value.
 
-Layout: `<root>/lock` orders opening and replacing, `<root>/v1/{data,lock}.mdb` is the database. LMDB wants one open
-environment a file and process, never across a fork, so stores are shared inside a process and close around forks.
+Layout: `<root>/v1/data.mdb` is the database, `<root>/lock` a file lock that one process at a time holds, for some
+milliseconds, for reading too. It takes the place of LMDB's own locks, because the kernel frees it when its holder is killed
+(waiters on LMDB's shared mutexes can then sleep for ever) and because it also covers replacing the whole database.
+
 A damaged file is noticed and replaced by an empty one, except that LMDB trusts the pages of its search tree (about a
 thousandth of the file): random bytes there can end the process. A file system that several machines share (NFS) is no
 place for it.
@@ -38,6 +40,7 @@ MAP_BYTES = 1 << 38
 MAX_LIMIT_BYTES = MAP_BYTES // 2
 # Eviction makes some room to spare, so that a full store does not scan for the oldest entry at every write.
 EVICT_TO = 0.9
+LOCK_TIMEOUT_S = 10.0
 
 _LAYOUT = "v1"
 _TRASH = ".trash-"
@@ -55,6 +58,8 @@ _DAMAGE = (
     lmdb.MapResizedError,
     lmdb.BadTxnError,
     lmdb.ProblemError,
+    lmdb.PageFullError,
+    lmdb.IncompatibleError,
     struct.error,
 )
 
@@ -82,6 +87,7 @@ class LatentStore:
             OSError: The folder cannot be made or written.
         """
         path = Path(root).expanduser().resolve()
+        path.mkdir(parents=True, exist_ok=True)
         with _shared_lock:
             store = _shared.setdefault(path, cls(path))
             with store._lock:
@@ -170,20 +176,19 @@ class LatentStore:
 
     def shrink(self, limit_bytes: int) -> int:
         """Evict down to `limit_bytes`, then give the free room back to the file system; returns the evicted entries."""
-        with self._begin(write=True) as (transaction, (_, uses, _)):
-            before = transaction.stat(uses)["entries"]
-            self._evict(transaction, limit_bytes)
-            evicted = int(before - transaction.stat(uses)["entries"])
-        with self._lock, self._folder_lock():
+        with self._exclusive(), self._replacing_damage():
+            with self._environment().begin(write=True, buffers=True) as transaction:
+                before = transaction.stat(self._dbs[1])["entries"]
+                self._evict(transaction, limit_bytes)
+                after = transaction.stat(self._dbs[1])["entries"]
             fresh = Path(tempfile.mkdtemp(prefix=_TRASH, dir=self.root))
-            with self._noticing_damage(locked=True):
-                self._environment(locked=True).copy(str(fresh), compact=True)
-                self._replace_folder(fresh)
-        return evicted
+            self._environment().copy(str(fresh), compact=True)
+            self._replace_folder(fresh)
+        return int(before - after)
 
     def clear(self) -> None:
         """Start over with an empty database; other processes move on to it at their next use."""
-        with self._lock, self._folder_lock():
+        with self._exclusive():
             self._replace_folder(None)
 
     @property
@@ -193,58 +198,77 @@ class LatentStore:
     @contextlib.contextmanager
     def _begin(self, write: bool = False) -> Iterator[tuple[lmdb.Transaction, tuple[Any, Any, Any]]]:
         """A transaction and the databases (values, uses, totals); damage of the file replaces it."""
-        with self._lock:
-            try:
-                with self._noticing_damage(), self._environment().begin(write=write, buffers=True) as transaction:
-                    yield transaction, self._dbs
-            except lmdb.PanicError:
-                self._close()  # LMDB refuses further use of this environment; the file is as the last commit left it
-                raise
+        with (
+            self._exclusive(),
+            self._replacing_damage(),
+            self._environment().begin(write=write, buffers=True) as transaction,
+        ):
+            yield transaction, self._dbs
 
-    def _environment(self, locked: bool = False) -> lmdb.Environment:
-        """The open environment; opens it first, and again after another process replaced the folder."""
+    @contextlib.contextmanager
+    def _replacing_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except _DAMAGE as error:
+            self._start_over(error)
+            raise lmdb.CorruptedError(str(error)) from None
+        except lmdb.PanicError:
+            self._close()  # LMDB refuses further use of this environment; the file is as the last commit left it
+            raise
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Keep other threads and processes out, and the process from forking.
+
+        Raises:
+            lmdb.LockError: Another process has held the lock for `LOCK_TIMEOUT_S`.
+        """
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        with self._lock, (self.root / "lock").open("a") as stream:
+            while True:
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise lmdb.LockError(f"another process has held {stream.name} for {LOCK_TIMEOUT_S} s") from None
+                    time.sleep(0.001)
+            yield
+
+    def _environment(self) -> lmdb.Environment:
+        """The open environment; opens it first, and again after another process replaced the database."""
         if self._env is not None:
-            try:
-                state = self._data_file.stat()
-            except FileNotFoundError:
-                state = None
+            state = self._data_file.stat() if self._data_file.exists() else None
             if state is not None and state.st_ino == self._inode:
                 if state.st_size < self._file_bytes:
                     # Reading past the end of a mapped file kills the process: never touch a file that shrank.
                     raise lmdb.CorruptedError(f"{self._data_file} was cut to {state.st_size} bytes")
                 self._file_bytes = state.st_size
                 return self._env
-            self._close()
-        self.root.mkdir(parents=True, exist_ok=True)
-        with contextlib.nullcontext() if locked else self._folder_lock():
-            for leftover in self.root.glob(_TRASH + "*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            try:
-                return self._open()
-            except _DAMAGE as error:
-                self._warn_damaged(error)
-                self._replace_folder(None)
-                return self._open()
+        for leftover in self.root.glob(_TRASH + "*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            return self._open()
+        except _DAMAGE as error:
+            self._start_over(error)
+            return self._open()
 
     def _open(self) -> lmdb.Environment:
+        self._close()
         folder = self._data_file.parent
         folder.mkdir(exist_ok=True)
-        # metasync=False: a power cut may lose the last writes, never the database. No spare transactions: one that
-        # stays open across a fork would be closed twice.
-        environment = lmdb.open(
-            str(folder), map_size=MAP_BYTES, max_dbs=3, max_readers=1024, metasync=False, max_spare_txns=0
-        )
+        # metasync=False: a power cut may lose the last writes, never the database.
+        environment = lmdb.open(str(folder), map_size=MAP_BYTES, max_dbs=3, metasync=False, lock=False)
         try:
             state = self._data_file.stat()
             needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
             if state.st_size < needed:
                 raise lmdb.CorruptedError(f"{self._data_file} has {state.st_size} bytes, expected {needed}")
-            environment.reader_check()  # slots of killed processes would keep deleted pages from being used again
             values, uses, totals = (environment.open_db(name) for name in (b"values", b"uses", b"totals"))
-            self._dbs = values, uses, totals
         except BaseException:
             environment.close()
             raise
+        self._dbs = values, uses, totals
         self._env, self._inode, self._file_bytes = environment, state.st_ino, state.st_size
         return environment
 
@@ -253,15 +277,8 @@ class LatentStore:
             self._env.close()
         self._env = None
 
-    @contextlib.contextmanager
-    def _folder_lock(self) -> Iterator[None]:
-        """Keep other processes from opening or replacing the database folder."""
-        with (self.root / "lock").open("a") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            yield
-
     def _replace_folder(self, fresh: Path | None) -> None:
-        """Put `fresh` (None: nothing) where the database folder is. The folder lock is held."""
+        """Put `fresh` (None: nothing) where the database is."""
         self._close()
         folder = self._data_file.parent
         trash = Path(tempfile.mkdtemp(prefix=_TRASH, dir=self.root))
@@ -271,22 +288,9 @@ class LatentStore:
             fresh.rename(folder)
         shutil.rmtree(trash, ignore_errors=True)
 
-    @contextlib.contextmanager
-    def _noticing_damage(self, locked: bool = False) -> Iterator[None]:
-        """Replace a damaged database by an empty one, and raise."""
-        try:
-            yield
-        except _DAMAGE as error:
-            self._warn_damaged(error)
-            with contextlib.nullcontext() if locked else self._folder_lock():
-                # Another process may have been faster: what lies there now is not what was damaged.
-                if self._data_file.exists() and self._data_file.stat().st_ino == self._inode:
-                    self._replace_folder(None)
-            self._close()
-            raise lmdb.CorruptedError(str(error)) from None
-
-    def _warn_damaged(self, error: Exception) -> None:
+    def _start_over(self, error: Exception) -> None:
         logger.warning("the latent cache %s is damaged (%s): starting an empty one", self.root, error)
+        self._replace_folder(None)
 
     def _by_age(self, transaction: lmdb.Transaction) -> list[tuple[float, bytes, int]]:
         """(last use, key, size) of all entries, the oldest first."""

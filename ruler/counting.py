@@ -7,7 +7,7 @@ The sum is right only where no token reaches across a cut. A cut is trusted when
 
 1. the tokenizer splits texts into words before it forms tokens (`splits_words`),
 2. it lies before a single space or behind a line end, and
-3. the tokenizer itself, given the characters on both sides of it, forms the same tokens for the whole as for the halves.
+3. the tokenizer, given the characters on both sides of it, forms the same tokens for the whole as for the halves.
 
 Other cuts are undone: the two pieces are counted as one. A tokenizer without word splitting undoes them all, which is
 the plain way of counting.

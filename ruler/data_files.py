@@ -2,7 +2,7 @@
 
 A data folder has the files that the reference program uses, under its names; a missing one is an error that names the
 command which fetches it. Without a folder the built-in data is used: text and questions of our own making that may be
-given to anyone. What was read is remembered for the manifest.
+given to anyone.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ruler.code_files import CodeFiles, read_code_folder, read_installed_code
+from ruler.registry import TaskConfig
 from ruler.tasks.qa import QuestionSet, read_hotpotqa, read_squad
 from ruler.words import WordLists, load_word_lists
 from utils.errors import DatasetError
-from utils.files import read_json, sha256_bytes, sha256_file
+from utils.files import read_json, sha256_file
 
 BUILTIN = Path(__file__).parent / "builtin"
 ESSAYS, SQUAD, HOTPOTQA, WORDS = "PaulGrahamEssays.json", "squad.json", "hotpotqa.json", "english_words.json"
@@ -30,7 +32,7 @@ class RulerData:
 
     Attributes:
         folder: The user's data folder; None = built in.
-        used: File name → what was read (source and sha256), for the manifest.
+        code_folder: The user's source files; None = installed packages.
     """
 
     def __init__(self, folder: str | Path | None = None, code_folder: str | Path | None = None) -> None:
@@ -46,7 +48,18 @@ class RulerData:
         for given in (self.folder, self.code_folder):
             if given and not given.is_dir():
                 raise DatasetError(f"the data folder {given} does not exist: fetch the data ({FETCH_COMMAND} {given})")
-        self.used: dict[str, Any] = {}
+
+    def sources(self, task: TaskConfig) -> dict[str, Any]:
+        """What the rows of a task are made of, for its manifest: file name → origin and sha256."""
+        names, words = _needs(task)
+        if task.family == "common_words" and self.folder and (self.folder / WORDS).exists():
+            names = [WORDS]  # only the longest prompts read it
+        sources: dict[str, Any] = {name: self._source(name) for name in names}
+        if words:
+            sources["words"] = self.word_lists.provenance
+        if task.family == "code":
+            sources["code"] = self.code_files.provenance
+        return sources
 
     @cached_property
     def essay_words(self) -> list[str]:
@@ -77,17 +90,18 @@ class RulerData:
             adjectives[number % len(adjectives)] + nouns[(number + number // len(nouns)) % len(nouns)]
             for number in range(2 * _NUM_BUILTIN_WORDS)
         )
-        found = list(dict.fromkeys(words))[:_NUM_BUILTIN_WORDS]
-        self.used[WORDS] = {"source": "built in", "sha256": sha256_bytes("\n".join(found).encode())}
-        return found
+        return list(dict.fromkeys(words))[:_NUM_BUILTIN_WORDS]
 
     @cached_property
     def word_lists(self) -> WordLists:
         """wonderwords' lists, or those in the data folder."""
         own = self.folder if self.folder and (self.folder / "nounlist.txt").exists() else None
-        lists = load_word_lists(own)
-        self.used["words"] = lists.provenance
-        return lists
+        return load_word_lists(own)
+
+    @cached_property
+    def code_files(self) -> CodeFiles:
+        """Source files for the code tasks."""
+        return read_code_folder(self.code_folder) if self.code_folder else read_installed_code()
 
     def _questions(self, name: str, read: Any) -> QuestionSet:
         try:
@@ -96,14 +110,29 @@ class RulerData:
             raise DatasetError(f"{name} has another shape than expected: {type(error).__name__}: {error}") from None
         return questions
 
+    def _source(self, name: str) -> dict[str, str]:
+        return {"source": "data folder" if self.folder else "built in", "sha256": sha256_file(self._path(name))}
+
+    def _path(self, name: str) -> Path:
+        if not self.folder:
+            return BUILTIN / f"{name}.gz"
+        path = self.folder / name
+        if not path.exists():
+            raise DatasetError(f"{path} does not exist: fetch it ({FETCH_COMMAND} {self.folder})")
+        return path
+
     def _read(self, name: str) -> Any:
-        if self.folder:
-            path = self.folder / name
-            if not path.exists():
-                raise DatasetError(f"{path} does not exist: fetch it ({FETCH_COMMAND} {self.folder})")
-            self.used[name] = {"source": "data folder", "sha256": sha256_file(path)}
+        path = self._path(name)
+        if path.suffix != ".gz":
             return read_json(path)
-        path = BUILTIN / f"{name}.gz"
-        self.used[name] = {"source": "built in", "sha256": sha256_file(path)}
         with gzip.open(path, "rt", encoding="utf-8") as stream:
             return json.load(stream)
+
+
+def _needs(task: TaskConfig) -> tuple[list[str], bool]:
+    """Data files that a task reads, and whether it needs the word lists."""
+    if task.family == "niah":
+        return [ESSAYS] if task.params["haystack"] == "essay" else [], task.params["key"] == "words"
+    if task.family == "qa":
+        return [SQUAD if task.params["dataset"] == "squad" else HOTPOTQA], False
+    return [], task.family == "common_words"

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import PurePath
 from typing import Any
 
 from ruler.counting import PieceCounter
@@ -193,6 +194,12 @@ def _qa(recipe: Recipe, task: TaskConfig, prompt: Prompt, data: RulerData, count
     return QuestionAnswering(task, prompt, recipe.max_seq_length, recipe.remove_newline_tab, source=source)
 
 
+def _code(recipe: Recipe, task: TaskConfig, prompt: Prompt, data: RulerData, counter: PieceCounter) -> TaskGenerator:
+    from ruler.tasks.code import CodeTask
+
+    return CodeTask(task, prompt, recipe.max_seq_length, recipe.remove_newline_tab, files=data.code_files)
+
+
 _Builder = Callable[[Recipe, TaskConfig, Prompt, RulerData, PieceCounter], TaskGenerator]
 _BUILDERS: dict[str, _Builder] = {
     "niah": _niah,
@@ -200,9 +207,38 @@ _BUILDERS: dict[str, _Builder] = {
     "common_words": _cwe,
     "freq_words": _fwe,
     "qa": _qa,
+    "code": _code,
 }
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
-    """The manifest of a dataset: recipe, tokenizer and data hashes, versions."""
-    return {}
+    """What identifies the rows of a recipe: its values, and fingerprints of tokenizer and data.
+
+    Raises:
+        ConfigError: A value of the recipe is wrong, or the tokenizer cannot be loaded.
+        DatasetError: Data is missing.
+    """
+    recipe.check()
+    task = get_task(recipe.task)
+    tokenizer = _tokenizer(recipe.tokenizer_type, recipe.tokenizer)
+    data = _data(recipe.data_dir, recipe.code_dir)
+    chat = chat_template(recipe.template, recipe.tokenizer)
+    return {
+        "task": task.name,
+        "max_seq_length": recipe.max_seq_length,
+        "tokens_to_generate": task.tokens_to_generate,
+        "num_samples": recipe.num_samples,
+        "first_sample": recipe.first,
+        "mode": "balanced" if recipe.balanced else "compat",
+        "seed": recipe.seed,
+        "template": {"name": chat.name, "before": chat.before, "behind": chat.behind},
+        "remove_newline_tab": recipe.remove_newline_tab,
+        "reference_index": recipe.reference_index,
+        # The name without its folder: a dataset says nothing about the machine it was made on.
+        "tokenizer": {
+            "type": recipe.tokenizer_type,
+            "name": PurePath(tokenizer.name).name,
+            "sha256": tokenizer.fingerprint,
+        },
+        "data": data.sources(task),
+    }

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ruler.protocol import (
     BACKENDS,
@@ -31,6 +32,9 @@ from ruler.protocol import (
     TransientError,
 )
 from utils.errors import CheckpointError, ConfigError, ServerError
+
+if TYPE_CHECKING:
+    from utils.model.prompt import MemoryPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +73,7 @@ class ServerText:
         # The runner owns the retries: a second layer inside the client would multiply them.
         self._client = openai.AsyncOpenAI(
             base_url=settings.server_url.rstrip("/").removesuffix("/v1") + "/v1",
-            api_key=settings.api_key or "EMPTY",
+            api_key=settings.api_key or os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY") or "EMPTY",
             timeout=settings.timeout_s,
             max_retries=0,
         )
@@ -114,7 +118,7 @@ class ServerText:
             "extra_body": {"top_k": sampling.top_k} if sampling.top_k > 0 else None,
         }
         if self._settings.api == "chat":
-            messages = [{"role": "user", "content": question.text}]
+            messages = self._settings.messages(question.text)
             reply = await self._call(self._client.chat.completions.create, messages=messages, **common)
             return _read_reply(reply, lambda choice: choice.message.content or "")
         reply = await self._call(self._client.completions.create, prompt=question.text, **common)
@@ -182,6 +186,7 @@ class LocalCodeLlava:
         from utils.inference.inference import load_model
 
         self.batch_size = settings.batch_size
+        self._settings = settings
         self._sampling = settings.sampling
         self._compress = settings.name == "local-memory"
         files = find_checkpoint(settings.model, settings.chunk_size)
@@ -202,7 +207,7 @@ class LocalCodeLlava:
 
     def _answer(self, questions: Sequence[Question]) -> list[Answer]:
         texts = [question.memory_text if self._compress else question.text for question in questions]
-        prompts = [self._processor.parse_raw(text) for text in texts]
+        prompts = [parse_prompt(self._processor, text, self._settings) for text in texts]
         max_tokens = max(question.max_tokens for question in questions)
         generated = self._model.generate(prompts, max_new_tokens=max_tokens, **_sampling_arguments(self._sampling))
         return [
@@ -216,6 +221,13 @@ class LocalCodeLlava:
         ]
 
 
+def parse_prompt(processor: Any, text: str, settings: BackendSettings) -> MemoryPrompt:
+    """Parse a text, as it is or as a user turn, with a `Processor` or a `Compressor`."""
+    if settings.api == "chat":
+        return processor.parse_chat(settings.messages(text))
+    return processor.parse_raw(text)
+
+
 class LocalCausalLm:
     """Any Hugging Face causal language model in this process, from a folder or by hub id."""
 
@@ -226,6 +238,7 @@ class LocalCausalLm:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.batch_size = settings.batch_size
+        self._settings = settings
         self._sampling = settings.sampling
         device = settings.device
         if device == "auto":
@@ -252,7 +265,12 @@ class LocalCausalLm:
     def _answer(self, questions: Sequence[Question]) -> list[Answer]:
         from utils.model.code_llava_model import check_prompt_fits
 
-        batch = self._tokenizer([question.text for question in questions], return_tensors="pt", padding=True)
+        texts = [question.text for question in questions]
+        chat = self._settings.api == "chat"
+        if chat:
+            texts = [self._in_template(text) for text in texts]
+        # A template writes its own special tokens.
+        batch = self._tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chat)
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         max_tokens = max(question.max_tokens for question in questions)
         for question, length in zip(questions, lengths, strict=True):
@@ -268,6 +286,10 @@ class LocalCausalLm:
             Answer(text=_until_stop(text, self._sampling), prompt_tokens=length)
             for text, length in zip(new, lengths, strict=True)
         ]
+
+    def _in_template(self, text: str) -> str:
+        messages = self._settings.messages(text)
+        return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def _is_plain_model(model: str | None) -> bool:

@@ -201,11 +201,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags that shape a backend without choosing it; `run` has them too."""
+    prompt = parser.add_argument_group("prompt")
+    prompt.add_argument("--api", choices=("completions", "chat"), default="completions",
+                        help="continue the prompt, or make it a user turn (default: %(default)s)")  # fmt: skip
+    prompt.add_argument("--system-prompt", default="", help="what a chat begins with (default: nothing)")
     server = parser.add_argument_group("server backends")
     server.add_argument("--server-url", default=DEFAULT_SERVER_URL, help="base URL (default: %(default)s)")
     server.add_argument("--api-key", help="key (default: VLLM_API_KEY, then OPENAI_API_KEY)")
-    server.add_argument("--api", choices=("completions", "chat"), default="completions",
-                        help="continue the prompt, or send it as a user turn (default: %(default)s)")  # fmt: skip
     server.add_argument("--checkpoint", help="encoder's checkpoint for server-memory (default: the embedded one)")
     server.add_argument("--concurrency", type=int, default=8, help="requests in flight (default: %(default)s)")
     server.add_argument("--timeout-s", type=float, default=600.0, help="seconds a request (default: %(default)s)")
@@ -229,7 +231,17 @@ def backend_settings(args: argparse.Namespace, **chosen: Any) -> BackendSettings
     for name in ("concurrency", "batch_size", "attempts", "timeout_s"):
         if getattr(args, name) <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    names = ("checkpoint", "server_url", "api_key", "api", "concurrency", "batch_size", "timeout_s", "device")
+    names = (
+        "checkpoint",
+        "server_url",
+        "api_key",
+        "api",
+        "system_prompt",
+        "concurrency",
+        "batch_size",
+        "timeout_s",
+        "device",
+    )
     sampling = Sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed)
     return BackendSettings(**{name: getattr(args, name) for name in names}, sampling=sampling, **chosen)
 

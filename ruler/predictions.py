@@ -27,6 +27,8 @@ from utils.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
+_FIELDS = ("index", "pred", "outputs")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataRow:
@@ -63,8 +65,12 @@ def prediction_row(row: DataRow, text: str, measured: Mapping[str, Any], *, keep
     }
 
 
-def read_predictions(path: str | Path) -> Iterator[dict[str, Any]]:
+def read_predictions(path: str | Path, required: Sequence[str] = _FIELDS) -> Iterator[dict[str, Any]]:
     """Yield the predictions of a file; a half-written last line is passed over with a warning.
+
+    Args:
+        path: JSON lines.
+        required: The fields that a line must have.
 
     Raises:
         DatasetError: The file is missing, or a line other than the last is not a prediction; file and line are named.
@@ -80,7 +86,7 @@ def read_predictions(path: str | Path) -> Iterator[dict[str, Any]]:
         logger.warning("%s: the last line is only half written (%d bytes); its row counts as missing", path, len(torn))
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield _parse(line, f"{path}, line {number}")
+            yield _parse(line, f"{path}, line {number}", required)
 
 
 def _is_whole(last_line: bytes) -> bool:
@@ -91,13 +97,13 @@ def _is_whole(last_line: bytes) -> bool:
         return False
 
 
-def _parse(line: bytes, where: str) -> dict[str, Any]:
+def _parse(line: bytes, where: str, required: Sequence[str] = _FIELDS) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
         raise DatasetError(f"{where}: not JSON ({error}): remove the line to have its row predicted again") from None
-    if not isinstance(row, dict) or not {"index", "pred", "outputs"} <= row.keys() or not isinstance(row["pred"], str):
-        raise DatasetError(f"{where}: expected a prediction with index, pred and outputs, got {str(row)[:80]}")
+    if not isinstance(row, dict) or not row.keys() >= set(required) or not isinstance(row["pred"], str):
+        raise DatasetError(f"{where}: expected a prediction with {', '.join(required)}, got {str(row)[:80]}")
     return row
 
 

@@ -111,7 +111,8 @@ class BackendSettings:
         checkpoint: The encoder's checkpoint for `server-memory`.
         server_url: Base URL of a server, with or without `/v1`.
         api_key: Key for it; None looks into VLLM_API_KEY and OPENAI_API_KEY.
-        api: `completions` continues the prompt; `chat` sends it as a user turn.
+        api: `completions` continues the prompt; `chat` makes it a user turn in the model's chat template.
+        system_prompt: What a chat begins with; nothing by default.
         concurrency: Requests in flight (servers).
         batch_size: Rows a forward pass (local models).
         timeout_s: Of one request.
@@ -125,11 +126,17 @@ class BackendSettings:
     server_url: str = DEFAULT_SERVER_URL
     api_key: str | None = field(default=None, repr=False)
     api: str = "completions"
+    system_prompt: str = ""
     concurrency: int = 8
     batch_size: int = 1
     timeout_s: float = 600.0
     device: str = "auto"
     sampling: Sampling = Sampling()
+
+    def messages(self, prompt: str) -> list[dict[str, str]]:
+        """The chat around a prompt."""
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        return [*system, {"role": "user", "content": prompt}]
 
     def identity(self) -> dict[str, Any]:
         """What an answer depends on; two runs with another identity must not share a folder."""
@@ -138,7 +145,8 @@ class BackendSettings:
             "model": self.model,
             "checkpoint": self.checkpoint,
             "chunk_size": self.chunk_size,
-            "api": self.api if self.name.startswith("server") else None,
+            "api": self.api,
+            "system_prompt": self.system_prompt,
             **asdict(self.sampling),
             "stop": list(self.sampling.stop),
         }

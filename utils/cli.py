@@ -35,19 +35,25 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=32, width=120)
 
 
-def make_parser(description: str, examples: str = "", prog: str | None = None) -> argparse.ArgumentParser:
+def make_parser(
+    description: str, examples: str = "", prog: str | None = None, *, verbose_rows: bool = False
+) -> argparse.ArgumentParser:
     """Build a parser in the house style with the flags that all commands have.
 
     Args:
         description: One sentence about the command.
         examples: Shell lines shown below the flags.
         prog: Name in the usage line; argparse's own choice without it.
+        verbose_rows: `--verbose` takes a number of rows to show, as published evaluators have it.
     """
     epilog = f"examples:\n{examples.rstrip()}" if examples else None
     parser = argparse.ArgumentParser(
         prog=prog, description=description, epilog=epilog, formatter_class=HelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--verbose", action="store_true", help="log details on stderr")
+    if verbose_rows:
+        parser.add_argument("--verbose", type=int, default=0, metavar="N", help="show the first N rows (default: 0)")
+    else:
+        parser.add_argument("--verbose", action="store_true", help="log details on stderr")
     return parser
 
 

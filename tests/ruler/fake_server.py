@@ -33,6 +33,7 @@ class FakeServer:
         self.rng = random.Random(seed)
         self.prompts: list[str] = []
         self.bodies: list[dict] = []
+        self.keys: set[str] = set()
         self.most_in_flight = 0
         self._in_flight = 0
         self._lock = threading.Lock()
@@ -50,6 +51,7 @@ class FakeServer:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 with outer._lock:
+                    outer.keys.add(self.headers["authorization"])
                     outer._in_flight += 1
                     outer.most_in_flight = max(outer.most_in_flight, outer._in_flight)
                 try:

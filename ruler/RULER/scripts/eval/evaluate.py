@@ -17,7 +17,7 @@ from ruler.metrics import official_score
 from ruler.predictions import read_predictions
 from ruler.registry import TASKS
 from ruler.score import judge_folder, nulls, write_reference_files
-from utils.cli import HelpFormatter, run_command
+from utils.cli import make_parser, run_command
 from utils.files import atomic_path
 
 EXAMPLES = "  evaluate.py --data_dir pred/4096 --benchmark synthetic"
@@ -25,16 +25,10 @@ EXAMPLES = "  evaluate.py --data_dir pred/4096 --benchmark synthetic"
 
 def build_parser() -> argparse.ArgumentParser:
     """Declare the reference's flags."""
-    # Not make_parser: the reference's --verbose takes a number, ours does not.
-    parser = argparse.ArgumentParser(
-        description="Score the prediction files of a folder, with the reference's flags and files.",
-        epilog=f"examples:\n{EXAMPLES}",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
+    description = "Score the prediction files of a folder, with the reference's flags and files."
+    parser = make_parser(description, EXAMPLES, verbose_rows=True)
     parser.add_argument("--data_dir", "--data-dir", type=Path, required=True, help="folder with <task>.jsonl")
     parser.add_argument("--benchmark", default="synthetic", choices=("synthetic",), help="(default: synthetic)")
-    parser.add_argument("--verbose", type=int, default=0, metavar="N", help="print the first N rows of each task")
     return parser
 
 

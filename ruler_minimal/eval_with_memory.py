@@ -1,0 +1,55 @@
+"""Evaluate a light dataset with its memories compressed: by a vLLM server that takes prompt embeddings, or locally."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ruler.protocol import BackendSettings, Sampling
+from ruler_minimal.evaluation import add_evaluation_arguments, run_evaluation
+from utils.cli import make_parser, run_command
+
+EXAMPLES = """\
+  uv run python ruler_minimal/eval_with_memory.py --task variable_tracking --num-samples 10 --chunk-size 8 \\
+      --base-url http://127.0.0.1:8000 --work-dir work/memory
+  uv run python ruler_minimal/eval_with_memory.py --local --num-samples 2 --max-seq-length 400"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Declare the published flags, and `--local`."""
+    parser = make_parser("Evaluate a light dataset with its memories compressed.", EXAMPLES, verbose_rows=True)
+    add_evaluation_arguments(parser, "work/memory")
+    memory = parser.add_argument_group("memory")
+    memory.add_argument("--model-path", help="Code-LLaVA checkpoint (default: the embedded one)")
+    memory.add_argument("--chunk-size", type=int, help="encoder tokens a latent (default: the checkpoint's)")
+    memory.add_argument("--device", default="auto", help="of the encoder (default: auto)")
+    memory.add_argument("--local", action="store_true", help="answer with the checkpoint's decoder, without a server")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer and score."""
+    settings = BackendSettings(
+        name="local-memory" if args.local else "server-memory",
+        model=args.model_path if args.local else args.model_name,
+        checkpoint=args.model_path,
+        chunk_size=args.chunk_size,
+        server_url=args.base_url,
+        api_key=args.api_key,
+        api="chat",
+        system_prompt=args.system_prompt,
+        concurrency=args.concurrency,
+        timeout_s=args.timeout_s,
+        device=args.device,
+        sampling=Sampling(temperature=args.temperature, top_p=args.top_p),
+    )
+    return run_evaluation(args, settings)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command."""
+    return run_command(build_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

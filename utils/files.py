@@ -111,8 +111,9 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write one JSON object a line, atomically; returns the number of rows."""
     count = 0
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
-        for count, row in enumerate(rows, start=1):
+        for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
     return count
 
 

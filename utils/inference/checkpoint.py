@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -286,13 +286,3 @@ def check_state(state: Mapping[str, Any], expected: Mapping[str, Any], where: st
 
 def _shape(tensor: Any) -> list[int]:
     return list(tensor.shape)
-
-
-def describe(files: CheckpointFiles) -> Iterable[str]:
-    """Lines about a checkpoint for a person."""
-    config = files.config
-    yield f"{files.root} ({files.layout.name} layout)"
-    yield (
-        f"chunk size {config.chunk_size}, window {config.window}, overlap {config.overlap}, {config.pooling} pooling, "
-        f"{config.mask}, {config.adapter} adapter"
-    )

@@ -176,7 +176,7 @@ def load_embedding_table(files: CheckpointFiles, dtype: str | torch.dtype | None
 def load_decoder_config(files: CheckpointFiles) -> Any:
     """The decoder's Hugging Face configuration (its base model's for a LoRA folder)."""
     if is_peft_folder(files.decoder):
-        return AutoConfig.from_pretrained(_base_of(files.decoder))
+        return AutoConfig.from_pretrained(base_of(files.decoder))
     return AutoConfig.from_pretrained(files.decoder)
 
 
@@ -216,7 +216,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _load_model(kind: Any, folder: Path, dtype: torch.dtype | None, attn_implementation: str | None) -> Any:
-    base = _base_of(folder) if is_peft_folder(folder) else folder
+    base = base_of(folder) if is_peft_folder(folder) else folder
     arguments: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
@@ -251,7 +251,12 @@ def _merge_lora(model: Any, folder: Path) -> Any:
     return PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
-def _base_of(folder: Path) -> str:
+def base_of(folder: Path) -> str:
+    """Folder or hub id of the base model that a LoRA folder stands on.
+
+    Raises:
+        CheckpointError: The folder does not say.
+    """
     path = folder / "adapter_config.json"
     base = read_json(path).get("base_model_name_or_path") if path.is_file() else None
     if not base:

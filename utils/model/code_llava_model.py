@@ -8,6 +8,7 @@ a span, D decoder width.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -205,7 +206,10 @@ class CodeLLaVAModel(nn.Module):
         for row, length in enumerate(lengths):
             mask_BT[row, longest - length :] = 1
         arguments = {"do_sample": False, **sampling}
-        with explain_out_of_memory(f"generating for {len(prompts)} prompts of up to {longest} rows", "--batch-size"):
+        doing = f"generating for {len(prompts)} prompts of up to {longest} rows"
+        with explain_out_of_memory(doing, "--batch-size"), warnings.catch_warnings():
+            # Rows of latents have no ids that a penalty could count: it is meant for the new tokens only.
+            warnings.filterwarnings("ignore", message=".*repetition_penalty.*inputs_embeds")
             ids = self.decoder.generate(
                 inputs_embeds=embeds_BTD,
                 attention_mask=mask_BT,

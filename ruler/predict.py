@@ -219,7 +219,7 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     sampling.add_argument("--top-p", type=float, default=1.0, help="nucleus; 1 is no limit (default: 1)")
     sampling.add_argument("--top-k", type=int, default=0, help="most likely tokens kept; 0 is no limit (default: 0)")
-    sampling.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    sampling.add_argument("--sampling-seed", type=int, default=0, help="of the sampling (default: 0)")
 
 
 def backend_settings(args: argparse.Namespace, **chosen: Any) -> BackendSettings:
@@ -242,7 +242,7 @@ def backend_settings(args: argparse.Namespace, **chosen: Any) -> BackendSettings
         "timeout_s",
         "device",
     )
-    sampling = Sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed)
+    sampling = Sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.sampling_seed)
     return BackendSettings(**{name: getattr(args, name) for name in names}, sampling=sampling, **chosen)
 
 

@@ -10,7 +10,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-FAULTS = ("error500", "overload429", "drop", "garbage", "wrong_shape", "html", "hang")
+FAULTS = ("error500", "overload429", "drop", "garbage", "wrong_shape", "html", "other_json", "hang")
 
 
 def answer_to(prompt: str) -> str:
@@ -107,6 +107,18 @@ class FakeServer:
             self._send(handler, 200, b'{"choices": [{"text": "cut of')
         elif fault == "wrong_shape":
             self._send(handler, 200, {"object": "text_completion", "choices": [], "detail": "?"})
+        elif fault == "other_json":
+            bodies = (
+                b"[]",
+                b"null",
+                b"3",
+                b'"text"',
+                b"",
+                b'{"choices": "x"}',
+                b'{"choices": [{"text": null}]}',
+                b"\xff",
+            )
+            self._send(handler, 200, self.rng.choice(bodies))
         elif fault == "html":
             self._send(handler, 200, b"<html>bad gateway</html>", {"Content-Type": "text/html"})
         elif fault == "hang":

@@ -24,6 +24,7 @@ from utils.files import read_json, sha256_file
 BUILTIN = Path(__file__).parent / "builtin"
 ESSAYS, SQUAD, HOTPOTQA, WORDS = "PaulGrahamEssays.json", "squad.json", "hotpotqa.json", "english_words.json"
 FETCH_COMMAND = "python -m ruler.fetch_data --data-dir"
+_BUILTIN_NAMES = {ESSAYS: "haystack.json"}
 _NUM_BUILTIN_WORDS = 100_000
 
 
@@ -115,7 +116,7 @@ class RulerData:
 
     def _path(self, name: str) -> Path:
         if not self.folder:
-            return BUILTIN / f"{name}.gz"
+            return BUILTIN / f"{_BUILTIN_NAMES.get(name, name)}.gz"
         path = self.folder / name
         if not path.exists():
             raise DatasetError(f"{path} does not exist: fetch it ({FETCH_COMMAND} {self.folder})")

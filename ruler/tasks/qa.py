@@ -14,6 +14,8 @@ from typing import Any
 from ruler.tasks.base import Sample, SampleFailed, Streams, TaskGenerator
 from utils.errors import DatasetError
 
+_NUM_FILLERS = 4  # documents; the first that does not fit whole may be followed by shorter ones
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
@@ -155,13 +157,16 @@ class QuestionAnswering(TaskGenerator):
         return others
 
     def filler(self, streams: Streams, sample: Sample) -> list[str]:
-        """The beginning of one more document, word by word; never one of the question's own."""
+        """The beginning of a few more documents, word by word; none that is there already."""
         asked = "".join(sample.context)
-        unused = [text for text in self.source.documents if text not in asked]
-        text = streams.random.choice(unused or self.source.documents)
-        place = sum(piece.endswith(":\n") for piece in sample.context) + 1
-        words = text.split(" ")
-        return [f"\n\nDocument {place}:\n{words[0]}", *(f" {word}" for word in words[1:])]
+        unused = [text for text in self.source.documents if text not in asked] or self.source.documents
+        place = sum(piece.endswith(":\n") for piece in sample.context)
+        filler = []
+        for text in streams.random.sample(unused, min(_NUM_FILLERS, len(unused))):
+            place += 1
+            first, *words = text.split(" ")
+            filler += [f"\n\nDocument {place}:\n{first}", *(f" {word}" for word in words)]
+        return filler
 
 
 def _last_word(text: str) -> str:

@@ -8,8 +8,8 @@ This module knows no tensor; `latent_cache.py` says what the values mean and che
 LMDB stored, but it cannot tell whether the disk kept it: callers put a checksum into the value.
 
 Layout: `<root>/v1/data.mdb` is the database, `<root>/lock` a file lock that one process at a time holds, for some
-milliseconds, for reading too. It takes the place of LMDB's own locks, because the kernel frees it when its holder is killed
-(waiters on LMDB's shared mutexes can then sleep for ever) and because it also covers replacing the whole database.
+milliseconds, for reading too. It takes the place of LMDB's own locks, because the kernel frees it when its holder is
+killed (waiters on LMDB's shared mutexes can then sleep for ever) and because it covers replacing the database too.
 
 A damaged file is noticed and replaced by an empty one, except that LMDB trusts the pages of its search tree (about a
 thousandth of the file): random bytes there can end the process. A file system that several machines share (NFS) is no

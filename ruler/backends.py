@@ -15,17 +15,29 @@ This is RULER's only door to `utils.inference`; heavy imports happen when a back
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ruler.protocol import BACKENDS, Answer, Backend, BackendSettings, Question, Sampling
-from ruler.server import ServerText, read_reply
+from ruler.protocol import (
+    BACKENDS,
+    Answer,
+    Backend,
+    BackendSettings,
+    Question,
+    RowRefusedError,
+    Sampling,
+    TransientError,
+)
 from utils.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from utils.inference.prompt_embeds import CompressionStats
+    from utils.inference.prompt_embeds import PromptEmbeds
     from utils.model.prompt import MemoryPrompt
+
+_REFUSED_STATUS = (400, 413, 422)
+_TRANSIENT_STATUS = (408, 409, 425)
 
 
 def open_backend(settings: BackendSettings) -> Backend:
@@ -60,6 +72,67 @@ def decoder_folder(model: str | None) -> Path:
     return Path(str(model)) if _is_plain_model(model) else find_checkpoint(model).decoder
 
 
+class ServerText:
+    """Sends prompts as text to `/v1/completions`, or as user turns to `/v1/chat/completions`."""
+
+    batch_size = 1
+
+    def __init__(self, settings: BackendSettings) -> None:
+        from utils.inference.vllm_client import VllmClient
+
+        self.concurrency = settings.concurrency
+        self.details: dict[str, Any] = {}
+        self._settings = settings
+        # The runner owns the retries: a second layer inside the client would multiply them.
+        self._client = VllmClient(
+            settings.server_url,
+            model=settings.model,
+            api_key=settings.api_key,
+            timeout_s=settings.timeout_s,
+            max_retries=0,
+        )
+
+    async def start(self) -> None:
+        """Check that the server is there and fix the model's name."""
+        with _sorted_failures():
+            served = await self._client.models()
+        if self._client.model is None:
+            if len(served) != 1:
+                names = ", ".join(model.name for model in served) or "no model"
+                raise ConfigError(f"{self._client.base_url} serves {names}: name one with --model")
+            self._client.model = served[0].name
+        self.details["model"] = self._client.model
+
+    async def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """Ask each question with its own request."""
+        return [await self._ask(question) for question in questions]
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    async def _ask(self, question: Question) -> Answer:
+        with _sorted_failures():
+            if self._settings.api == "chat":
+                reply = await self._client.chat(self._settings.messages(question.text), **self._fields(question))
+            else:
+                reply = await self._client.complete(question.text, **self._fields(question))
+        return Answer(text=reply.text, prompt_tokens=reply.prompt_tokens)
+
+    def _fields(self, question: Question) -> dict[str, Any]:
+        """The request's further fields; None is left out."""
+        sampling = self._settings.sampling
+        return {
+            "max_tokens": question.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+            "stop": list(sampling.stop) or None,
+            # Not OpenAI's, but vLLM's and SGLang's; left out at "no limit" so that OpenAI accepts the request.
+            "top_k": sampling.top_k or None,
+        }
+
+
 class ServerMemory(ServerText):
     """Compresses contexts here and sends whole prompts as embeddings to a vLLM server's `/v1/completions`.
 
@@ -78,37 +151,44 @@ class ServerMemory(ServerText):
         }
         self._encoder_free = asyncio.Lock()
         # What a retry sends again; emptied with the answer.
-        self._encoded: dict[Question, tuple[str, CompressionStats]] = {}
+        self._encoded: dict[Question, PromptEmbeds] = {}
 
     async def _ask(self, question: Question) -> Answer:
-        import openai
-
-        blob, stats = await self._encode(question)
-        arguments = self._arguments(question)
-        arguments["extra_body"] = {**(arguments["extra_body"] or {}), "prompt_embeds": blob}
-        # The request must not have a text prompt beside the embeddings, not even an empty one.
-        reply = await self._call(self._client.completions.create, prompt=openai.omit, **arguments)
-        text = read_reply(reply, lambda choice: choice.text).text
-        del self._encoded[question]
-        return Answer(
-            text=text,
-            prompt_tokens=stats.prompt_tokens,
-            memory_tokens=stats.memory_tokens,
-            num_latents=stats.num_latents,
-        )
-
-    async def _encode(self, question: Question) -> tuple[str, CompressionStats]:
         if question not in self._encoded:
             async with self._encoder_free:
                 self._encoded[question] = await asyncio.to_thread(self._compress, question)
-        return self._encoded[question]
+        embeds = self._encoded[question]
+        with _sorted_failures():
+            reply = await self._client.complete(embeds.values_TD, **self._fields(question))
+        del self._encoded[question]
+        return Answer(
+            text=reply.text,
+            prompt_tokens=embeds.stats.prompt_tokens,
+            memory_tokens=embeds.stats.memory_tokens,
+            num_latents=embeds.stats.num_latents,
+        )
 
-    def _compress(self, question: Question) -> tuple[str, CompressionStats]:
-        from utils.inference.prompt_embeds import encode_wire
+    def _compress(self, question: Question) -> PromptEmbeds:
+        return self._compressor.compress([parse_prompt(self._compressor, question.memory_text, self._settings)])[0]
 
-        prompt = parse_prompt(self._compressor, question.memory_text, self._settings)
-        embeds = self._compressor.compress([prompt])[0]
-        return encode_wire(embeds.values_TD), embeds.stats
+
+@contextlib.contextmanager
+def _sorted_failures() -> Iterator[None]:
+    """Sort a failed request: worth another try, this row cannot be answered, or nothing can (passed on as it is)."""
+    from utils.inference.server_connection import RequestError
+
+    try:
+        yield
+    except RequestError as error:
+        if error.unreachable:
+            message = f"{error}: start the server, or name another address with --server-url"
+            raise TransientError(message, unreachable=True) from None
+        if error.status in _REFUSED_STATUS:
+            raise RowRefusedError(str(error)) from None
+        # Without a status there was no whole answer: a time-out, or a body that is no completion.
+        if error.transient or error.status is None or error.status in _TRANSIENT_STATUS:
+            raise TransientError(str(error), retry_after_s=error.retry_after_s) from None
+        raise
 
 
 class LocalCodeLlava:

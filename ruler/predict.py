@@ -100,7 +100,7 @@ async def _predict(
                     todo = [row for row in file.missing if job.max_rows is None or row.number < job.max_rows]
                     if todo and backend is None:
                         # Only now: a finished run needs no model.
-                        backend = await _start(settings, retry)
+                        backend = await start_backend(settings, retry)
                     if backend:
                         check_same(manifest.get("backend", backend.details), backend.details, target)
                         manifest |= {"backend": backend.details, "provenance": provenance()}
@@ -119,7 +119,8 @@ async def _predict(
     return outcomes
 
 
-async def _start(settings: BackendSettings, retry: RetryPolicy) -> Backend:
+async def start_backend(settings: BackendSettings, retry: RetryPolicy) -> Backend:
+    """Open a backend and wait until it is ready; a server that is not running is an error at once."""
     from ruler.backends import open_backend
 
     backend = open_backend(settings)
@@ -128,7 +129,8 @@ async def _start(settings: BackendSettings, retry: RetryPolicy) -> Backend:
             await backend.start()
             break
         except TransientError as error:
-            if attempt == retry.attempts:
+            if error.unreachable or attempt == retry.attempts:
+                await backend.close()
                 raise
             logger.info("%s; trying again", error)
             await asyncio.sleep(retry.wait_s(attempt, error.retry_after_s))

@@ -163,10 +163,10 @@ def _mean_score(name: str, judged: Mapping[str, Sequence[Judged]], group: Sequen
 
 def _token_means(tasks: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Mean tokens a row before and after compression, and memory tokens a latent (1 for text); None where unknown."""
-    after = [scores.get("prompt_tokens") for scores in tasks]
+    after = [scores["prompt_tokens"] for scores in tasks if "prompt_tokens" in scores]
     memory = [scores.get("memory_tokens", 0.0) for scores in tasks]
     latents = [scores.get("num_latents", 0.0) for scores in tasks]
-    known = None not in after
+    known = len(after) == len(tasks)
     return {
         "tokens_before": round(fmean(after) - fmean(latents) + fmean(memory), 1) if known else None,
         "tokens_after": round(fmean(after), 1) if known else None,

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ruler.layout import claim_run_folder, write_run_manifest
+from ruler.predict import start_backend
 from ruler.predictions import DataRow, PredictionFile
-from ruler.protocol import Backend, BackendSettings
+from ruler.protocol import BackendSettings
 from ruler.runner import RetryPolicy, ask
 from ruler_minimal.minimal_evaluate import evaluate, print_evaluation
 from ruler_minimal.prepare_dataset import add_task_arguments, build_task, generate_rows, make_counter
@@ -72,7 +73,7 @@ async def _answer(rows: list[DataRow], path: Path, settings: BackendSettings, ma
     with PredictionFile(path, rows) as file:
         if not file.missing:
             return 0
-        backend = await _open(settings)
+        backend = await start_backend(settings, RetryPolicy())
         try:
             with tqdm(total=len(file.missing), unit="row", disable=None) as bar:
                 failed = await ask(
@@ -81,14 +82,6 @@ async def _answer(rows: list[DataRow], path: Path, settings: BackendSettings, ma
         finally:
             await backend.close()
     return len(failed)
-
-
-async def _open(settings: BackendSettings) -> Backend:
-    from ruler.backends import open_backend
-
-    backend = open_backend(settings)
-    await backend.start()
-    return backend
 
 
 def _fields(row: dict[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def test_failed_rows_are_listed_and_asked_again(job, make_dataset, capsys):
     assert json.loads(capsys.readouterr().out)["tasks"][0]["answered"] == 1
 
 
-@pytest.mark.parametrize(("status", "words"), [(401, "HTTP 401"), (404, "this server says no")])
+@pytest.mark.parametrize(("status", "words"), [(401, "answered 401"), (404, "this server says no")])
 def test_a_refusing_server_stops_the_run_with_its_own_words(job, status, words):
     with FakeServer(status=status) as server, pytest.raises(ServerError, match=words):
         predict(job, settings(server), FAST)

@@ -1,0 +1,169 @@
+"""A small OpenAI-compatible server in this process whose next answers a test scripts."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+
+Action = Callable[["Handler"], None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers `/v1/models` and `/tokenize` itself; completions follow the server's script."""
+
+    protocol_version = "HTTP/1.1"
+    server: FakeServer
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        self.server.keys_seen.append(self.headers["Authorization"])
+        if self.server.models_action is not None:
+            self.server.models_action(self)
+        else:
+            listed = [{"id": name, "object": "model", "max_model_len": 4096} for name in self.server.models]
+            self.reply(200, {"object": "list", "data": listed})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize":
+            content = body["messages"][0]["content"]
+            if not isinstance(content, str):
+                content = self.server.part_separator.join(part["text"] for part in content)
+            self.reply(200, {"tokens": list(content.encode())})
+            return
+        self.server.requests.append((self.path, body))
+        self.server.keys_seen.append(self.headers["Authorization"])
+        action = self.server.script.pop(0) if self.server.script else answer("fine")
+        action(self)
+
+    def reply(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
+        """Send a JSON body (or raw bytes)."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def drop(self) -> None:
+        """Lose the connection."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+        self.close_connection = True
+
+
+class FakeServer(ThreadingHTTPServer):
+    """The server; `script` holds one action a completion request, then every request is answered "fine"."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.models = ["tiny"]
+        self.models_action: Action | None = None
+        self.part_separator = ""
+        self.script: list[Action] = []
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.keys_seen: list[str] = []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+@contextlib.contextmanager
+def running() -> Iterator[FakeServer]:
+    """Serve until the block ends."""
+    with FakeServer() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def rows_of(blob: str) -> torch.Tensor:
+    """What a prompt_embeds blob holds, read as a server reads it."""
+    return torch.load(io.BytesIO(base64.b64decode(blob, validate=True)), weights_only=True)
+
+
+def answer(text: str) -> Action:
+    """Answer with a completion or chat completion, streamed when asked for."""
+
+    def act(handler: Handler) -> None:
+        path, body = handler.server.requests[-1]
+        if body.get("stream"):
+            stream(*text)(handler)
+            return
+        said = {"message": {"role": "assistant", "content": text}} if "chat" in path else {"text": text}
+        handler.reply(200, {"choices": [{"index": 0, "finish_reason": "stop", **said}], "usage": USAGE})
+
+    return act
+
+
+USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}
+
+
+def stream(*pieces: str, then: Action | None = None) -> Action:
+    """Stream pieces; `then` replaces the regular end."""
+
+    def act(handler: Handler) -> None:
+        path, _ = handler.server.requests[-1]
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/event-stream")
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        handler.close_connection = True
+
+        def send(value: Any) -> None:
+            handler.wfile.write(f"data: {json.dumps(value)}\n\n".encode())
+            handler.wfile.flush()
+
+        for piece in pieces:
+            said: dict[str, Any] = {"delta": {"content": piece}} if "chat" in path else {"text": piece}
+            send({"choices": [{"index": 0, "finish_reason": None, **said}]})
+        if then is not None:
+            then(handler)
+            return
+        said = {"delta": {}} if "chat" in path else {"text": ""}
+        send({"choices": [{"index": 0, "finish_reason": "length", **said}]})
+        send({"choices": [], "usage": USAGE})
+        handler.wfile.write(b"data: [DONE]\n\n")
+
+    return act
+
+
+def refuse(status: int, body: Any, **headers: str) -> Action:
+    """Answer with an error status."""
+    return lambda handler: handler.reply(status, body, headers)
+
+
+def drop(handler: Handler) -> None:
+    """Lose the connection without an answer."""
+    handler.drop()
+
+
+def silence(seconds: float) -> Action:
+    """Say nothing for a while, then lose the connection."""
+
+    def act(handler: Handler) -> None:
+        time.sleep(seconds)
+        handler.drop()
+
+    return act
+
+
+def event(value: Any) -> Action:
+    """One more event of a stream, and its end."""
+    return lambda handler: handler.wfile.write(f"data: {json.dumps(value)}\n\n".encode()) and None

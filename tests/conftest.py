@@ -1,0 +1,54 @@
+"""What all tests share: few threads, a private latent cache, no network, tiny checkpoints written once a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before any Hugging Face module is imported: no test may ask the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    import torch
+
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One folder a test: a latent that another test stored could hide a wrong one here.
+    monkeypatch.setenv("CODE_LLAVA_CACHE_DIR", str(tmp_path_factory.mktemp("latents")))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny checkpoints by layout: `code-llava` and `lclm`. Read them; `copied` makes one to damage."""
+    from tests.support.tiny import write_checkpoint
+    from utils.inference.checkpoint import LAYOUTS
+    from utils.model.config import CompressionConfig
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    configs = {
+        "code-llava": CompressionConfig(chunk_size=4, window=4, pooling="eos"),
+        "lclm": CompressionConfig(chunk_size=4, window=32),
+    }
+    return {x.name: write_checkpoint(root / x.name, configs[x.name], layout=x) for x in LAYOUTS}
+
+
+@pytest.fixture
+def copied(checkpoints: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    """Copy a tiny checkpoint (`code-llava` or `lclm`), or a golden one, to a folder that the test may damage."""
+
+    def copy(name: str = "code-llava") -> Path:
+        return shutil.copytree(checkpoints.get(name, GOLDEN / name), tmp_path / "copies" / name)
+
+    return copy

@@ -243,7 +243,8 @@ def make_hotpotqa(random: Random) -> list[dict[str, Any]]:
 
     def add(title: str, *sentences: str) -> int:
         # As in the original, every sentence but the first brings its space.
-        remarks = random.sample(_REMARKS, 3)
+        # Two remarks: ten paragraphs, a question's own, must fit into 1024 tokens of any usual tokenizer.
+        remarks = random.sample(_REMARKS, 2)
         paragraphs.append((title, [sentences[0], *(f" {text}" for text in (*sentences[1:], *remarks))]))
         return len(paragraphs) - 1
 

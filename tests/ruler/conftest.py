@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 from ruler.dataset import write_dataset
 from ruler.registry import get_task
-
-# A helper beside the tests: loaded by path, since tests are no package.
-_spec = importlib.util.spec_from_file_location("ruler_fake_server", Path(__file__).with_name("fake_server.py"))
-assert _spec is not None
-assert _spec.loader is not None
-fake_server = importlib.util.module_from_spec(_spec)
-sys.modules["ruler_fake_server"] = fake_server
-_spec.loader.exec_module(fake_server)
 
 
 def make_rows(task: str, count: int, salt: str = "") -> list[dict]:

@@ -10,12 +10,12 @@ import sys
 import time
 
 import pytest
-from ruler_fake_server import FAULTS, FakeServer, answer_to
 
 from ruler.__main__ import main
 from ruler.predict import PredictJob, predict
 from ruler.protocol import BackendSettings
 from ruler.runner import RetryPolicy
+from tests.ruler.fake_server import FAULTS, FakeServer, answer_to
 from utils.errors import DatasetError, ServerError
 
 FAST = RetryPolicy(attempts=30, first_wait_s=0.001, longest_wait_s=0.02)

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from ruler_fake_server import FakeServer
+
+from tests.ruler.fake_server import FakeServer
 
 SCRIPTS = Path(__file__).parents[2] / "ruler/RULER/scripts"
 SCORED = Path(__file__).parents[1] / "data/ruler_scored"

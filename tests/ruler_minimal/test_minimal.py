@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import subprocess
@@ -15,16 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from ruler_minimal import eval_with_memory, generate_all_data, minimal_evaluate, prepare_dataset, serve_qwen3_eval
 from ruler_minimal.generate_all_data import CONFIGURATIONS
 from ruler_minimal.samples import CommonWordsTask, NeedleTask, VariableTask, count_words
+from tests.ruler.fake_server import FakeServer
 from utils.errors import ConfigError, DatasetError
 
 FOLDER = Path(prepare_dataset.__file__).parent
-_spec = importlib.util.spec_from_file_location(
-    "ruler_fake_server", Path(__file__).parents[1] / "ruler/fake_server.py"
-)  # fmt: skip
-assert _spec is not None
-assert _spec.loader is not None
-fake_server = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fake_server)
 
 
 def read(path):
@@ -150,7 +143,7 @@ def test_predictions_of_another_dataset_are_refused(dataset, tmp_path, answers):
 
 def test_serve_eval_end_to_end_and_again_without_asking(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "from-the-environment")
-    with fake_server.FakeServer() as server:
+    with FakeServer() as server:
         flags = ["--task", "niah", "--num-samples", "3", "--max-seq-length", "200", "--base-url", server.url,
                  "--model-name", "fake", "--work-dir", str(tmp_path), "--json",
                  "--system-prompt", "Be brief."]  # fmt: skip

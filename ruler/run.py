@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", default="ruler", help="names with commas, or ruler, code, all (default: ruler)")
     parser.add_argument("--lengths", default="1k,2k", help="budgets in tokens with commas, 1k = 1024 (default: 1k,2k)")
     parser.add_argument("--num-samples", type=int, default=5, help="rows a task and length (default: 5)")
-    parser.add_argument("--mode", choices=("compat", "balanced"), default="compat", help="of prepare (default: compat)")
+    parser.add_argument("--mode", choices=("compat", "balanced"), default="balanced", help="of prepare; compat "
+                        "gives the reference's rows, which can miss a short budget (default: balanced)")  # fmt: skip
     parser.add_argument("--random-seed", type=int, default=42, help="of the samples (default: 42)")
     parser.add_argument("--tokenizer-path", help="measures lengths (default: the local model's own)")
     parser.add_argument("--data-dir", help="folder of the real data files (default: built-in data)")

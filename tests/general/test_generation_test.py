@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from general import generation_test
-from tests.inference import fake_server
-from tests.inference.fake_server import FakeServer, refuse, stream
+from tests.support import fake_server
+from tests.support.fake_server import FakeServer, refuse, stream
 
 ROWS = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.inference import fake_server
-from tests.inference.fake_server import FakeServer, answer, drop, event, refuse, rows_of, silence, stream
+from tests.support import fake_server
+from tests.support.fake_server import FakeServer, answer, drop, event, refuse, rows_of, silence, stream
 from utils.errors import ConfigError, DatasetError, ServerError
 from utils.inference import vllm_client
 from utils.inference.server_answer import ServerCompletion

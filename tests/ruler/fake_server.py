@@ -79,7 +79,7 @@ class FakeServer:
 
     def _complete(self, handler, body):
         chat = "messages" in body
-        prompt = body["messages"][-1]["content"] if chat else body["prompt"]
+        prompt = body["messages"][-1]["content"] if chat else body.get("prompt") or body["prompt_embeds"]
         with self._lock:
             self.prompts.append(prompt)
             self.bodies.append(body)

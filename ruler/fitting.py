@@ -181,9 +181,10 @@ def _fill_budget(maker: RowMaker, own_seed: int, number: int, depths: Sequence[f
         raise _does_not_fit(generator, length_at(low))
     high = low + 1
     while length_at(high) <= budget:
-        # Lengths grow almost linearly: aim a little beyond the budget.
+        # Lengths grow almost linearly: aim a little beyond the budget, but never far on the word of a short stretch.
         per_unit = max((length_at(high) - length_at(low)) / (high - low), 0.01)
-        low, high = high, high + max(int((budget - length_at(high)) / per_unit * 1.02) + 1, 1)
+        aim = high + int((budget - length_at(high)) / per_unit * 1.02) + 1
+        low, high = high, min(aim, 4 * high + 8)
     while high - low > 1:
         share = (budget - length_at(low)) / (length_at(high) - length_at(low))
         middle = min(max(low + int(share * (high - low)), low + 1), high - 1)

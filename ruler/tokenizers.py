@@ -21,6 +21,7 @@ from utils.files import read_json, sha256_file
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_MIN_BATCH = 48  # waking the tokenizer's threads costs more than fewer texts take
 TOKENIZER_TYPES = ("hf", "openai", "nemo")
 
 
@@ -63,6 +64,8 @@ class HuggingFaceTokenizer:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def count(self, texts: Sequence[str]) -> list[int]:
+        if len(texts) < _MIN_BATCH:
+            return [len(self.encode(text)) for text in texts]
         return [len(encoding) for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 

@@ -13,8 +13,9 @@ from random import Random
 
 from ruler.code_files import CodeFile, CodeFiles
 from ruler.tasks.base import NOISE_SENTENCES, Sample, SampleFailed, Streams, TaskGenerator
+from utils.errors import DatasetError
 
-_TOKENS_A_LINE = 10  # roughly; only decides how many files a prompt has
+_TOKENS_A_LINE = 16  # roughly; only decides how many files a prompt has
 _VERBS = ("resolve", "compute", "measure", "select", "derive", "balance", "restore", "collect", "adjust", "estimate")
 _ADJECTIVES = ("amber", "brisk", "cobalt", "dusky", "eager", "frosty", "gilded", "hollow", "ivory", "jolly", "keen")
 _NOUNS = ("quota", "ledger", "beacon", "lattice", "harbor", "cipher", "margin", "kernel", "signal", "anchor", "basin")
@@ -149,7 +150,10 @@ class CodeTask(TaskGenerator):
             excerpts.append(_Excerpt(file, [block for block in blocks if block]))
             if left <= 0:
                 return excerpts
-        raise SampleFailed(f"the pile of code has fewer than {size} lines")
+        raise DatasetError(
+            f"{self.task.name} at {self.max_tokens} tokens: the {len(order)} code files have fewer than {size} lines "
+            f"that can be shown ({self._max_lines} a file); give a folder with more files"
+        )
 
     def _excerpt_at(self, excerpts: Sequence[_Excerpt], depth: float) -> _Excerpt:
         sizes = [sum(map(len, excerpt.blocks)) for excerpt in excerpts]

@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ruler.tasks.base import Sample, Streams, TaskGenerator
+from utils.errors import DatasetError
 
+_TOKENS_A_WORD = 50  # of the budget, for each different word
+_MIN_WORDS = 4  # the one to ignore and the three answers
 _ZETA_2 = math.pi**2 / 6  # Riemann's zeta(2), the sum of k ** -2
 
 
@@ -24,7 +27,13 @@ class FreqWords(TaskGenerator):
 
     def __post_init__(self) -> None:
         self._room = self.max_tokens - self.task.tokens_to_generate
-        self._num_words = max(self._room // 50, 4)
+        self._num_words = self._room // _TOKENS_A_WORD
+        if self._num_words < _MIN_WORDS:
+            least = _MIN_WORDS * _TOKENS_A_WORD + self.task.tokens_to_generate
+            raise DatasetError(
+                f"{self.task.name} does not fit into {self.max_tokens} tokens: it needs {_MIN_WORDS} different words; "
+                f"use a --max-seq-length of {least} or more"
+            )
         self.step = max(self._room // 32, 1)
 
     def fit(self, streams: Streams, count: Callable[[Sample], int]) -> int:

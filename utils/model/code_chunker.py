@@ -93,7 +93,7 @@ class CodeChunker(nn.Module):
 
     Raises:
         ConfigError: eos pooling without a pad token, windows longer than the encoder's positions, packed rows on an
-            encoder that cannot run them.
+            encoder that cannot run them, micro-batches of less than one token.
     """
 
     def __init__(
@@ -109,6 +109,8 @@ class CodeChunker(nn.Module):
         super().__init__()
         if config.pooling == "eos" and pad_token_id is None:
             raise ConfigError("eos pooling needs a pad token in the encoder's tokenizer; it has none")
+        if batch_tokens is not None and batch_tokens < 1:
+            raise ConfigError(f"--batch-tokens must be at least 1, got {batch_tokens}")
         if packed and not supports_packed_attention(encoder):
             raise ConfigError(f"{type(encoder).__name__} cannot run packed rows; leave packed=None")
         self.encoder = encoder
@@ -204,6 +206,12 @@ class CodeChunker(nn.Module):
     def _forward_equal(self, rows: Sequence[np.ndarray]) -> torch.Tensor:
         ids_BL = self._to_device(np.stack(rows))
         length = ids_BL.shape[1]
+        reach = getattr(self.encoder.config, "sliding_window", None)
+        if reach is not None and length > reach:
+            raise ConfigError(
+                f"this encoder's tokens see {reach} tokens back and a window has {length}: leave --attn-implementation "
+                "unset, packed rows handle that"
+            )
         # A mask of our own, so that the result does not hang on what the attention implementation assumes.
         seen = torch.ones(length, length, dtype=torch.bool, device=ids_BL.device)
         if self.config.causal:

@@ -54,6 +54,8 @@ class CompressionConfig:
         chunk_sizes: Chunk sizes the weights were trained for; empty when unknown.
         rope_dtype: Precision of the encoder's rotary frequencies. The published Code-LLaVA programs cast the whole
             model, these frequencies included, to bfloat16; their checkpoints give the same latents only that way.
+        window_follows: Whether a window is one chunk whatever the chunk size, as Code-LLaVA's is; None: it is if
+            window and chunk size are equal here. Kept when the chunk size changes.
     """
 
     chunk_size: int
@@ -65,8 +67,11 @@ class CompressionConfig:
     num_adapter_layers: int = 0
     chunk_sizes: tuple[int, ...] = ()
     rope_dtype: str = "float32"
+    window_follows: bool | None = None
 
     def __post_init__(self) -> None:
+        if self.window_follows is None:
+            object.__setattr__(self, "window_follows", self.window == self.chunk_size)
         _check_choice("pooling", self.pooling, POOLINGS)
         _check_choice("encoder_mask_type", self.mask, MASKS)
         _check_choice("adapter_type", self.adapter, ADAPTERS)
@@ -91,7 +96,7 @@ class CompressionConfig:
     def with_chunk_size(self, chunk_size: int | None) -> CompressionConfig:
         """The same compression at another chunk size.
 
-        A window that equals the chunk size (Code-LLaVA's) follows it; any other window must be a multiple of it.
+        Code-LLaVA's window follows the chunk size; any other stays and must be a multiple of it.
 
         Raises:
             ConfigError: This checkpoint cannot serve that chunk size.
@@ -106,7 +111,7 @@ class CompressionConfig:
         if self.chunk_sizes and chunk_size not in self.chunk_sizes:
             trained = ", ".join(map(str, self.chunk_sizes))
             logger.warning("chunk size %d: this checkpoint was trained for %s", chunk_size, trained)
-        window = chunk_size if self.window == self.chunk_size else self.window
+        window = chunk_size if self.window_follows else self.window
         return dataclasses.replace(self, chunk_size=chunk_size, window=window)
 
     def to_json(self) -> dict[str, Any]:
@@ -128,6 +133,8 @@ class CompressionConfig:
         Raises:
             ConfigError: A key is missing or its value is impossible; the message names file and key.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{where}: expected a JSON object, got {type(values).__name__}")
         known = dict(values)
         if "chunk_size" in known:
             ratio = known.setdefault("compression_ratio", known["chunk_size"])
@@ -144,8 +151,8 @@ class CompressionConfig:
             fields["num_adapter_layers"] = 0
         else:
             fields.setdefault("num_adapter_layers", 1)
-        fields["chunk_sizes"] = tuple(fields.get("chunk_sizes", ()))
         try:
+            fields["chunk_sizes"] = _sizes(fields.get("chunk_sizes", []))
             return cls(**fields)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
@@ -164,6 +171,14 @@ def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
 def _check_int(key: str, value: Any, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ConfigError(f"{key}: expected a whole number of at least {minimum}, got {value!r}")
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list):
+        raise ConfigError(f"chunk_sizes: expected a list, got {values!r}")
+    for value in values:
+        _check_int("chunk_sizes", value, 1)
+    return tuple(values)
 
 
 def _divisors(number: int) -> str:

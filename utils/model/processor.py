@@ -55,13 +55,15 @@ class Processor:
 
     def parse_raw(self, text: str, chunk_size: int | Sequence[int] | None = None) -> MemoryPrompt:
         """Parse one text; see `parse_raw_prompt`."""
-        return parse_raw_prompt(text, self.tokenizers, chunk_size or self.chunk_size, self.limit)
+        sizes = self.chunk_size if chunk_size is None else chunk_size
+        return parse_raw_prompt(text, self.tokenizers, sizes, self.limit)
 
     def parse_chat(
         self, messages: Sequence[Mapping[str, Any]], chunk_size: int | Sequence[int] | None = None, **template: Any
     ) -> MemoryPrompt:
         """Parse a chat; see `parse_chat_prompt`."""
-        return parse_chat_prompt(messages, self.tokenizers, chunk_size or self.chunk_size, self.limit, **template)
+        sizes = self.chunk_size if chunk_size is None else chunk_size
+        return parse_chat_prompt(messages, self.tokenizers, sizes, self.limit, **template)
 
     def collate(
         self,

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.errors import PromptError
+from utils.errors import ConfigError, PromptError
 from utils.model.markers import MARKERS, MEMORY, MEMORY_END, MEMORY_START, MarkerIds
 
 _MARKER = re.compile("|".join(re.escape(marker) for marker in MARKERS))
@@ -98,10 +98,17 @@ class MemoryLimit:
     Attributes:
         max_tokens: Most encoder tokens of a span; None for no limit.
         truncate: Keep the first `max_tokens` of a longer span and report it, where otherwise it is an error.
+
+    Raises:
+        ConfigError: A limit below one token.
     """
 
     max_tokens: int | None = None
     truncate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ConfigError(f"--max-memory-tokens must be at least 1, got {self.max_tokens}")
 
 
 def parse_raw_prompt(
@@ -156,10 +163,19 @@ def parse_chat_prompt(
     if not getattr(tokenizers.decoder, "chat_template", None):
         raise PromptError("the decoder tokenizer has no chat template: use the raw-text command instead")
     arguments = {"add_generation_prompt": True, **template_arguments, "tokenize": False}
-    text = tokenizers.decoder.apply_chat_template(shortened, **arguments)
+    text = _apply_template(tokenizers.decoder, shortened, arguments)
     # The template wrote the special tokens; adding them again would put a second BOS in front.
     ids = tokenizers.decoder(text, add_special_tokens=False)["input_ids"]
     return _assemble(ids, memories, tokenizers, chunk_size, limit)
+
+
+def _apply_template(tokenizer: Any, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, **arguments)
+    except TemplateError as error:
+        raise PromptError(f"the decoder's chat template refuses these messages: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ class CommonWords(TaskGenerator):
             )
         words = streams.random.sample(pool, num_words)
         common, rare = words[: self._num_common], words[self._num_common :]
-        pieces = []
+        pieces: list[str] = []
         for number, word in enumerate(streams.shuffled(common * often + rare * seldom), start=1):
             pieces += (f" {number}.", f" {word}")
         pieces[0] = pieces[0].lstrip()

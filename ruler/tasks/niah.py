@@ -138,10 +138,11 @@ class Niah(TaskGenerator):
         if self._haystack == "noise":
             lines = [[NOISE + "\n"]] * size
         else:
-            kinds = (self.task.params["key"], self._needle_values)
-            lines = [
-                self._needle(*(self._draw_word(streams, kind) for kind in kinds), behind="\n") for _ in range(size)
-            ]
+            key_kind = self.task.params["key"]
+            lines = []
+            for _ in range(size):
+                key = self._draw_word(streams, key_kind)
+                lines.append(self._needle(key, self._draw_word(streams, self._needle_values), behind="\n"))
         if depths is None:
             places = sorted(streams.random.sample(range(size), len(draw.needles)), reverse=True)
         else:

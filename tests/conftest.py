@@ -1,4 +1,4 @@
-"""What all tests share: few threads, a private latent cache, no network, tiny checkpoints written once a run."""
+"""What all tests share: one thread, a private latent cache, no network, tiny checkpoints written once a run."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Before any Hugging Face module is imported: no test may ask the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+# A busy machine is slow, not wrong.
+hypothesis.settings.register_profile("project", deadline=None)
+hypothesis.settings.load_profile("project")
+
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _few_threads() -> None:
+def _one_thread() -> None:
     import torch
 
-    torch.set_num_threads(2)
+    # The models are tiny: a second thread would only wait for the first.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -75,7 +75,9 @@ def byte_tokenizer(*, markers: bool, template: str | None = None, bos: bool = Fa
 
 def tokenizers() -> PromptTokenizers:
     """A decoder tokenizer with markers and template, and an encoder tokenizer without."""
-    return PromptTokenizers(decoder=byte_tokenizer(markers=True, template=CHATML), encoder=byte_tokenizer(markers=False))
+    return PromptTokenizers(
+        decoder=byte_tokenizer(markers=True, template=CHATML), encoder=byte_tokenizer(markers=False)
+    )
 
 
 def _sizes(width: int, **changes: Any) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class CheckpointFiles:
         )
         parts += [self.root / name for name in self.layout.adapter]
         settings = {key: value for key, value in self.config.to_json().items() if key != "compression_ratio"}
-        if self.config.window == self.config.chunk_size:
+        if self.config.window_follows:
             del settings["encoder_window_size"]
         lines = [f"{path.relative_to(self.root)} {_cached_sha256(path)}" for path in parts]
         return sha256_bytes("\n".join([*lines, json.dumps(settings, sort_keys=True)]).encode())

@@ -54,7 +54,7 @@ class Adapter(nn.Module):
         self.fc2 = nn.Linear(middle_width, output_width)
         if self.has_attention:
             self.attention_layers = nn.ModuleList(
-                _AttentionLayer(_qwen3_config(layer_config), index) for index in range(config.num_adapter_layers)
+                _AttentionLayer(_qwen3_config(layer_config)) for _ in range(config.num_adapter_layers)
             )
 
     @property
@@ -91,9 +91,10 @@ class Adapter(nn.Module):
 class _AttentionLayer(nn.Module):
     """One Qwen3 decoder layer, named as LCLM names it on disk."""
 
-    def __init__(self, config: Qwen3Config, index: int) -> None:
+    def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
-        self.decoder_layer = Qwen3DecoderLayer(config, layer_idx=index)
+        # The index only matters to a key-value cache, which there is none of here.
+        self.decoder_layer = Qwen3DecoderLayer(config, layer_idx=0)
         self.rotary_embedding = Qwen3RotaryEmbedding(config)
 
     def forward(self, rows: torch.Tensor, positions: torch.Tensor, segments: Segments) -> torch.Tensor:

@@ -84,7 +84,7 @@ class Processor:
         rows = [list(prompt.input_ids) for prompt in prompts]
         labels = None
         if targets is not None:
-            answers = [self._target_ids(target) for target in targets]
+            answers = [self.target_ids(target) for target in targets]
             if len(answers) != len(rows):
                 raise PromptError(f"{len(rows)} prompts but {len(answers)} targets: give one target a prompt")
             labels = [[IGNORED_LABEL] * len(row) + answer for row, answer in zip(rows, answers, strict=True)]
@@ -100,7 +100,12 @@ class Processor:
             labels=None if labels is None else _padded(labels, longest, IGNORED_LABEL, padding_side),
         )
 
-    def _target_ids(self, target: str) -> list[int]:
+    def target_ids(self, target: str) -> list[int]:
+        """Decoder tokens of a target, with the end token.
+
+        Raises:
+            PromptError: The target is empty.
+        """
         ids = self.tokenizers.decoder(target, add_special_tokens=False)["input_ids"]
         if not ids:
             raise PromptError("a target is empty: there is nothing to learn from it")

@@ -125,7 +125,7 @@ def parse_raw_prompt(
     Raises:
         PromptError: Unpaired, nested or empty spans, a literal placeholder, a span over the limit.
     """
-    pieces = list(_split_spans(text, "the prompt"))
+    pieces = list(split_spans(text, "the prompt"))
     shortened = _join_with_placeholders(pieces)
     ids = tokenizers.decoder(shortened, add_special_tokens=True)["input_ids"]
     return _assemble(ids, _memories(pieces), tokenizers, chunk_size, limit)
@@ -157,7 +157,7 @@ def parse_chat_prompt(
     memories: list[str] = []
     for number, message in enumerate(messages):
         role, content = _role_and_content(message, number)
-        pieces = list(_split_spans(content, f"message {number}"))
+        pieces = list(split_spans(content, f"message {number}"))
         memories += _memories(pieces)
         shortened.append({**message, "role": role, "content": _join_with_placeholders(pieces)})
     if not getattr(tokenizers.decoder, "chat_template", None):
@@ -179,13 +179,25 @@ def _apply_template(tokenizer: Any, messages: list[dict[str, Any]], arguments: M
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class Piece:
+    """A stretch of a text as written: plain, or the inside of a memory span."""
+
     text: str
     is_memory: bool
 
 
-def _split_spans(text: str, where: str) -> Iterator[_Piece]:
-    """Cut a text into plain pieces and memory pieces, checking the markers' order on the way."""
+def split_spans(text: str, where: str) -> Iterator[Piece]:
+    """Cut a text into plain pieces and memory pieces, checking the markers' order on the way.
+
+    Plain and memory pieces take turns; the first and the last are plain and may be empty.
+
+    Args:
+        text: As written, with markers.
+        where: What the text is, for error messages.
+
+    Raises:
+        PromptError: Unpaired, nested or empty spans, a literal placeholder.
+    """
     position, opened = 0, None
     for match in _MARKER.finditer(text):
         marker, at = match.group(), match.start()
@@ -200,19 +212,19 @@ def _split_spans(text: str, where: str) -> Iterator[_Piece]:
                     f"{_place(text, at, where)}: {MEMORY_START} inside the span that begins at character {opened}; "
                     f"spans do not nest, close it with {MEMORY_END} first"
                 )
-            yield _Piece(text[position:at], False)
+            yield Piece(text[position:at], False)
             opened = at
         else:
             if opened is None:
                 raise PromptError(f"{_place(text, at, where)}: {MEMORY_END} without a {MEMORY_START} before it")
             if at == position:
                 raise PromptError(f"{_place(text, opened, where)}: the memory span is empty; fill it or remove it")
-            yield _Piece(text[position:at], True)
+            yield Piece(text[position:at], True)
             opened = None
         position = match.end()
     if opened is not None:
         raise PromptError(f"{_place(text, opened, where)}: {MEMORY_START} without a {MEMORY_END} after it")
-    yield _Piece(text[position:], False)
+    yield Piece(text[position:], False)
 
 
 def _place(text: str, at: int, where: str) -> str:
@@ -220,11 +232,11 @@ def _place(text: str, at: int, where: str) -> str:
     return f"{where}, character {at} ({excerpt!r})"
 
 
-def _memories(pieces: Sequence[_Piece]) -> list[str]:
+def _memories(pieces: Sequence[Piece]) -> list[str]:
     return [piece.text for piece in pieces if piece.is_memory]
 
 
-def _join_with_placeholders(pieces: Sequence[_Piece]) -> str:
+def _join_with_placeholders(pieces: Sequence[Piece]) -> str:
     placeholder = MEMORY_START + MEMORY + MEMORY_END
     return "".join(placeholder if piece.is_memory else piece.text for piece in pieces)
 

@@ -1,0 +1,103 @@
+"""Encoding written down plainly: one window at a time, no packing, explicit masks, loops over chunks.
+
+It shares nothing with `utils.model` but the weights, so the fast code is held against it.
+Semantics: LCLM, "End-to-End Context Compression at Scale", arXiv 2606.09659.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
+
+from utils.model.config import CompressionConfig
+
+
+def reference_latents(
+    encoder: Any,
+    adapter_state: dict[str, torch.Tensor],
+    layer_config: Any,
+    ids: Sequence[int],
+    config: CompressionConfig,
+    pad_token_id: int,
+) -> torch.Tensor:
+    """Latents of one span, [n, D], computed with an encoder whose attention is `eager`."""
+    pooled = torch.cat([_window(encoder, ids, at, config, pad_token_id) for at in range(0, len(ids), config.window)])
+    if config.adapter == "attn_mlp":
+        pooled = _attention_layers(adapter_state, layer_config, pooled)
+    latents = _mlp(adapter_state, pooled)
+    if config.adapter == "mlp_attn":
+        latents = _attention_layers(adapter_state, layer_config, latents)
+    return latents
+
+
+def _window(encoder: Any, ids: Sequence[int], at: int, config: CompressionConfig, pad_token_id: int) -> torch.Tensor:
+    core = list(ids[at : at + config.window])
+    left = list(ids[max(0, at - config.overlap) : at])
+    right = (
+        list(ids[at + config.window : at + config.window + config.overlap]) if config.mask == "bidirectional" else []
+    )
+    num_chunks = -(-len(core) // config.chunk_size)
+    row = left + core + right + ([pad_token_id] * num_chunks if config.pooling == "eos" else [])
+    hidden = _hidden_states(encoder, row, causal=config.mask == "causal")
+    if config.pooling == "eos":
+        return hidden[-num_chunks:]
+    vectors = []
+    for chunk in range(num_chunks):
+        begin = len(left) + chunk * config.chunk_size
+        states = hidden[begin : min(begin + config.chunk_size, len(left) + len(core))]
+        if config.pooling == "mean":
+            vectors.append(states.mean(dim=0))
+        else:
+            missing = torch.zeros(config.chunk_size - len(states), states.shape[1])
+            vectors.append(torch.cat([states, missing]).flatten())
+    return torch.stack(vectors)
+
+
+def _hidden_states(encoder: Any, row: list[int], *, causal: bool) -> torch.Tensor:
+    assert encoder.config._attn_implementation == "eager"
+    length = len(row)
+    mask = torch.zeros(1, 1, length, length)
+    if causal:
+        for token in range(length):
+            mask[0, 0, token, token + 1 :] = torch.finfo(torch.float32).min
+    out = encoder(input_ids=torch.tensor([row]), attention_mask=mask, position_ids=torch.arange(length)[None])
+    return out.last_hidden_state[0]
+
+
+def _mlp(state: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    normed = rows * torch.rsqrt(rows.pow(2).mean(dim=-1, keepdim=True) + 1e-6) * state["norm.weight"]
+    middle = normed @ state["fc1.weight"].T + state["fc1.bias"]
+    middle = middle * 0.5 * (1 + torch.erf(middle / 2**0.5))
+    return middle @ state["fc2.weight"].T + state["fc2.bias"]
+
+
+def _attention_layers(state: dict[str, torch.Tensor], layer_config: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Stock Qwen3 layers over one span: nothing masked, positions from 0."""
+    num_layers = len({key.split(".")[1] for key in state if key.startswith("attention_layers.")})
+    heads = layer_config.num_attention_heads
+    config = Qwen3Config(
+        hidden_size=layer_config.hidden_size,
+        intermediate_size=layer_config.intermediate_size,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(layer_config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(layer_config, "head_dim", None) or layer_config.hidden_size // heads,
+        hidden_act=layer_config.hidden_act,
+        rms_norm_eps=getattr(layer_config, "rms_norm_eps", 1e-6),
+        num_hidden_layers=num_layers,
+        attn_implementation="eager",
+    )
+    positions = torch.arange(len(rows))[None]
+    hidden = rows[None]
+    rotary = Qwen3RotaryEmbedding(config)(hidden, positions)
+    for index in range(num_layers):
+        prefix = f"attention_layers.{index}.decoder_layer."
+        layer = Qwen3DecoderLayer(config, layer_idx=index).eval()
+        layer.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        mask = torch.zeros(1, 1, len(rows), len(rows))
+        out = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
+        hidden = out[0] if isinstance(out, tuple) else out
+    return hidden[0]

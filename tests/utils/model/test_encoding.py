@@ -1,0 +1,242 @@
+"""The fast encoders against the plain one, and what must not change a latent."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.marks import requires_gpu
+from tests.support.reference import reference_latents
+from tests.support.tiny import ENCODER_WIDTH, make_decoder, make_encoder, make_memory_encoder
+from utils.errors import ConfigError
+from utils.model.code_chunker import CodeChunker, plan_windows
+from utils.model.code_llava_model import MemoryEncoder
+from utils.model.config import CompressionConfig
+from utils.model.prompt import MemorySpan, num_latents
+
+TOLERANCE = 1e-5
+PAD = 256
+WINDOW = 16
+FAMILIES = ("qwen3", "llama", "bert")
+# One token, less than a chunk, a whole chunk, a whole window, several windows with a short last chunk.
+LENGTHS = (1, 3, 4, 16, 33, 70)
+MIXED_SIZES = (4, 8, 2, 4, 16, 1)
+
+
+def make_config(pooling: str, mask: str, overlap: int = 0, adapter: str = "mlp", layers: int = 2) -> CompressionConfig:
+    return CompressionConfig(
+        chunk_size=4,
+        window=WINDOW,
+        pooling=pooling,
+        mask=mask,
+        overlap=overlap,
+        adapter=adapter,
+        num_adapter_layers=0 if adapter == "mlp" else layers,
+    )
+
+
+def make_span(length: int, chunk_size: int = 4, seed: int = 0) -> MemorySpan:
+    draw = random.Random(f"{seed} {length}")
+    ids = [draw.randrange(256) for _ in range(length)]
+    return MemorySpan(text="", token_ids=ids, start=0, stop=num_latents(length, chunk_size), chunk_size=chunk_size)
+
+
+def spans_for(config: CompressionConfig) -> list[MemorySpan]:
+    sizes = itertools.repeat(4) if config.pooling == "concat" else MIXED_SIZES
+    return [make_span(length, size) for length, size in zip(LENGTHS, sizes, strict=False)]
+
+
+def reference(config: CompressionConfig, family: str, memory_encoder: MemoryEncoder, span: MemorySpan) -> torch.Tensor:
+    encoder = make_encoder(family, attn_implementation="eager")
+    layer_config = encoder.config if config.adapter == "attn_mlp" else make_decoder().config
+    sized = config.with_chunk_size(span.chunk_size)
+    return reference_latents(encoder, memory_encoder.adapter.state_dict(), layer_config, span.token_ids, sized, PAD)
+
+
+def assert_all_close(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    assert [x.shape for x in got] == [x.shape for x in expected]
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=TOLERANCE, rtol=0)
+
+
+SEMANTICS = [
+    make_config(pooling, mask, overlap, adapter)
+    for pooling, mask, overlap, adapter in itertools.product(
+        ("eos", "mean", "concat"), ("causal", "bidirectional"), (0, 5), ("mlp", "attn_mlp", "mlp_attn")
+    )
+    if not (pooling == "concat" and adapter == "attn_mlp")
+]
+
+# All semantics with one family; with the others, each once: only the chunker meets the family's own code.
+WITH_FAMILIES = [("qwen3", config) for config in SEMANTICS] + [
+    (family, config)
+    for family in ("llama", "bert")
+    for config in SEMANTICS
+    if config.adapter == "mlp" or (config.pooling, config.mask, config.overlap) == ("mean", "bidirectional", 5)
+]
+
+
+def name_of(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value.pooling}-{value.mask}-{value.overlap}-{value.adapter}"
+
+
+@pytest.mark.parametrize(("family", "config"), WITH_FAMILIES, ids=name_of)
+@torch.inference_mode()
+def test_every_path_agrees_with_the_plain_encoder(family: str, config: CompressionConfig) -> None:
+    packed = make_memory_encoder(config, family)
+    assert packed.chunker.packed
+    spans = spans_for(config)
+    expected = [reference(config, family, packed, span) for span in spans]
+    assert_all_close(packed(spans), expected)
+    for implementation in ("eager", "sdpa"):
+        encoder = make_encoder(family, attn_implementation=implementation)
+        grouped = make_memory_encoder(config, encoder=encoder, packed=False)
+        assert_all_close(grouped(spans), expected)
+
+
+@pytest.mark.parametrize("config", SEMANTICS[::3], ids=name_of)
+@pytest.mark.parametrize("packed", [True, False])
+@torch.inference_mode()
+def test_company_changes_no_latent(config: CompressionConfig, packed: bool) -> None:
+    """Order, batch size, packing and micro-batches."""
+    encoder = make_memory_encoder(config, packed=packed)
+    spans = [*spans_for(config), *[make_span(length, 4, seed=7) for length in (5, 40)]]
+    alone = [encoder([span])[0] for span in spans]
+    assert_all_close(encoder(spans), alone)
+    assert_all_close(encoder(spans[::-1])[::-1], alone)
+    for batch_tokens in (1, 20, 100):
+        encoder.chunker.batch_tokens = batch_tokens
+        assert_all_close(encoder(spans), alone)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_masks_are_real(family: str, packed: bool) -> None:
+    """Causal: a later token changes nothing before it. Bidirectional: it does, inside its window and overlap."""
+    span = make_span(48)
+    changed_ids = [*span.token_ids]
+    changed_ids[15] = (changed_ids[15] + 1) % 256
+    changed = MemorySpan(text="", token_ids=changed_ids, start=0, stop=span.stop, chunk_size=4)
+    touched = {"causal": {3, 4, 5, 6, 7}, "bidirectional": set(range(8))}
+    for mask, expected in touched.items():
+        encoder = make_memory_encoder(make_config("mean", mask, overlap=3), family, packed=packed)
+        before, after = encoder([span, changed])
+        moved = {i for i in range(len(before)) if (before[i] - after[i]).abs().max() > TOLERANCE}
+        assert moved == expected, mask
+
+
+def test_windows_follow_the_contract() -> None:
+    ids = list(range(40))
+    causal = plan_windows(ids, make_config("mean", "causal", overlap=5))
+    assert [(list(w.left), w.core[0], len(w.core), list(w.right)) for w in causal] == [
+        ([], 0, 16, []),
+        ([11, 12, 13, 14, 15], 16, 16, []),
+        ([27, 28, 29, 30, 31], 32, 8, []),
+    ]
+    both = plan_windows(ids, make_config("mean", "bidirectional", overlap=5))
+    assert [list(w.right) for w in both] == [[16, 17, 18, 19, 20], [32, 33, 34, 35, 36], []]
+    assert [w.num_latents for w in both] == [4, 4, 2]
+    assert [token for w in both for token in w.core] == ids
+
+
+@torch.inference_mode()
+def test_positions_begin_at_zero_in_each_window() -> None:
+    encoder = make_memory_encoder(make_config("mean", "causal"))
+    ids = list(make_span(16).token_ids)
+    twice = MemorySpan(text="", token_ids=ids * 2, start=0, stop=8, chunk_size=4)
+    first, second = encoder([twice])[0].split(4)
+    torch.testing.assert_close(first, second, atol=TOLERANCE, rtol=0)
+
+
+@torch.inference_mode()
+def test_bfloat16_stays_bfloat16() -> None:
+    encoder = make_memory_encoder(make_config("mean", "causal", adapter="mlp_attn")).to(torch.bfloat16)
+    assert encoder([make_span(20)])[0].dtype == torch.bfloat16
+
+
+@torch.inference_mode()
+def test_no_spans_give_no_latents() -> None:
+    assert make_memory_encoder(make_config("mean", "causal"))([]) == []
+
+
+def test_gradients_reach_encoder_and_adapter_without_padding_rows() -> None:
+    memory_encoder = make_memory_encoder(make_config("eos", "bidirectional", 5, "attn_mlp"))
+    sum(latents.square().sum() for latents in memory_encoder([make_span(20), make_span(3)])).backward()
+    # Byte ids that do not occur have no gradient in the table; every other parameter has one.
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in memory_encoder.parameters())
+
+
+def test_concat_fixes_the_chunk_size() -> None:
+    memory_encoder = make_memory_encoder(make_config("concat", "causal"))
+    assert memory_encoder.chunker.width == 4 * ENCODER_WIDTH
+    with pytest.raises(ConfigError, match="concat pooling fixes it to 4"):
+        memory_encoder([make_span(20, chunk_size=8)])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_window_longer_than_the_encoders_positions(packed: bool) -> None:
+    config = CompressionConfig(chunk_size=4, window=600)
+    memory_encoder = make_memory_encoder(config, packed=packed)
+    with pytest.raises(ConfigError, match="a window of 600 tokens .* longer than the encoder's 512 positions"):
+        memory_encoder([make_span(600)])
+    assert len(memory_encoder([make_span(512)])[0]) == 128
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pad_token_id": None}, "eos pooling needs a pad token"),
+        ({"batch_tokens": 0}, "--batch-tokens must be at least 1, got 0"),
+    ],
+)
+def test_a_chunker_that_cannot_work(changes: dict[str, Any], reason: str) -> None:
+    config = make_config("eos", "causal")
+    with pytest.raises(ConfigError, match=reason):
+        CodeChunker(make_encoder(), config, **{"pad_token_id": PAD, **changes})
+
+
+def test_packed_rows_where_the_model_has_none() -> None:
+    encoder = make_encoder()
+    encoder._supports_attention_backend = False
+    config = make_config("mean", "causal")
+    assert not CodeChunker(encoder, config).packed
+    with pytest.raises(ConfigError, match="Qwen3Model cannot run packed rows"):
+        CodeChunker(encoder, config, packed=True)
+
+
+@torch.inference_mode()
+def test_sliding_windows_of_an_encoder_are_kept() -> None:
+    """A model that looks back only so far gives the same states packed and on its own."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    torch.manual_seed(0)
+    settings = make_encoder().config.to_dict() | {
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 0,
+        "layer_types": ["sliding_attention", "sliding_attention"],
+    }
+    encoder = Qwen3Model(Qwen3Config(**settings, attn_implementation="sdpa")).eval()
+    ids = torch.tensor([list(make_span(16).token_ids)])
+    alone = encoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+    config = CompressionConfig(chunk_size=1, window=WINDOW)
+    packed = torch.cat(CodeChunker(encoder, config)(plan_windows(ids[0].tolist(), config)))
+    torch.testing.assert_close(packed, alone, atol=TOLERANCE, rtol=0)
+
+
+@requires_gpu
+@pytest.mark.parametrize("config", SEMANTICS[::4], ids=name_of)
+@torch.inference_mode()
+def test_cuda_agrees_with_the_cpu(config: CompressionConfig) -> None:
+    encoder = make_memory_encoder(config)
+    spans = spans_for(config)
+    expected = encoder(spans)
+    got = [latents.cpu() for latents in encoder.to("cuda")(spans)]
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,74 @@
+"""The whole benchmark from one command, on a tiny checkpoint: data, text, memory at two chunk sizes, report, resume."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ruler.__main__ import COMMANDS, main
+
+
+@pytest.fixture
+def long_reader(copied):
+    """A tiny checkpoint whose decoder has room for RULER's prompts, one token a byte."""
+    folder = copied("code-llava")
+    path = folder / "llm" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 4096}))
+    return folder
+
+
+@pytest.mark.slow
+def test_run_from_data_to_report_and_again_without_work(long_reader, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    command = ["run", "--output-dir", str(out), "--model", str(long_reader), "--tasks", "niah_single_1,niah_multikey_2",
+               "--lengths", "1100,1300", "--num-samples", "1", "--chunk-sizes", "4,16", "--workers", "1",
+               "--batch-size", "2"]  # fmt: skip
+    assert main(command) == 0
+    assert capsys.readouterr().out.strip() == str(out / "report" / "report.md")
+    report = json.loads((out / "report/report.json").read_text())
+    assert [run["name"] for run in report["runs"]] == ["text", "memory-x4", "memory-x16"]
+    assert report["notes"] == []  # complete, and all of the same rows
+    text, by_four, by_sixteen = (run["lengths"][1] for run in report["runs"])
+    assert text["length"] == 1300
+    assert text["ratio"] == 1
+    assert by_four["ratio"] == pytest.approx(4, abs=0.1)
+    assert by_sixteen["ratio"] == pytest.approx(16, abs=0.4)
+    # Two marker tokens around each memory; the rest is the same text.
+    assert by_four["tokens_before"] == by_sixteen["tokens_before"] == text["tokens_before"] + 2
+    assert len(report["pictures"]) == 4
+
+    predictions = {path: path.read_bytes() for path in (out / "runs").rglob("*.jsonl")}
+    assert len(predictions) == 3 * 2 * 2
+    monkeypatch.setattr("ruler.backends.open_backend", lambda settings: pytest.fail("a finished run loads no model"))
+    assert main(command) == 0
+    assert {path: path.read_bytes() for path in (out / "runs").rglob("*.jsonl")} == predictions
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--chunk-sizes", "4,x"], "'x' is not a number of tokens"),
+        (["--chunk-sizes", "", "--without-text"], "nothing to run"),
+        (["--where", "server"], "--tokenizer-path is needed"),
+        (["--concurrency", "0"], "--concurrency must be positive, got 0"),
+    ],
+)
+def test_what_cannot_be_run_is_said(tmp_path, capsys, flags, words):
+    assert main(["run", "--output-dir", str(tmp_path), *flags]) == 1
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_quick_because_it_loads_no_libraries(command, tmp_path):
+    code = (
+        f"import sys, runpy; sys.argv = ['ruler', *{[command] if command else []}, '--help']\n"
+        "try: runpy.run_module('ruler', run_name='__main__')\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'transformers', 'openai', 'matplotlib', 'numpy', 'nltk') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.stdout.startswith("usage: python -m ruler")
+    assert "examples:" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -128,7 +128,7 @@ class Compressor:
         for number, prompt in enumerate(prompts):
             check_prompt_fits(len(prompt.input_ids), self._decoder_config, name=f"prompt {number}")
         encoded = iter(self.encode_spans([span for prompt in prompts for span in prompt.spans]))
-        return [self._embed(prompt, [next(encoded) for _ in prompt.spans]) for prompt in prompts]
+        return [self.embed(prompt, [next(encoded) for _ in prompt.spans]) for prompt in prompts]
 
     @torch.inference_mode()
     def encode_spans(self, spans: Sequence[MemorySpan]) -> list[tuple[torch.Tensor, int]]:
@@ -161,7 +161,8 @@ class Compressor:
             **provenance(),
         }
 
-    def _embed(self, prompt: MemoryPrompt, encoded: Sequence[tuple[torch.Tensor, int]]) -> PromptEmbeds:
+    def embed(self, prompt: MemoryPrompt, encoded: Sequence[tuple[torch.Tensor, int]]) -> PromptEmbeds:
+        """Splice what `encode_spans` gave for a prompt's spans into its embedding rows."""
         rows_TD = self._table_VD[torch.tensor(prompt.input_ids)].to(self.dtype)
         places = tuple((span.start, span.stop) for span in prompt.spans)
         return PromptEmbeds(

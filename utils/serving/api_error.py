@@ -1,0 +1,31 @@
+"""Errors in the shape that OpenAI clients read: `{"error": {"message", "type", "code"}}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class ApiError(Exception):
+    """A request that the gateway answers with an error.
+
+    Attributes:
+        status: HTTP status.
+        headers: Further headers, such as Retry-After.
+    """
+
+    def __init__(self, status: int, message: str, *, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body."""
+        return error_body(str(self), self.status)
+
+
+def error_body(message: str, status: int) -> dict[str, Any]:
+    """An error object; `type` follows the status as OpenAI's does."""
+    kinds = {401: "authentication_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "code": status}}

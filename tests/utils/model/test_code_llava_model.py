@@ -1,0 +1,167 @@
+"""The whole model: loss, gradients, generation in batches, room, and memory that runs out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.tiny import DECODER_WIDTH, MAX_POSITIONS, make_model, tokenizers
+from utils.errors import ConfigError, PromptError
+from utils.model.code_llava_model import CodeLLaVAModel
+from utils.model.config import CompressionConfig
+from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.model.processor import Processor
+from utils.model.prompt import MemoryPrompt
+
+CONFIG = CompressionConfig(chunk_size=4, window=16)
+PROCESSOR = Processor(tokenizers=tokenizers(), chunk_size=4)
+TEXTS = [
+    f"Explain {MEMORY_START}def add(a, b): return a + b{MEMORY_END}!",
+    "no memory",
+    f"{MEMORY_START}x{MEMORY_END}{MEMORY_START}x{MEMORY_END} and a much longer text around two equal spans",
+]
+PROMPTS = [PROCESSOR.parse_raw(text) for text in TEXTS]
+TARGETS = ["It adds.", "ok", "They are equal."]
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama"])
+def model(request: pytest.FixtureRequest) -> CodeLLaVAModel:
+    return make_model(CONFIG, decoder_family=request.param)
+
+
+def expected_embeds(model: CodeLLaVAModel, prompt: MemoryPrompt) -> torch.Tensor:
+    """Row by row: a token's embedding, or the next latent."""
+    latents = iter(torch.cat([*model.encode_memory(prompt.spans), torch.empty(0, DECODER_WIDTH)]))
+    table = model.decoder.get_input_embeddings().weight
+    inside = {row for span in prompt.spans for row in range(span.start, span.stop)}
+    return torch.stack([next(latents) if i in inside else table[token] for i, token in enumerate(prompt.input_ids)])
+
+
+@torch.inference_mode()
+def test_prompt_embeddings(model: CodeLLaVAModel) -> None:
+    together = model.embed_prompts(PROMPTS)
+    for prompt, embeds in zip(PROMPTS, together, strict=True):
+        torch.testing.assert_close(embeds, expected_embeds(model, prompt), atol=1e-5, rtol=0)
+        torch.testing.assert_close(embeds, model.embed_prompt(prompt), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@torch.inference_mode()
+def test_loss_is_the_mean_over_all_target_tokens(model: CodeLLaVAModel, side: Any) -> None:
+    inputs = PROCESSOR.collate(PROMPTS, TARGETS, padding_side=side)
+    out = model(inputs)
+    losses = []
+    for row, prompt in zip(inputs.prompts, PROMPTS, strict=True):
+        logits = model.decoder(inputs_embeds=model.embed_prompt(row)[None]).logits[0]
+        first = len(prompt.input_ids)
+        log_probs = logits.log_softmax(dim=-1)
+        losses += [-log_probs[i - 1, row.input_ids[i]] for i in range(first, len(row.input_ids))]
+    torch.testing.assert_close(out.loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-5)
+    assert out.logits.shape == (*inputs.attention_mask.shape, model.decoder.config.vocab_size)
+
+
+def test_gradients_reach_every_part() -> None:
+    model = make_model(CONFIG).train()
+    model(PROCESSOR.collate(PROMPTS, TARGETS)).loss.backward()
+    for part in (model.memory_encoder.adapter, model.code_chunker.encoder, model.decoder):
+        without = [n for n, p in part.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+        assert without == []
+
+
+def test_a_step_lowers_the_loss() -> None:
+    model = make_model(CONFIG)
+    inputs = PROCESSOR.collate(PROMPTS, TARGETS)
+    optimizer = torch.optim.SGD(model.memory_encoder.parameters(), lr=1e-3)
+    before = model(inputs).loss
+    before.backward()
+    optimizer.step()
+    assert model(inputs).loss < before
+
+
+def test_batched_greedy_generation_is_that_of_one_by_one(model: CodeLLaVAModel) -> None:
+    together = model.generate(PROMPTS, max_new_tokens=10)
+    assert together == [model.generate([prompt], max_new_tokens=10)[0] for prompt in PROMPTS]
+    assert model.generate(PROMPTS[::-1], max_new_tokens=10) == together[::-1]
+    assert model.generate([], max_new_tokens=10) == []
+
+
+@torch.inference_mode()
+def test_generation_is_greedy_decoding_without_a_cache(model: CodeLLaVAModel) -> None:
+    prompt = PROMPTS[0]
+    embeds, table, ids = model.embed_prompt(prompt), model.decoder.get_input_embeddings().weight, []
+    for _ in range(8):
+        logits = model.decoder(inputs_embeds=embeds[None], use_cache=False).logits[0, -1]
+        ids.append(int(logits.argmax()))
+        embeds = torch.cat([embeds, table[ids[-1]][None]])
+    expected = ids[: ids.index(model.eos_token_ids[0])] if model.eos_token_ids[0] in ids else ids
+    assert model.generate([prompt], max_new_tokens=8)[0] == expected
+
+
+def test_generation_ends_before_its_end_token() -> None:
+    model = make_model(CONFIG)
+    model.eos_token_ids = ()
+    free = model.generate(PROMPTS, max_new_tokens=10)
+    model.eos_token_ids = (free[0][4],)
+    ended = model.generate(PROMPTS, max_new_tokens=10)
+    for before, after in zip(free, ended, strict=True):
+        cut = before.index(free[0][4]) if free[0][4] in before else len(before)
+        assert after == before[:cut]
+
+
+def test_sampling_is_seeded() -> None:
+    model = make_model(CONFIG)
+    draws = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        draws.append(model.generate(PROMPTS, max_new_tokens=12, do_sample=True, temperature=2.0))
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_a_prompt_without_room_is_refused_with_both_counts(model: CodeLLaVAModel) -> None:
+    long = PROCESSOR.parse_raw("x" * 500)
+    model.check_room([long], MAX_POSITIONS - 500)
+    with pytest.raises(PromptError, match=r"prompt 1 needs 500 rows \+ 20 new tokens, .* has 512 positions"):
+        model.generate([PROMPTS[0], long], max_new_tokens=20)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    ],
+    ids=["cuda", "cpu"],
+)
+def test_memory_that_runs_out_names_the_batch_and_the_flag(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(CONFIG, batch_tokens=64)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.code_chunker.encoder, "forward", fail)
+        with pytest.raises(ConfigError, match=r"while encoding \d windows, 64 tokens .* --batch-tokens"):
+            model.embed_prompts(PROMPTS)
+    monkeypatch.setattr(model.decoder, "generate", fail)
+    with pytest.raises(ConfigError, match=r"out of memory while generating for 3 prompts .* lower --batch-size"):
+        model.generate(PROMPTS, max_new_tokens=8)
+
+
+def test_other_failures_keep_their_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(CONFIG)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(model.code_chunker.encoder, "forward", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        model.embed_prompts(PROMPTS)
+
+
+@torch.inference_mode()
+def test_published_names(model: CodeLLaVAModel) -> None:
+    assert model.llm_model is model.decoder
+    assert model.code_chunker is model.memory_encoder.chunker
+    assert model.config is model.code_chunker.config

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
   python -m ruler.fetch_data --data-dir ruler_data
-  python -m ruler.fetch_data --data-dir ruler_data --essays reference/scripts/data/synthetic/json/PaulGrahamEssays.json"""
+  python -m ruler.fetch_data --data-dir ruler_data --essays PaulGrahamEssays.json"""
 
 _COMMIT = "c3f5e3b4f87f97e048793bb510a3a6b19a46bf3a"
 _KNOWN_ESSAYS = "58e352531a80cef2d22c205dbebfbfd64a8afe55a32434de845f200718756c65"

@@ -321,7 +321,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", "--task", default="ruler",
                         help="task names with commas, or ruler, code, all (default: ruler, the thirteen)")  # fmt: skip
     parser.add_argument("--lengths", "--max-seq-length", "--max_seq_length", default="4096",
-                        help="budgets in tokens, prompt and answer, with commas; 32k = 32768 (default: 4096)")  # fmt: skip
+                        help="budgets in tokens, answer included; 32k = 32768 (default: 4096)")  # fmt: skip
     add_recipe_arguments(parser)
 
 

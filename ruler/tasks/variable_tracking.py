@@ -26,6 +26,7 @@ from ruler.tasks.base import (
     one_line,
 )
 from ruler.templates import chat_template
+from utils.errors import DatasetError
 
 _EXAMPLE_MAX_TOKENS = 500
 _EXAMPLE_STEP = 5
@@ -64,7 +65,10 @@ class VariableTracking(TaskGenerator):
             if counter.count([text]) <= _EXAMPLE_MAX_TOKENS:
                 break
         else:
-            raise SampleFailed(f"the solved example of vt has more than {_EXAMPLE_MAX_TOKENS} tokens")
+            raise DatasetError(
+                f"{self.task.name}: the solved example does not fit into {_EXAMPLE_MAX_TOKENS} tokens of this tokenizer "
+                "at its smallest; use a tokenizer with longer tokens"
+            )
         self._example = f"{text} {' '.join(sample.outputs)}\n"
         self.extra_tokens = counter.count([self._example])
 

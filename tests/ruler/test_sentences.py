@@ -16,9 +16,10 @@ from ruler.sentences import ENGLISH, english_splitter
 from ruler.tokenizers import load_tokenizer
 from tests.ruler.generation import reference_folder
 
-ATOMS = (
-    'Mr Dr e.g U.S a J The the foo Bar in In 1 12 3.5 -2 i It it\'s however However -- ... .. . ? ! ." .) ?" !) ( [ '
-    "\" ' ) ; : , { } * @ & # - ` etc p.m Jan b stewart Stewart al No Inc été Été — « » .” ’ 1. I Bach x-Mr Zed".split()
+ATOMS = re.findall(
+    r"\S+",
+    """Mr Dr e.g U.S a J The the foo Bar in In 1 12 3.5 -2 i It it's however However -- ... .. . ? ! ." .) ?" !) ( [ "
+    ' ) ; : , { } * @ & # - ` etc p.m Jan b stewart Stewart al No Inc été Été — « » .” ’ 1. I Bach x-Mr Zed""",
 )
 
 

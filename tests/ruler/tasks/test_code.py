@@ -69,7 +69,8 @@ def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
 
 
 def test_functions_are_planted_between_statements() -> None:
-    text = '"""Doc\nat column 0\n"""\nfrom __future__ import annotations\nimport re\n\n@decorated\ndef one(\n):\n    pass\n'
+    text = '"""Doc\nat column 0\n"""\nfrom __future__ import annotations\nimport re\n\n'
+    text += "@decorated\ndef one(\n):\n    pass\n"
     file = CodeFile("one.py", text)
     assert "".join(file.blocks) == text
     assert [file.blocks[number] for number in file.statements] == ["import re\n\n", "@decorated\n"]

@@ -18,17 +18,24 @@ from utils.files import read_json, write_json
 MANIFEST_NAME = "manifest.json"
 
 
-def length_folders(root: str | Path) -> list[Path]:
+def length_folders(root: str | Path, wanted: Sequence[int] | None = None) -> list[Path]:
     """The sub-folders named by a length, shortest first; the folder itself where there are none.
 
+    Args:
+        root: Of datasets or predictions.
+        wanted: Which lengths; None takes all there are.
+
     Raises:
-        DatasetError: The folder does not exist.
+        DatasetError: The folder, or a wanted length in it, does not exist.
     """
     root = Path(root)
     if not root.is_dir():
         raise DatasetError(f"{root} is not a folder")
-    lengths = [path for path in root.iterdir() if path.is_dir() and path.name.isdecimal()]
-    return sorted(lengths, key=lambda path: int(path.name)) or [root]
+    found = {int(path.name): path for path in root.iterdir() if path.is_dir() and path.name.isdecimal()}
+    missing = [length for length in wanted or () if length not in found]
+    if missing:
+        raise DatasetError(f"{root} has no length {missing[0]}; it has {', '.join(map(str, sorted(found))) or 'none'}")
+    return [found[length] for length in sorted(wanted or found)] or [root]
 
 
 def dataset_tasks(folder: Path, subset: str) -> list[str]:

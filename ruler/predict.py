@@ -17,6 +17,7 @@ from typing import Any
 from ruler.dataset import read_dataset
 from ruler.layout import check_same, choose, claim_run_folder, dataset_tasks, length_folders, write_run_manifest
 from ruler.predictions import DataRow, PredictionFile
+from ruler.prepare import parse_lengths
 from ruler.protocol import BACKENDS, DEFAULT_SERVER_URL, Backend, BackendSettings, Sampling, TransientError
 from ruler.registry import get_task, resolve_tasks
 from ruler.runner import FailedRow, RetryPolicy, ask
@@ -51,6 +52,7 @@ class PredictJob:
         data_dir: Dataset root (with or without length folders).
         output_dir: Run folder, laid out alike.
         tasks: Task names; None takes all there are.
+        lengths: Names of length folders; None takes all there are.
         subset: Stem of the rows files.
         max_rows: Only the first rows of each task.
         chunk_index, num_chunks: Answer only one of several equal slices, kept in a file of its own.
@@ -60,6 +62,7 @@ class PredictJob:
     data_dir: Path
     output_dir: Path
     tasks: Sequence[str] | None = None
+    lengths: Sequence[int] | None = None
     subset: str = "validation"
     max_rows: int | None = None
     chunk_index: int = 0
@@ -77,46 +80,71 @@ def predict(job: PredictJob, settings: BackendSettings, retry: RetryPolicy | Non
         DatasetError: A dataset is missing or broken, or the run folder belongs to other settings or other rows.
         ServerError: The server is not there or refuses every request; what was answered is kept.
     """
-    folders = length_folders(job.data_dir)
+    folders = length_folders(job.data_dir, job.lengths)
     plan = [(folder, choose(dataset_tasks(folder, job.subset), job.tasks, folder)) for folder in folders]
-    return asyncio.run(_predict(job, plan, settings, retry or RetryPolicy()))
+    return asyncio.run(_Prediction(job, settings, retry or RetryPolicy()).answer(plan))
 
 
-async def _predict(
-    job: PredictJob, plan: list[tuple[Path, list[str]]], settings: BackendSettings, retry: RetryPolicy
-) -> list[TaskOutcome]:
-    outcomes = []
-    backend: Backend | None = None
-    try:
-        for folder, tasks in plan:
-            target = job.output_dir / folder.name if folder != job.data_dir else job.output_dir
-            manifest = claim_run_folder(target, settings.identity(), job.subset)
-            for task in tasks:
-                data, rows = _read_rows(job, folder / task)
-                name = task if job.num_chunks == 1 else f"{task}-{job.chunk_index}"
-                manifest["data"][task] = data
-                write_run_manifest(target, manifest)
-                with PredictionFile(target / f"{name}.jsonl", rows) as file:
-                    todo = [row for row in file.missing if job.max_rows is None or row.number < job.max_rows]
-                    if todo and backend is None:
-                        # Only now: a finished run needs no model.
-                        backend = await start_backend(settings, retry)
-                    if backend:
-                        check_same(manifest.get("backend", backend.details), backend.details, target)
-                        manifest |= {"backend": backend.details, "provenance": provenance()}
-                        write_run_manifest(target, manifest)
-                    failed = await _ask(backend, file, todo, job, task, retry) if backend and todo else []
-                _write_failures(target / f"{name}.failed.jsonl", failed)
-                length = int(folder.name) if folder.name.isdecimal() else data.get("max_seq_length")
-                outcomes.append(
-                    TaskOutcome(
-                        length=length, task=task, rows=len(rows), answered=len(todo) - len(failed), failed=len(failed)
-                    )
-                )
-    finally:
-        if backend is not None:
-            await backend.close()
-    return outcomes
+class _Prediction:
+    """One call of `predict`; its model is loaded when the first missing row turns up."""
+
+    def __init__(self, job: PredictJob, settings: BackendSettings, retry: RetryPolicy) -> None:
+        self._job = job
+        self._settings = settings
+        self._retry = retry
+        self._backend: Backend | None = None
+
+    async def answer(self, plan: list[tuple[Path, list[str]]]) -> list[TaskOutcome]:
+        """Answer all tasks of all length folders."""
+        try:
+            return [await self._task(folder, task) for folder, tasks in plan for task in tasks]
+        finally:
+            if self._backend is not None:
+                await self._backend.close()
+
+    async def _task(self, folder: Path, task: str) -> TaskOutcome:
+        job = self._job
+        target = job.output_dir / folder.name if folder != job.data_dir else job.output_dir
+        manifest = claim_run_folder(target, self._settings.identity(), job.subset)
+        data, rows = _read_rows(job, folder / task)
+        manifest["data"][task] = data
+        write_run_manifest(target, manifest)
+        name = task if job.num_chunks == 1 else f"{task}-{job.chunk_index}"
+        failed: list[FailedRow] = []
+        with PredictionFile(target / f"{name}.jsonl", rows) as file:
+            todo = [row for row in file.missing if job.max_rows is None or row.number < job.max_rows]
+            if todo:
+                failed = await self._ask(await self._ready_backend(target, manifest), file, todo, task)
+        _write_failures(target / f"{name}.failed.jsonl", failed)
+        length = int(folder.name) if folder.name.isdecimal() else data.get("max_seq_length")
+        answered = len(todo) - len(failed)
+        return TaskOutcome(length=length, task=task, rows=len(rows), answered=answered, failed=len(failed))
+
+    async def _ready_backend(self, target: Path, manifest: dict[str, Any]) -> Backend:
+        """The backend, started; what it found out must agree with what a folder's other predictions were made with."""
+        if self._backend is None:
+            self._backend = await start_backend(self._settings, self._retry)
+        details = self._backend.details
+        check_same(manifest.get("backend", details), details, target)
+        write_run_manifest(target, {**manifest, "backend": details, "provenance": provenance()})
+        return self._backend
+
+    async def _ask(self, backend: Backend, file: PredictionFile, rows: list[DataRow], task: str) -> list[FailedRow]:
+        from tqdm import tqdm
+
+        config = get_task(task)
+        # disable=None: no bar where stderr is a file.
+        with tqdm(total=len(file.rows), initial=len(file.rows) - len(rows), desc=task, unit="row", disable=None) as bar:
+            return await ask(
+                backend,
+                file,
+                rows,
+                max_tokens=config.tokens_to_generate,
+                retry=self._retry,
+                measure=needle_depths if config.family == "niah" else lambda row: {},
+                keep_input=self._job.keep_input,
+                on_row=bar.update,
+            )
 
 
 async def start_backend(settings: BackendSettings, retry: RetryPolicy) -> Backend:
@@ -147,26 +175,6 @@ def _read_rows(job: PredictJob, folder: Path) -> tuple[dict[str, Any], list[Data
     return data, rows[job.chunk_index * size : (job.chunk_index + 1) * size]
 
 
-async def _ask(
-    backend: Backend, file: PredictionFile, rows: list[DataRow], job: PredictJob, task: str, retry: RetryPolicy
-) -> list[FailedRow]:
-    from tqdm import tqdm
-
-    config = get_task(task)
-    # disable=None: no bar where stderr is a file.
-    with tqdm(total=len(file.rows), initial=len(file.rows) - len(rows), desc=task, unit="row", disable=None) as bar:
-        return await ask(
-            backend,
-            file,
-            rows,
-            max_tokens=config.tokens_to_generate,
-            retry=retry,
-            measure=needle_depths if config.family == "niah" else lambda row: {},
-            keep_input=job.keep_input,
-            on_row=bar.update,
-        )
-
-
 def needle_depths(row: DataRow) -> dict[str, list[float]]:
     """Where the wanted needles lie in their context, 0 (start) to 1 (end), in the order of `outputs`."""
     text = row.fields["input"]
@@ -187,6 +195,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="dataset root: [<length>/]<task>/<subset>.jsonl")
     parser.add_argument("--output-dir", type=Path, required=True, help="run folder for the predictions")
     parser.add_argument("--tasks", help="task names with commas, or ruler, code, all (default: what is prepared)")
+    parser.add_argument("--lengths", help="with commas, 1k = 1024 (default: what is prepared)")
     parser.add_argument("--subset", default="validation", help="stem of the rows files (default: validation)")
     parser.add_argument("--max-rows", type=int, help="answer only the first rows of each task (default: all)")
     parser.add_argument("--keep-input", action="store_true", help="repeat each prompt in its prediction")
@@ -255,6 +264,7 @@ def run(args: argparse.Namespace) -> int:
         data_dir=args.data_dir,
         output_dir=args.output_dir,
         tasks=resolve_tasks(args.tasks) if args.tasks else None,
+        lengths=parse_lengths(args.lengths) if args.lengths else None,
         subset=args.subset,
         max_rows=args.max_rows,
         keep_input=args.keep_input,

@@ -215,7 +215,7 @@ def _open_locked(path: Path) -> BinaryIO:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A finishing process may have replaced the file between our open and our lock.
             if os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
-                return stream  # type: ignore[return-value]
+                return stream
         except BlockingIOError:
             stream.close()
             raise DatasetError(f"{path}: another process is predicting into this file: wait for it to end") from None

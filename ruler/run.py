@@ -64,7 +64,12 @@ def run(args: argparse.Namespace) -> int:
     outcomes: list[TaskOutcome] = []
     for name, settings in runs.items():
         logger.info("run %s", name)
-        job = PredictJob(data_dir=data, output_dir=args.output_dir / "runs" / name, tasks=resolve_tasks(args.tasks))
+        job = PredictJob(
+            data_dir=data,
+            output_dir=args.output_dir / "runs" / name,
+            tasks=resolve_tasks(args.tasks),
+            lengths=parse_lengths(args.lengths),
+        )
         outcomes += predict(job, settings, RetryPolicy(attempts=args.attempts))
     report = write_report([args.output_dir / "runs" / name for name in runs], args.output_dir / "report")
     if args.json:

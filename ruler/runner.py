@@ -110,7 +110,7 @@ async def ask(
         async with asyncio.TaskGroup() as group:
             for _ in range(backend.concurrency):
                 group.create_task(worker(batches))
-    except* Exception as errors:
+    except ExceptionGroup as errors:
         # The first one stopped the others.
         raise errors.exceptions[0] from None
     return sorted(failed, key=lambda failure: failure.row)

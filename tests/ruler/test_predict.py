@@ -207,6 +207,20 @@ def test_text_that_is_no_utf8_survives(job):
     assert next(read_predictions(path))["pred"] == "half \ud83d a pair\x00\r\n"
 
 
+def test_tasks_and_lengths_are_chosen(make_dataset, tmp_path, capsys):
+    data = make_dataset(tasks=("niah_single_1", "vt"), lengths=(1024, 2048), count=2)
+    flags = ["predict", "--data-dir", str(data), "--output-dir", str(tmp_path / "run"), "--backend", "server-text"]
+    with FakeServer() as server:
+        chosen = ["--tasks", "vt", "--lengths", "2k", "--server-url", server.url]
+        assert main([*flags, *chosen]) == 0
+        assert len(server.prompts) == 2
+    assert [path.name for path in (tmp_path / "run").rglob("*.jsonl")] == ["vt.jsonl"]
+    assert main([*flags, "--lengths", "4k"]) == 1
+    assert "has no length 4096; it has 1024, 2048" in capsys.readouterr().err
+    assert main([*flags, "--tasks", "cwe"]) == 1
+    assert "has no rows of cwe; it has niah_single_1, vt" in capsys.readouterr().err
+
+
 def test_missing_data_and_unknown_tasks(tmp_path, capsys):
     flags = ["predict", "--data-dir", str(tmp_path / "none"), "--output-dir", str(tmp_path / "run")]
     assert main(flags) == 1

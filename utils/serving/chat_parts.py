@@ -24,7 +24,7 @@ class ChatOutline:
     """Messages in which the memory spans are still to be filled in.
 
     Attributes:
-        messages: As they came; the content of those with memory is left out of account.
+        messages: As they came.
         pieces: For each message, its content as pieces and foreign parts in order; None where there is no memory.
         spans: The spans' texts in order.
     """

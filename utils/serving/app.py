@@ -1,0 +1,235 @@
+"""The gateway's HTTP routes: an OpenAI-compatible API whose prompts may hold memory markers.
+
+Requests without markers go to the backend byte for byte. Errors have OpenAI's shape. What was compressed is told in
+`X-Code-Llava-*` headers and, in answers that are not streamed, in the field `code_llava`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from utils.errors import PromptError
+from utils.inference.compressor import Compressor
+from utils.serving.api_error import ApiError, error_body
+from utils.serving.compress_request import CompressedRequest, RequestCompressor
+from utils.serving.encoder_queue import EncoderQueue
+from utils.serving.memories import MemoryStore
+from utils.serving.metrics import Metrics
+from utils.serving.settings import GatewaySettings
+from utils.serving.upstream import Upstream
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+_HEADER = "X-Code-Llava-"
+# Per-span reports in a header stay below what servers and proxies take; the totals are always there.
+_MAX_HEADER_BYTES = 4096
+_OPEN_PATHS = ("/healthz",)
+
+
+class Admission:
+    """Checks the key, counts requests and answers; plain ASGI, so that streams and disconnects pass untouched."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None, metrics: Metrics) -> None:
+        self._app = app
+        self._api_key = api_key
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counting_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                endpoint = getattr(scope.get("route"), "path", "other")
+                self._metrics.requests.labels(endpoint, message["status"]).inc()
+            await send(message)
+
+        with self._metrics.active.track_inprogress():
+            if self._may_enter(scope):
+                await self._app(scope, receive, counting_send)
+            else:
+                error = ApiError(401, "wrong or missing API key")
+                await _json(error.body(), 401, {"WWW-Authenticate": "Bearer"})(scope, receive, counting_send)
+
+    def _may_enter(self, scope: Scope) -> bool:
+        if self._api_key is None or scope["path"] in _OPEN_PATHS:
+            return True
+        given = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
+        # Constant time: the answer's delay must not tell how much of a guess is right.
+        return hmac.compare_digest(given.encode(), self._api_key.encode())
+
+
+def create_app(settings: GatewaySettings, compressor: Compressor) -> FastAPI:
+    """Build the application.
+
+    Args:
+        settings: Backend, limits, keys.
+        compressor: The checkpoint whose decoder the backend serves.
+    """
+    metrics = Metrics()
+    upstream = Upstream(settings.backend_url, settings.backend_key, settings.timeout_s)
+    queue = EncoderQueue(compressor, settings.max_waiting, settings.max_batch_tokens, metrics.note_batch)
+    metrics.watch_queue(lambda: queue.num_waiting)
+    memories = MemoryStore(settings.max_memories, settings.max_memories_bytes)
+    requests = RequestCompressor(compressor, queue, memories, settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        queue.close()
+        requests.close()
+        await upstream.close()
+
+    app = FastAPI(title="Code-LLaVA gateway", lifespan=lifespan, docs_url=None, redoc_url=None)
+
+    app.add_middleware(Admission, api_key=settings.api_key, metrics=metrics)
+
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> Response:
+        return _json(error.body(), error.status, error.headers)
+
+    @app.exception_handler(PromptError)
+    async def prompt_error(_: Request, error: PromptError) -> Response:
+        return _json(error_body(str(error), 400), 400)
+
+    @app.exception_handler(Exception)
+    async def own_error(_: Request, error: Exception) -> Response:
+        logger.error("a request failed", exc_info=error)
+        return _json(error_body("the gateway failed; its log says why", 500), 500)
+
+    async def forward(
+        request: Request, path: str, compress: Callable[[dict[str, Any]], Coroutine[Any, Any, CompressedRequest]]
+    ) -> Response:
+        raw = await _read_body(request, settings.max_body_bytes)
+        compressed = await _unless_gone(request, compress(_object(raw)))
+        body = raw if compressed.body is None else orjson.dumps(compressed.body)
+        metrics.note_spans(compressed.spans)
+        metrics.fallbacks.inc(compressed.fallback)
+        answer = await _unless_gone(request, upstream.post(path, body))
+        kind = answer.headers.get("content-type", "application/json")
+        headers = _report_headers(compressed)
+        if kind.startswith("text/event-stream"):
+            pieces = upstream.pieces(answer)
+            return StreamingResponse(pieces, answer.status_code, headers, media_type=kind)
+        content = await _unless_gone(request, upstream.whole(answer))
+        if compressed.body is not None and answer.status_code == 200:
+            content = orjson.dumps({**orjson.loads(content), "code_llava": compressed.report()})
+        if retry_after := answer.headers.get("retry-after"):
+            headers["Retry-After"] = retry_after
+        return Response(content, answer.status_code, headers, media_type=kind)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await forward(request, "/chat/completions", requests.chat)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await forward(request, "/completions", requests.completion)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        answer = await upstream.get("/models")
+        return Response(answer.content, answer.status_code, media_type=answer.headers.get("content-type"))
+
+    @app.post("/v1/memories", status_code=201)
+    async def add_memory(request: Request) -> Response:
+        text = _object(await _read_body(request, settings.max_body_bytes)).get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise ApiError(400, 'expected {"text": "…"} with a text that is not empty')
+        return _json(memories.add(text).summary(), 201)
+
+    @app.get("/v1/memories")
+    async def list_memories() -> Response:
+        return _json({"object": "list", "data": [memory.summary() for memory in memories.list()]})
+
+    @app.delete("/v1/memories/{memory_id}")
+    async def delete_memory(memory_id: str) -> Response:
+        memories.delete(memory_id)
+        return _json({"id": memory_id, "object": "memory", "deleted": True})
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        try:
+            status = (await upstream.get("/models")).status_code
+            problem = None if status == 200 else f"the backend answers {status}"
+        except ApiError as error:
+            problem = str(error)
+        return _json({"status": "unavailable" if problem else "ok", "problem": problem}, 503 if problem else 200)
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > max_bytes:
+            raise ApiError(413, f"the body is longer than {max_bytes} bytes", headers={"Connection": "close"})
+    return bytes(body)
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, f"the body must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The work's result; when the client goes away first, the work is cancelled, and with it the backend's."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            # No one reads this; 499 is what proxies log for it.
+            raise ApiError(499, "the client closed the connection")
+        return task.result()
+    finally:
+        for unfinished in (task, gone):
+            unfinished.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.05)
+
+
+def _report_headers(compressed: CompressedRequest) -> dict[str, str]:
+    if compressed.body is None:
+        return {}
+    report = compressed.report()
+    names = ("memory_tokens", "latents", "cached_tokens", "encode_milliseconds")
+    headers = {_HEADER + name.replace("_", "-").title(): str(report[name]) for name in names}
+    if compressed.fallback:
+        headers[_HEADER + "Fallback"] = "plain-text"
+    spans = orjson.dumps(report["spans"])
+    if len(spans) <= _MAX_HEADER_BYTES:
+        headers[_HEADER + "Spans"] = spans.decode()
+    return headers
+
+
+def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(value), status, headers, media_type="application/json")

@@ -1,0 +1,112 @@
+"""Start the gateway: an OpenAI-compatible server that compresses marked memory on its way to a vLLM server.
+
+python -m utils.serving.gateway --backend-url http://127.0.0.1:8000 --port 8080
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+
+from utils.cli import EXIT_OK, make_parser, run_command
+from utils.errors import ConfigError
+from utils.inference.flags import (
+    add_cache_flags,
+    add_checkpoint_flags,
+    add_memory_limit_flags,
+    memory_limit,
+    open_cache,
+)
+
+logger = logging.getLogger(__name__)
+
+KEY_VARIABLE = "CODE_LLAVA_GATEWAY_KEY"
+# How long running answers may take to finish after SIGTERM.
+_SHUTDOWN_S = 60
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of `python -m utils.serving.gateway`."""
+    parser = make_parser(
+        "Serve an OpenAI-compatible API that compresses the memory in prompts for a vLLM server behind it.",
+        examples="""\
+  vllm serve checkpoints/code-llava-smollm2/llm --served-model-name code-llava --enable-prompt-embeds
+  python -m utils.serving.gateway --backend-url http://127.0.0.1:8000
+  curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "code-llava",
+    "messages": [{"role": "user", "content": "What is this? <|memory_start|>def f(): …<|memory_end|>"}]}'""",
+        prog="python -m utils.serving.gateway",
+    )
+    add_checkpoint_flags(parser, path_flags=("--checkpoint", "--model-path"))
+    add_memory_limit_flags(parser)
+    add_cache_flags(parser)
+    backend = parser.add_argument_group("backend")
+    backend.add_argument(
+        "--backend-url", default="http://127.0.0.1:8000", help="vLLM server; default http://127.0.0.1:8000"
+    )
+    backend.add_argument("--backend-key", help="its key; default $VLLM_API_KEY, else $OPENAI_API_KEY")
+    backend.add_argument("--timeout", type=float, default=600.0, help="its longest silence in seconds; default 600")
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen on; default 127.0.0.1")
+    server.add_argument("--port", type=int, default=8080, help="default 8080")
+    server.add_argument("--api-key", help=f"key that clients must send; default ${KEY_VARIABLE}, else none")
+    server.add_argument(
+        "--on-error", choices=("fail", "plain-text"), default="fail",
+        help="when the encoder fails: refuse, or send the memory as text and say so; default fail",
+    )  # fmt: skip
+    server.add_argument("--max-body-mb", type=int, default=64, help="longest request body in MiB; default 64")
+    server.add_argument("--max-spans", type=int, default=1024, help="most memory spans of a request; default 1024")
+    server.add_argument("--max-waiting", type=int, default=256, help="requests waiting for the encoder; default 256")
+    server.add_argument(
+        "--max-batch-tokens", type=int, default=32768, help="memory tokens of requests encoded together; default 32768"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    return run_command(build_parser(), _run, argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    import uvicorn
+
+    from utils.inference.compressor import Compressor
+    from utils.serving.app import create_app
+    from utils.serving.settings import GatewaySettings
+
+    for flag in ("max_body_mb", "max_spans", "max_waiting", "max_batch_tokens"):
+        if getattr(args, flag) < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
+    settings = GatewaySettings(
+        backend_url=args.backend_url,
+        backend_key=args.backend_key,
+        api_key=args.api_key or os.environ.get(KEY_VARIABLE) or None,
+        on_error=args.on_error,
+        max_body_bytes=args.max_body_mb << 20,
+        max_spans=args.max_spans,
+        max_waiting=args.max_waiting,
+        max_batch_tokens=args.max_batch_tokens,
+        timeout_s=args.timeout,
+    )
+    cache = open_cache(args)
+    compressor = Compressor.load(
+        args.checkpoint, chunk_size=args.chunk_size, device=args.device,
+        dtype=None if args.dtype == "auto" else args.dtype, attn_implementation=args.attn_implementation,
+        batch_tokens=args.batch_tokens, limit=memory_limit(args), cache=cache,
+    )  # fmt: skip
+    try:
+        logger.info("gateway on http://%s:%d in front of %s", args.host, args.port, settings.backend_url)
+        config = uvicorn.Config(
+            create_app(settings, compressor), host=args.host, port=args.port, log_level="warning",
+            timeout_graceful_shutdown=_SHUTDOWN_S,
+        )  # fmt: skip
+        uvicorn.Server(config).run()
+    finally:
+        if cache is not None:
+            cache.close()
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

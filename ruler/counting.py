@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ruler.tokenizers import TextTokenizer
 
+_MAX_REMEMBERED = 500_000  # pieces; some tasks never repeat theirs
+
 
 class PieceCounter:
     """Counts tokens of texts given in pieces; remembers every piece and every cut it has seen."""
@@ -31,7 +33,7 @@ class PieceCounter:
         """
         self.tokenizer = tokenizer
         self.adds_up = tokenizer.splits_words and not whole
-        self._counts: dict[str, int] = {"": 0}
+        self._counts: dict[str, int] = {}
         self._starts = _Memo(_start)
         self._ends = _Memo(_end)
         self._trusted: dict[tuple[str, str], bool] = {}
@@ -64,6 +66,9 @@ class PieceCounter:
 
     def _learn(self, pieces: Iterable[str]) -> None:
         """Count the pieces not seen before, in one batch."""
+        if len(self._counts) > _MAX_REMEMBERED:
+            for memory in (self._counts, self._starts, self._ends):
+                memory.clear()
         # A set's order changes from run to run, and so would the batches: harmless, counts do not depend on it.
         new = list(set(pieces) - self._counts.keys())
         if new:

@@ -66,8 +66,8 @@ class VariableTracking(TaskGenerator):
                 break
         else:
             raise DatasetError(
-                f"{self.task.name}: the solved example does not fit into {_EXAMPLE_MAX_TOKENS} tokens of this tokenizer "
-                "at its smallest; use a tokenizer with longer tokens"
+                f"{self.task.name}: the solved example needs more than {_EXAMPLE_MAX_TOKENS} tokens of this tokenizer, "
+                "not even at its smallest; use one with longer tokens"
             )
         self._example = f"{text} {' '.join(sample.outputs)}\n"
         self.extra_tokens = counter.count([self._example])

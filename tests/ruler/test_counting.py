@@ -51,3 +51,11 @@ def test_beginning_of_a_text(text: list[str], position: int) -> None:
 def test_a_tokenizer_that_does_not_split_words_is_never_added_up() -> None:
     assert not PieceCounter(tokenizer(None)).adds_up
     assert PieceCounter(tokenizer(SPLITTERS["byte-level"])).adds_up
+
+
+def test_a_full_memory_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ruler.counting._MAX_REMEMBERED", 3)
+    toy = tokenizer(SPLITTERS["byte-level"])
+    counter = PieceCounter(toy)
+    for text in (["a", " b", " ab"], [" ab", " a", " aa", " c"], ["a", " ab"], []):
+        assert counter.count(text) == toy.count(["".join(text)])[0]

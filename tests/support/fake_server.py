@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -62,6 +63,13 @@ class Handler(BaseHTTPRequestHandler):
         """Lose the connection."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
+        self.close_connection = True
+
+    def reset(self) -> None:
+        """Lose the connection the hard way, as when a process is killed."""
+        self.wfile.flush()
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
         self.close_connection = True
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from utils.errors import CheckpointError
 from utils.files import PROJECT_ROOT, atomic_folder, read_json, sha256_bytes, write_json, write_text
+from utils.inference.trained_part import MANIFEST, TrainedPart
 from utils.model.config import CompressionConfig
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NUM_ENCODER_LAYERS = 8
 CONFIG = CompressionConfig(chunk_size=8, window=512, pooling="mean", chunk_sizes=(4, 8, 16, 32))
 STAMP_FILE = "assembled.json"
+TRAINED_FOLDER = Path(__file__).parent / "trained"
 _RECIPE_VERSION = 1
 _ADAPTER_SEED = 0
 
@@ -79,20 +81,21 @@ def default_checkpoint_path() -> Path:
 
 
 def is_trained() -> bool:
-    """Whether the default checkpoint's adapter has been trained."""
-    return False
+    """Whether the project carries a trained part for the default checkpoint."""
+    return (TRAINED_FOLDER / MANIFEST).is_file()
 
 
 def is_assembled() -> bool:
     """Whether the default checkpoint is there and current."""
-    return _is_current(default_checkpoint_path())
+    return _is_current(default_checkpoint_path(), _trained_part())
 
 
-def assemble_default_checkpoint(progress: Callable[[str], None] | None = None) -> Path:
+def assemble_default_checkpoint(progress: Callable[[str], None] | None = None, *, trained: bool = True) -> Path:
     """Make the default checkpoint if it is not there or out of date.
 
     Args:
         progress: Called with a short text before each step; by default a progress bar on stderr.
+        trained: With the trained part, if the project carries one; without it is where training starts.
 
     Returns:
         Its folder.
@@ -100,28 +103,35 @@ def assemble_default_checkpoint(progress: Callable[[str], None] | None = None) -
     Raises:
         CheckpointError: The package with the weights is not installed.
     """
+    part = _trained_part() if trained else None
     target = default_checkpoint_path()
-    if _is_current(target):
+    if is_trained() and not trained:
+        target = target.with_name(f"{NAME}-untrained")
+    if _is_current(target, part):
         return target
     from filelock import FileLock
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.parent / f".{NAME}.lock"):
+    with FileLock(target.parent / f".{target.name}.lock"):
         # Another process may have finished it while this one waited.
-        if not _is_current(target):
+        if not _is_current(target, part):
             logger.info("assembling the default checkpoint in %s (once, about half a minute)", target)
             with atomic_folder(target) as folder:
-                _assemble(folder, progress)
-                write_json(folder / STAMP_FILE, {"recipe": _recipe_fingerprint()})
+                _assemble(folder, progress, part)
+                write_json(folder / STAMP_FILE, {"recipe": _recipe_fingerprint(part)})
     return target
 
 
-def _is_current(folder: Path) -> bool:
+def _trained_part() -> TrainedPart | None:
+    return TrainedPart.open(TRAINED_FOLDER) if is_trained() else None
+
+
+def _is_current(folder: Path, part: TrainedPart | None) -> bool:
     stamp = folder / STAMP_FILE
-    return stamp.is_file() and read_json(stamp).get("recipe") == _recipe_fingerprint()
+    return stamp.is_file() and read_json(stamp).get("recipe") == _recipe_fingerprint(part)
 
 
-def _recipe_fingerprint() -> str:
+def _recipe_fingerprint(part: TrainedPart | None) -> str:
     """Changes when anything that decides the assembled files changes."""
     parts = {
         "version": _RECIPE_VERSION,
@@ -131,6 +141,7 @@ def _recipe_fingerprint() -> str:
         "config": CONFIG.to_json(),
         "template": CHAT_TEMPLATE,
         "seed": _ADAPTER_SEED,
+        **({"trained": part.fingerprint} if part else {}),
     }
     return sha256_bytes(json.dumps(parts, sort_keys=True).encode())
 
@@ -149,7 +160,7 @@ def _gguf_path() -> Path:
     return path
 
 
-def _assemble(folder: Path, progress: Callable[[str], None] | None) -> None:
+def _assemble(folder: Path, progress: Callable[[str], None] | None, part: TrainedPart | None) -> None:
     from tqdm import tqdm
 
     steps: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
@@ -159,7 +170,9 @@ def _assemble(folder: Path, progress: Callable[[str], None] | None) -> None:
         ("writing the encoder", _write_encoder),
         ("writing the adapter", _write_adapter),
     ]
-    state: dict[str, Any] = {"folder": folder}
+    if part is not None:
+        steps.append(("merging the trained part", _merge_trained_part))
+    state: dict[str, Any] = {"folder": folder, "part": part}
     with tqdm(steps, desc="default checkpoint", unit="step", disable=progress is not None) as bar:
         for name, step in bar:
             bar.set_postfix_str(name)
@@ -241,3 +254,9 @@ def _write_adapter(state: dict[str, Any]) -> None:
         adapter = Adapter(width, width, config=CONFIG, middle_width=2 * width)
     save_adapter(state["folder"], adapter.to(torch.bfloat16), CONFIG)
     write_text(state["folder"] / "README.md", MODEL_CARD)
+
+
+def _merge_trained_part(state: dict[str, Any]) -> None:
+    from utils.inference.trained_part import merge_into_checkpoint
+
+    merge_into_checkpoint(state["folder"], state["part"])

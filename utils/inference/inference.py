@@ -98,7 +98,7 @@ def load_model(
         ConfigError: It cannot serve the chunk size, or the device is not there.
     """
     from utils.inference.checkpoint import find_checkpoint
-    from utils.inference.weights import load_decoder, load_memory_encoder, load_tokenizers
+    from utils.inference.weights import check_vocabulary, load_decoder, load_memory_encoder, load_tokenizers
     from utils.model.code_llava_model import CodeLLaVAModel
     from utils.model.processor import Processor
     from utils.model.prompt import MemoryLimit
@@ -108,10 +108,11 @@ def load_model(
     settings: dict[str, Any] = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
     encoder = load_memory_encoder(files, **settings, batch_tokens=batch_tokens, tokenizer=tokenizers.encoder)
     decoder = load_decoder(files, **settings)
+    check_vocabulary(tokenizers.decoder, decoder.get_input_embeddings().weight, files.decoder)
     model = CodeLLaVAModel(
         encoder,
         decoder,
-        eos_token_ids=_end_tokens(decoder, tokenizers.decoder),
+        eos_token_ids=end_tokens(decoder, tokenizers.decoder),
         pad_token_id=tokenizers.decoder.pad_token_id or 0,
     ).eval()
     limit = MemoryLimit(max_tokens=max_code_length, truncate=truncate_memory)
@@ -197,7 +198,8 @@ def read_test_data(path: str | Path) -> list[dict[str, str]]:
     return examples
 
 
-def _end_tokens(decoder: Any, tokenizer: Any) -> list[int]:
+def end_tokens(decoder: Any, tokenizer: Any) -> list[int]:
+    """Ids that end a generation, from the decoder's generation settings and its tokenizer."""
     configured = decoder.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})

@@ -1,0 +1,154 @@
+"""The trained part of a pair – adapter, marker rows, encoder and decoder or their LoRA – and its merging into the pair.
+
+    part = TrainedPart.open(folder)                    # trained.json and its safetensors files
+    unused = merge_trained_state(model, part.tensors(), part.lora_scales, marker_ids)
+
+Names are those of `CodeLLaVAModel`'s parameters; LoRA pairs stand in place of the matrix they change, as peft names
+them. `utils.training.pack` writes the folder, the default checkpoint's assembly reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.errors import CheckpointError
+from utils.files import read_json, sha256_bytes, sha256_file, write_text
+
+if TYPE_CHECKING:
+    import torch
+
+MANIFEST = "trained.json"
+CARD = "README.md"
+MARKER_DELTA = "marker_rows.delta"
+_LORA_A = re.compile(r"(?P<layer>.+)\.lora_A\.\w+\.weight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedPart:
+    """A folder with a trained part.
+
+    Attributes:
+        folder: Where it is.
+        manifest: Its `trained.json`: files with their sha256, LoRA scales, chunk sizes, where it came from.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> TrainedPart:
+        """Open a folder.
+
+        Raises:
+            CheckpointError: A file of the manifest is missing or damaged.
+        """
+        folder = Path(folder)
+        manifest = read_json(folder / MANIFEST)
+        for name, digest in manifest["files"].items():
+            if not (folder / name).is_file() or sha256_file(folder / name) != digest:
+                raise CheckpointError(f"{folder / name} is missing or damaged: restore it from the repository")
+        return cls(folder=folder, manifest=manifest)
+
+    @property
+    def lora_scales(self) -> dict[str, float]:
+        """Prefix of parameter names → LoRA scale."""
+        return dict(self.manifest["lora_scales"])
+
+    @property
+    def chunk_sizes(self) -> tuple[int, ...]:
+        """Chunk sizes that it was trained for."""
+        return tuple(self.manifest["chunk_sizes"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any of its files."""
+        return sha256_bytes((self.folder / MANIFEST).read_bytes())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors, by name."""
+        from safetensors.torch import load_file
+
+        return {name: t for file in self.manifest["files"] for name, t in load_file(self.folder / file).items()}
+
+
+def merge_trained_state(
+    model: Any,
+    state: Mapping[str, torch.Tensor],
+    lora_scales: Mapping[str, float],
+    marker_ids: Sequence[int],
+) -> set[str]:
+    """Write a trained state into a pair, in the pair's own dtype.
+
+    Args:
+        model: A `CodeLLaVAModel`, or any module with the same names; changed in place.
+        state: Trained tensors.
+        lora_scales: Prefix of parameter names → what B·A is multiplied with before it is added.
+        marker_ids: Rows of the decoder's table that `MARKER_DELTA` is added to.
+
+    Returns:
+        Names that the module has no place for.
+
+    Raises:
+        CheckpointError: A tensor of another shape.
+    """
+    import torch
+
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    unused = set()
+    with torch.no_grad():
+        for name, tensor in state.items():
+            if name == MARKER_DELTA:
+                table = model.decoder.get_input_embeddings().weight
+                for row, marker in zip(tensor, marker_ids, strict=True):
+                    table[marker] += row.to(table)
+                continue
+            if ".lora_B." in name:
+                continue
+            lora = _LORA_A.fullmatch(name)
+            target = parameters.get(f"{lora['layer']}.weight" if lora else name)
+            if target is None:
+                unused.add(name)
+                continue
+            value = tensor.to(target.device).float()
+            if lora:
+                scale = next(s for prefix, s in lora_scales.items() if name.startswith(prefix))
+                b = state[name.replace(".lora_A.", ".lora_B.")].to(value)
+                value = target.float() + scale * (b @ value)
+            if value.shape != target.shape:
+                expected, got = list(target.shape), list(value.shape)
+                raise CheckpointError(f"trained tensor {name}: expected shape {expected}, got {got}")
+            target.copy_(value)
+    return unused
+
+
+def merge_into_checkpoint(folder: Path, part: TrainedPart) -> None:
+    """Merge a trained part into an assembled checkpoint folder, which must not be in use yet.
+
+    Raises:
+        CheckpointError: The part belongs to another pair.
+    """
+    from utils.inference.inference import load_model
+    from utils.inference.saving import save_checkpoint
+
+    model, _, processor = load_model(folder, device="cpu")
+    markers = processor.tokenizers.markers
+    unused = merge_trained_state(model, part.tensors(), part.lora_scales, (markers.start, markers.end))
+    if unused:
+        raise CheckpointError(f"{part.folder}: {min(unused)} has no place in the default checkpoint")
+    model.code_chunker.config = dataclasses.replace(model.config, chunk_sizes=part.chunk_sizes)
+    save_checkpoint(folder / "merged", model, processor.tokenizers)
+    for path in (folder / "merged").iterdir():
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    (folder / "merged").rmdir()
+    card = part.folder / CARD
+    if card.is_file():
+        write_text(folder / CARD, card.read_text(encoding="utf-8"))

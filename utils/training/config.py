@@ -1,0 +1,337 @@
+"""What a training run is: dataclasses read from one YAML file, checked before anything heavy is imported.
+
+    config = load_config("utils/training/configs/toy.yaml")
+    config.stages[0].learning_rates           # {"adapter": 0.001}: the parts that learn, and how fast
+
+A stage starts from a preset; what the file says about it wins:
+
+    align     adapter learns to give the decoder's own embedding rows back (chunk size 1, no decoder pass)
+    adapter   adapter and marker rows, next-token loss through the frozen decoder
+    encoder   + the encoder
+    decoder   + the decoder
+    instruct  the same parts on tasks, slower
+
+Source of stages 0-3 and their learning rates: LCLM, "End-to-End Context Compression at Scale", arXiv 2606.09659.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.errors import ConfigError
+
+PARTS = ("adapter", "markers", "encoder", "decoder")
+METHODS = ("full", "lora")
+PRECISIONS = ("float32", "bfloat16")
+PRESETS: dict[str, dict[str, Any]] = {
+    "align": {"learning_rates": {"adapter": 1e-3}, "chunk_sizes": {1: 1.0}},
+    "adapter": {"learning_rates": {"adapter": 1e-3, "markers": 1e-3}},
+    "encoder": {"learning_rates": {"adapter": 6e-5, "markers": 6e-5, "encoder": 6e-5}},
+    "decoder": {"learning_rates": {"adapter": 6e-5, "markers": 6e-5, "encoder": 6e-5, "decoder": 1e-5}},
+    "instruct": {"learning_rates": {"adapter": 3e-5, "markers": 3e-5, "encoder": 3e-5, "decoder": 3e-5}},
+}
+_ORDER = list(PRESETS)
+# A run may go on with other values of these: they change no number that is trained.
+_FREE_ON_RESUME = ("output", "threads", "save_minutes", "log_every", "keep_checkpoints")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuningConfig:
+    """How one of the two language models learns, in the stages in which it does.
+
+    Attributes:
+        method: "full", or "lora" on all its linear layers.
+        rank: LoRA rank.
+        alpha: LoRA scale times rank.
+    """
+
+    method: str = "full"
+    rank: int = 32
+    alpha: float = 64.0
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, METHODS)
+        _check_at_least("rank", self.rank, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairConfig:
+    """The model pair that is trained.
+
+    Attributes:
+        checkpoint: "toy" (tiny and random), "default" (the embedded one, untrained), a checkpoint folder or hub id;
+            or empty, and a new pair is put together from the next two.
+        encoder: Folder or hub id of a Hugging Face encoder or decoder-only model.
+        decoder: Folder or hub id of a Hugging Face causal language model.
+        window: Encoder window of a new pair.
+        pooling: Pooling of a new pair.
+        adapter_width: Middle width of a new pair's adapter; the decoder's width by default.
+    """
+
+    checkpoint: str = ""
+    encoder: str = ""
+    decoder: str = ""
+    window: int = 1024
+    pooling: str = "mean"
+    adapter_width: int | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.checkpoint) == bool(self.encoder and self.decoder):
+            raise ConfigError("pair: give either checkpoint, or encoder and decoder")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """The training examples; made on first use where the folder does not have them.
+
+    Attributes:
+        folder: Where the JSONL files and their tokenised caches live.
+        tasks: Examples of each builder task; empty where the folder's own JSONL files are to be used as they are.
+        memory_tokens: Shortest and longest memory, in tokens (roughly: builders count characters).
+        source: "installed" (packages and standard library of this machine), "symbols" (toy texts) or a code folder.
+        max_files: Draw from a random choice of so many files; from all by default.
+        chars_per_token: What the builders reckon with.
+        seed: Of the builders.
+    """
+
+    folder: str
+    tasks: dict[str, int] = field(default_factory=dict)
+    memory_tokens: tuple[int, int] = (64, 256)
+    source: str = "installed"
+    max_files: int | None = None
+    chars_per_token: float = 3.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        low, high = self.memory_tokens
+        if not 1 <= low <= high:
+            raise ConfigError(f"data.memory_tokens: expected [shortest, longest] from 1 up, got [{low}, {high}]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageConfig:
+    """One stage of training.
+
+    Attributes:
+        preset: Which of the presets it starts from.
+        steps: Optimiser steps.
+        learning_rates: Peak rate of each part that learns; parts that are not named are frozen.
+        chunk_sizes: Chunk size → weight of its being drawn, for each example anew.
+        mixture: Task → weight of its being drawn; all tasks equally by default.
+        row_tokens: Decoder rows of one packed row.
+        memory_tokens: Encoder tokens of one packed row; no limit of its own by default.
+        rows: Packed rows of one optimiser step, over all processes.
+        warmup_steps: Linear rise of the learning rate; then a cosine.
+        final_rate: What the cosine falls to, as a part of the peak.
+        weight_decay: AdamW's, on matrices only.
+        clip_norm: Largest norm of the gradient.
+    """
+
+    preset: str
+    steps: int
+    learning_rates: dict[str, float]
+    chunk_sizes: dict[int, float]
+    mixture: dict[str, float] = field(default_factory=dict)
+    row_tokens: int = 2048
+    memory_tokens: int | None = None
+    rows: int = 1
+    warmup_steps: int = 20
+    final_rate: float = 0.1
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "row_tokens", "rows"):
+            _check_at_least(name, getattr(self, name), 1)
+        _check_weights("chunk_sizes", self.chunk_sizes)
+        _check_weights("mixture", self.mixture)
+        for part in self.learning_rates:
+            _check_choice("learning_rates", part, PARTS)
+        if not self.learning_rates:
+            raise ConfigError("learning_rates: name at least one part that learns")
+        if self.preset == "align" and (set(self.learning_rates) != {"adapter"} or set(self.chunk_sizes) != {1}):
+            raise ConfigError("the align stage trains the adapter only, at chunk size 1: set neither otherwise")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        name: Shown in reports.
+        output: Folder of checkpoints, metrics, curve and the exported pair.
+        pair: What is trained.
+        data: On what.
+        stages: In order.
+        encoder_tuning: How the encoder learns.
+        decoder_tuning: How the decoder learns.
+        precision: "float32", or "bfloat16" (autocast; what learns stays in float32).
+        gradient_checkpointing: Compute activations twice, keep them once: less memory, a third more time.
+        seed: Of initial LoRA weights, order and draws.
+        threads: torch threads; torch's own choice by default.
+        save_minutes: Time between two checkpoints.
+        keep_checkpoints: How many are kept.
+        log_every: Steps between two lines of metrics.
+    """
+
+    name: str
+    output: str
+    pair: PairConfig
+    data: DataConfig
+    stages: tuple[StageConfig, ...]
+    encoder_tuning: TuningConfig = field(default_factory=TuningConfig)
+    decoder_tuning: TuningConfig = field(default_factory=TuningConfig)
+    precision: str = "float32"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    threads: int | None = None
+    save_minutes: float = 5.0
+    keep_checkpoints: int = 2
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        _check_choice("precision", self.precision, PRECISIONS)
+        _check_at_least("keep_checkpoints", self.keep_checkpoints, 1)
+        if not self.stages:
+            raise ConfigError("stages: a run needs at least one")
+        order = [_ORDER.index(stage.preset) for stage in self.stages]
+        for number, (before, after) in enumerate(itertools.pairwise(order), start=1):
+            if after < before:
+                raise ConfigError(
+                    f"stages[{number}]: {_ORDER[after]} after {_ORDER[before]}; the order is {' → '.join(_ORDER)}"
+                )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    def what_is_trained(self) -> dict[str, Any]:
+        """The settings that decide the trained numbers, as JSON: a run resumes only under the same ones."""
+        values = dataclasses.asdict(self)
+        for name in _FREE_ON_RESUME:
+            del values[name]
+        return _plain(values)
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """Read a run's YAML file.
+
+    Raises:
+        ConfigError: It is missing, not YAML, has unknown or missing keys or impossible values; the message names the
+            file and the key.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return parse_config(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parse_config(values: Any) -> TrainConfig:
+    """Build a run's settings from plain values, presets applied.
+
+    Raises:
+        ConfigError: As `load_config`.
+    """
+    if isinstance(values, Mapping) and isinstance(values.get("stages"), list):
+        stages = [_apply_preset(stage, number) for number, stage in enumerate(values["stages"])]
+        values = {**values, "stages": stages}
+    return _convert(TrainConfig, values, "the configuration")
+
+
+def _apply_preset(stage: Any, number: int) -> Any:
+    if not isinstance(stage, Mapping):
+        return stage
+    preset = stage.get("preset")
+    if preset not in PRESETS:
+        raise ConfigError(f"stages[{number}].preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    return {**PRESETS[preset], **stage}
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """Turn a YAML value into the annotated type, strictly."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _convert_dataclass(kind, value, where)
+    if origin in (types.UnionType, typing.Union):
+        inner = next(a for a in arguments if a is not type(None))
+        return None if value is None else _convert(inner, value, where)
+    if origin is tuple and isinstance(value, list):
+        kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        if len(kinds) != len(value):
+            raise ConfigError(f"{where}: expected {len(kinds)} values, got {len(value)}")
+        return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is dict and isinstance(value, Mapping):
+        key_kind, value_kind = arguments
+        return {_convert(key_kind, k, where): _convert(value_kind, v, f"{where}.{k}") for k, v in value.items()}
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-3 as a text
+        except ValueError:
+            pass
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    raise ConfigError(f"{where}: expected {_type_name(kind)}, got {value!r}")
+
+
+def _convert_dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: expected keys and values, got {value!r}")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(str(key) for key in value if key not in hints)
+    if unknown:
+        raise ConfigError(f"{where}: unknown key {unknown[0]}; the keys are {', '.join(sorted(hints))}")
+    required = [f for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [f.name for f in required if f.name not in value]
+    if missing:
+        raise ConfigError(f"{where}: key {missing[0]} is missing")
+    prefix = "" if kind is TrainConfig else f"{where}."
+    arguments = {name: _convert(hints[name], v, f"{prefix}{name}") for name, v in value.items()}
+    try:
+        return kind(**arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}" if prefix else str(error)) from None
+
+
+def _type_name(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    origin = typing.get_origin(kind)
+    return names.get(kind) or {tuple: "a list", dict: "keys and values"}.get(origin or kind, str(kind))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{key}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_at_least(key: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ConfigError(f"{key}: expected at least {minimum}, got {value}")
+
+
+def _check_weights(key: str, weights: Mapping[Any, float]) -> None:
+    if any(weight < 0 for weight in weights.values()) or (weights and not sum(weights.values())):
+        raise ConfigError(f"{key}: weights must not be negative, and one must be above 0; got {dict(weights)}")

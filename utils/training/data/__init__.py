@@ -1,0 +1,1 @@
+"""Training data: source files, task examples, the tokenised cache."""

@@ -1,0 +1,157 @@
+"""Task examples as JSONL: deterministic, without duplicates, with a report of where they come from.
+
+    build_examples("artifacts/data", {"lookup": 1000}, size=SizeRange(shortest=64, longest=256), source="installed")
+
+writes `lookup.jsonl` and `report.json`. The examples of a task depend on its name, the seed and the sources only, so a
+task can be added or enlarged without changing the others.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tqdm import tqdm
+
+from utils.errors import ConfigError, DatasetError
+from utils.files import sha256_bytes, write_json, write_jsonl
+from utils.training.data.excerpts import SizeRange
+from utils.training.data.sources import SourceFile, held_out_sources, training_sources
+from utils.training.data.tasks import SYMBOL_TASKS, TASKS, Example, Material
+
+REPORT_FILE = "report.json"
+SYMBOLS = "symbols"
+HELD_OUT = "held-out"
+# Draws in a row that may fail before a task is given up.
+_MAX_FAILURES = 10_000
+
+
+def read_sources(source: str, tasks: Iterable[str], max_files: int | None = None, seed: int = 0) -> list[SourceFile]:
+    """The files that these tasks draw from: `installed`, `held-out`, a folder; none for `symbols`.
+
+    Args:
+        source: Where the files are.
+        tasks: What is to be built; tasks over symbols need no files.
+        max_files: A random choice of so many files; all by default.
+        seed: Of that choice.
+
+    Raises:
+        ConfigError: An unknown task, or one that needs files where there are none.
+        DatasetError: The folder is not there or has too little.
+    """
+    for task in tasks:
+        if task not in TASKS:
+            raise ConfigError(f"unknown task {task}: the tasks are {', '.join(TASKS)}")
+    need_files = sorted(set(tasks) - SYMBOL_TASKS)
+    if not need_files:
+        return []
+    if source == SYMBOLS:
+        raise ConfigError(f"task {need_files[0]} needs source files: choose the source installed or a folder")
+    files = list(held_out_sources() if source == HELD_OUT else training_sources(source))
+    if not files:
+        raise DatasetError(f"{source}: no usable Python file (20 lines or more, valid UTF-8, no very long lines)")
+    if max_files is not None and max_files < len(files):
+        chosen = sorted(Random(f"{seed} files").sample(range(len(files)), max_files))
+        files = [files[index] for index in chosen]
+    return files
+
+
+def draw_examples(task: str, files: Sequence[SourceFile], size: SizeRange, seed: int) -> Iterator[Example]:
+    """Endless different examples of one task.
+
+    Raises:
+        DatasetError: The sources give no further one.
+    """
+    material = Material(Random(f"{seed} {task}"), files, size)
+    seen: set[str | None] = set()
+    failures = 0
+    while failures < _MAX_FAILURES:
+        example = TASKS[task](material)
+        key = None if example is None else hash_of(example)
+        if example is None or key in seen:
+            failures += 1
+            continue
+        failures = 0
+        seen.add(key)
+        yield example
+    raise DatasetError(f"task {task}: no new example in {_MAX_FAILURES} draws after {len(seen)}: ask for fewer")
+
+
+def build_examples(
+    folder: str | Path,
+    tasks: Mapping[str, int],
+    *,
+    size: SizeRange,
+    source: str,
+    seed: int = 0,
+    max_files: int | None = None,
+) -> dict[str, Any]:
+    """Write each task's examples and the report.
+
+    Args:
+        folder: Where to.
+        tasks: Task → number of examples.
+        size: How long memories are.
+        source: "installed", "held-out", "symbols" or a folder.
+        seed: Of all draws.
+        max_files: Draw from a random choice of so many files; from all by default.
+
+    Returns:
+        The report, as written.
+    """
+    folder = Path(folder)
+    files = read_sources(source, tasks, max_files, seed)
+    report: dict[str, Any] = {
+        "source": source,
+        "seed": seed,
+        "max_files": max_files,
+        "memory_tokens": [size.shortest, size.longest],
+        "files": len(files),
+        "characters": sum(len(file.text) for file in files),
+        "packages": _packages(files),
+        "tasks": {},
+    }
+    for task, number in tasks.items():
+        tally = _Tally()
+        examples = draw_examples(task, files, size, seed)
+        bar = tqdm(range(number), desc=f"building {task}", unit="example", disable=None)
+        path = folder / f"{task}.jsonl"
+        write_jsonl(path, (tally.note(next(examples)).row() for _ in bar))
+        report["tasks"][task] = {"examples": number, "size_bytes": path.stat().st_size, **tally.summary()}
+    write_json(folder / REPORT_FILE, report)
+    return report
+
+
+def hash_of(example: Example) -> str:
+    """What makes two examples the same: memory and question."""
+    return sha256_bytes(f"{example.memory}\0{example.question}".encode())[:24]
+
+
+class _Tally:
+    """Counts what passes by."""
+
+    def __init__(self) -> None:
+        self.kinds: Counter[str] = Counter()
+        self.memory_chars = self.answer_chars = 0
+
+    def note(self, example: Example) -> Example:
+        self.kinds[example.kind] += 1
+        self.memory_chars += len(example.memory)
+        self.answer_chars += len(example.answer)
+        return example
+
+    def summary(self) -> dict[str, Any]:
+        kinds = {kind: n for kind, n in sorted(self.kinds.items()) if kind}
+        return {"memory_chars": self.memory_chars, "answer_chars": self.answer_chars, "kinds": kinds}
+
+
+def _packages(files: Sequence[SourceFile]) -> dict[str, Any]:
+    packages: dict[str, Any] = {}
+    for file in files:
+        entry = packages.setdefault(file.package, {"licence": file.licence, "files": 0, "characters": 0})
+        entry["files"] += 1
+        entry["characters"] += len(file.text)
+    return packages

@@ -1,0 +1,181 @@
+"""Tokenised examples, memory-mapped: tokenised once, opened in no time, read without loading.
+
+    cache = TokenCache.build("data/lookup", read_jsonl("data/lookup.jsonl"), processor)
+    cache = TokenCache.open("data/lookup")
+    cache[7].decoder_ids        # each span a single placeholder: the chunk size is chosen when rows are packed
+
+A folder holds three plain arrays and `meta.json`. Shape legend: n examples, s spans.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from utils.errors import DatasetError, PromptError
+from utils.files import atomic_folder, read_json, sha256_bytes, sha256_file, write_json
+from utils.model.processor import Processor
+
+_META, _DECODER, _ENCODER, _INDEX = "meta.json", "decoder.i32", "encoder.i32", "index.npz"
+_VERSION = 1
+# A span as long as any: parsed with this chunk size it becomes one placeholder.
+ONE_PLACEHOLDER = 1 << 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedExample:
+    """One example before a chunk size is chosen.
+
+    Attributes:
+        decoder_ids: [T] int32, each memory span as a single placeholder.
+        spans: Encoder tokens of each span, int32.
+        target_start: First decoder row that the loss is taken on; placeholders and markers never count.
+    """
+
+    decoder_ids: np.ndarray
+    spans: tuple[np.ndarray, ...]
+    target_start: int
+
+
+class TokenCache:
+    """A folder of tokenised examples; see the module's text."""
+
+    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+        self.meta = meta
+        self._decoder = _map(folder / _DECODER)
+        self._encoder = _map(folder / _ENCODER)
+        with np.load(folder / _INDEX) as index:
+            self._decoder_offsets = index["decoder_offsets"]  # [n + 1]
+            self._span_offsets = index["span_offsets"]  # [n + 1]
+            self._encoder_offsets = index["encoder_offsets"]  # [s + 1]
+            self._target_starts = index["target_starts"]  # [n]
+
+    def __len__(self) -> int:
+        return len(self._target_starts)
+
+    def __getitem__(self, number: int) -> TokenizedExample:
+        first, stop = self._decoder_offsets[number : number + 2]
+        spans = range(self._span_offsets[number], self._span_offsets[number + 1])
+        return TokenizedExample(
+            decoder_ids=self._decoder[first:stop],
+            spans=tuple(self._encoder[self._encoder_offsets[s] : self._encoder_offsets[s + 1]] for s in spans),
+            target_start=int(self._target_starts[number]),
+        )
+
+    @classmethod
+    def open(cls, folder: str | Path) -> TokenCache:
+        """Open a cache.
+
+        Raises:
+            DatasetError: There is none, or it was written by another version.
+        """
+        folder = Path(folder)
+        meta = read_json(folder / _META)
+        if meta.get("version") != _VERSION:
+            raise DatasetError(
+                f"{folder}: a token cache of version {meta.get('version')}; delete it and tokenise again"
+            )
+        return cls(folder, meta)
+
+    @classmethod
+    def build(
+        cls, folder: str | Path, source: str | Path, rows: Iterable[Mapping[str, Any]], processor: Processor
+    ) -> TokenCache:
+        """Tokenise rows and write them; memory stays flat.
+
+        Args:
+            folder: Where to; an existing cache is replaced.
+            source: The file behind the rows, for messages and the check of `is_current`.
+            rows: `{"messages", "target"}` or `{"text"}`, with memory markers.
+            processor: Tokenizers and limits.
+
+        Raises:
+            DatasetError: A row of another shape, without a span, or with wrong markers; the message names it.
+        """
+        decoder_offsets, span_offsets, encoder_offsets, target_starts = [0], [0], [0], []
+        with atomic_folder(folder) as temporary:
+            with (temporary / _DECODER).open("wb") as decoder, (temporary / _ENCODER).open("wb") as encoder:
+                bar = tqdm(rows, desc=f"tokenising {Path(source).name}", unit="example", disable=None)
+                for number, row in enumerate(bar, start=1):
+                    example = tokenize_row(row, processor, f"{source}, row {number}")
+                    example.decoder_ids.tofile(decoder)
+                    decoder_offsets.append(decoder_offsets[-1] + len(example.decoder_ids))
+                    for span in example.spans:
+                        span.tofile(encoder)
+                        encoder_offsets.append(encoder_offsets[-1] + len(span))
+                    span_offsets.append(len(encoder_offsets) - 1)
+                    target_starts.append(example.target_start)
+            if not target_starts:
+                raise DatasetError(f"{source}: no examples")
+            np.savez(
+                temporary / _INDEX,
+                decoder_offsets=np.array(decoder_offsets, dtype=np.int64),
+                span_offsets=np.array(span_offsets, dtype=np.int64),
+                encoder_offsets=np.array(encoder_offsets, dtype=np.int64),
+                target_starts=np.array(target_starts, dtype=np.int64),
+            )
+            meta = {
+                "version": _VERSION,
+                "examples": len(target_starts),
+                "memory_tokens": encoder_offsets[-1],
+                "decoder_tokens": decoder_offsets[-1],
+                "target_tokens": int(np.sum(np.diff(decoder_offsets) - np.array(target_starts))),
+                "key": cache_key(source, processor),
+            }
+            write_json(temporary / _META, meta)
+        return cls.open(folder)
+
+    @classmethod
+    def is_current(cls, folder: str | Path, source: str | Path, processor: Processor) -> bool:
+        """Whether a cache is there and was made from this file with these tokenizers."""
+        meta = Path(folder) / _META
+        return meta.is_file() and read_json(meta).get("key") == cache_key(source, processor)
+
+
+def tokenize_row(row: Mapping[str, Any], processor: Processor, where: str) -> TokenizedExample:
+    """Tokenise one JSONL row.
+
+    Raises:
+        DatasetError: Its shape or its markers are wrong, or it has no memory span.
+    """
+    try:
+        if isinstance(row.get("messages"), list) and isinstance(row.get("target"), str):
+            prompt = processor.parse_chat(row["messages"], ONE_PLACEHOLDER)
+            ids = [*prompt.input_ids, *processor.target_ids(row["target"])]
+            target_start = len(prompt.input_ids)
+        elif isinstance(row.get("text"), str):
+            prompt = processor.parse_raw(row["text"], ONE_PLACEHOLDER)
+            ids, target_start = prompt.input_ids, 1
+        else:
+            raise DatasetError(f'{where}: expected {{"messages", "target"}} or {{"text"}}, got the keys {sorted(row)}')
+    except PromptError as error:
+        raise DatasetError(f"{where}: {error}") from None
+    if not prompt.spans:
+        raise DatasetError(f"{where}: no memory span; mark what is to be compressed with the memory markers")
+    return TokenizedExample(
+        decoder_ids=np.array(ids, dtype=np.int32),
+        spans=tuple(np.array(span.token_ids, dtype=np.int32) for span in prompt.spans),
+        target_start=target_start,
+    )
+
+
+def cache_key(source: str | Path, processor: Processor) -> str:
+    """Changes with the file's content, a tokenizer or the chat template."""
+    tokenizers = processor.tokenizers
+    parts = [
+        sha256_file(source),
+        *(t.backend_tokenizer.to_str() for t in (tokenizers.decoder, tokenizers.encoder)),
+        str(tokenizers.decoder.chat_template),
+    ]
+    return sha256_bytes(json.dumps(parts).encode())
+
+
+def _map(path: Path) -> np.ndarray:
+    # A file of no bytes cannot be mapped.
+    return np.memmap(path, dtype=np.int32, mode="r") if path.stat().st_size else np.empty(0, dtype=np.int32)

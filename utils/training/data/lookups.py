@@ -1,0 +1,151 @@
+"""Questions about real code whose answers stand in it, found through the syntax tree.
+
+    facts = find_facts(file.text)
+    facts[0].question, facts[0].answer          # "What does the function `area` return?", "width * height"
+
+A fact knows the lines that prove it, so that an excerpt can be cut around them.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+MAX_ANSWER_CHARS = 60
+_COMMENT = re.compile(r"^\s*# (?P<text>\w.{8,58})$")
+
+# kind → phrasings; {0} is what is asked about, {1} what narrows it down.
+QUESTIONS = {
+    "return": ("What does the function `{0}` return?", "Which expression does `{0}` return?"),
+    "constant": ("What value is assigned to `{0}`?", "Which value does `{0}` get?"),
+    "parameters": ("What are the parameters of `{0}`?", "Which parameters does the function `{0}` take?"),
+    "default": (
+        "What is the default value of `{1}` in `{0}`?",
+        "Which default does the parameter `{1}` of `{0}` have?",
+    ),
+    "import": ("From which module is `{0}` imported?", "Where is `{0}` imported from?"),
+    "base": ("Which class does `{0}` inherit from?", "What is the base class of `{0}`?"),
+    "method": ("Which class defines the method `{0}`?", "In which class is `{0}` defined?"),
+    "raise": ("Which exception does `{0}` raise?", "What does the function `{0}` raise?"),
+    "comment": ("What does the comment before the line `{0}` say?",),
+    "next_line": ("Which line comes right after `{0}`?", "What is the line after `{0}`?"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """Something that a file says.
+
+    Attributes:
+        kind: Which of `QUESTIONS` asks for it.
+        subject: What is asked about, and what narrows it down.
+        answer: The answer as it stands in the file.
+        first: First line that is needed, counted from 0.
+        last: Last line that is needed.
+    """
+
+    kind: str
+    subject: tuple[str, ...]
+    answer: str
+    first: int
+    last: int
+
+
+def find_facts(text: str) -> list[Fact]:
+    """All facts of a file, in the order of its lines; none if it is not valid Python."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in somebody's strings
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError):
+        return []
+    found = [*_tree_facts(tree, text), *_line_facts(text.splitlines())]
+    usable = [f for f in found if 0 < len(f.answer) <= MAX_ANSWER_CHARS and "\n" not in f.answer]
+    return sorted(usable, key=lambda fact: (fact.first, fact.kind, fact.subject))
+
+
+def is_unambiguous(fact: Fact, facts: list[Fact], first: int, stop: int) -> bool:
+    """Whether lines `first` to `stop` hold the fact and no other one that answers the same question."""
+    if not first <= fact.first <= fact.last < stop:
+        return False
+    return not any(
+        other.kind == fact.kind
+        and other.subject == fact.subject
+        and other != fact
+        and other.last >= first
+        and other.first < stop
+        for other in facts
+    )
+
+
+def _tree_facts(tree: ast.Module, text: str) -> Iterator[Fact]:
+    lines = text.splitlines()
+
+    def source(node: ast.AST) -> str:
+        """The text of a node that stands on one line, else nothing."""
+        if getattr(node, "lineno", 0) != getattr(node, "end_lineno", -1):
+            return ""
+        # Offsets of the syntax tree count bytes.
+        line = lines[node.lineno - 1].encode()  # type: ignore[attr-defined]
+        return line[node.col_offset : node.end_col_offset].decode()  # type: ignore[attr-defined]
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _function_facts(node, source)
+        elif isinstance(node, ast.ClassDef):
+            at = node.lineno - 1
+            if len(node.bases) == 1:
+                yield _fact("base", (node.name,), source(node.bases[0]), at, at)
+            for item in node.body:
+                if isinstance(item, ast.FunctionDef) and not item.name.startswith("__"):
+                    yield _fact("method", (item.name,), node.name, at, item.lineno - 1)
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and len(node.targets) == 1:
+            at = node.lineno - 1
+            yield _fact("constant", (source(node.targets[0]),), source(node.value), at, at)
+        elif isinstance(node, ast.ImportFrom) and node.lineno == node.end_lineno:
+            for name in (name for name in node.names if name.name != "*"):
+                module = "." * node.level + (node.module or "")
+                yield _fact("import", (name.asname or name.name,), module, node.lineno - 1, node.lineno - 1)
+
+
+def _function_facts(node: ast.FunctionDef | ast.AsyncFunctionDef, source: object) -> Iterator[Fact]:
+    assert callable(source)
+    at = node.lineno - 1
+    arguments = [*node.args.posonlyargs, *node.args.args]
+    last_argument = max((argument.end_lineno or 0 for argument in arguments), default=0)
+    simple = not (node.args.vararg or node.args.kwarg or node.args.kwonlyargs)
+    if arguments and simple and last_argument == node.lineno:
+        yield _fact("parameters", (node.name,), ", ".join(a.arg for a in arguments), at, at)
+    with_default = arguments[len(arguments) - len(node.args.defaults) :] if node.args.defaults else []
+    for argument, default in zip(with_default, node.args.defaults, strict=True):
+        yield _fact("default", (node.name, argument.arg), source(default), at, default.lineno - 1)
+    inner = list(ast.walk(node))
+    returns = [child for child in inner if isinstance(child, ast.Return) and child.value is not None]
+    if len(returns) == 1:
+        yield _fact("return", (node.name,), source(returns[0].value), at, returns[0].lineno - 1)
+    raises = [child.exc for child in inner if isinstance(child, ast.Raise) and isinstance(child.exc, ast.Call)]
+    if len(raises) == 1:
+        yield _fact("raise", (node.name,), source(raises[0].func), at, raises[0].lineno - 1)
+
+
+def _line_facts(lines: list[str]) -> Iterator[Fact]:
+    stripped = [line.strip() for line in lines]
+    counts: dict[str, int] = {}
+    for line in stripped:
+        counts[line] = counts.get(line, 0) + 1
+    for at in range(len(lines) - 1):
+        here, after = stripped[at], stripped[at + 1]
+        comment = _COMMENT.match(lines[at])
+        if comment and 8 <= len(after) <= MAX_ANSWER_CHARS and not after.startswith("#") and counts[after] == 1:
+            yield _fact("comment", (after,), comment["text"], at, at + 1)
+        askable = 12 <= len(here) <= MAX_ANSWER_CHARS and counts[here] == 1 and not here.startswith(("#", '"'))
+        if askable and len(after) >= 8:
+            yield _fact("next_line", (here,), after, at, at + 1)
+
+
+def _fact(kind: str, subject: tuple[str, ...], answer: str, first: int, last: int) -> Fact:
+    usable = all(part and "`" not in part for part in subject)
+    return Fact(kind=kind, subject=subject, answer=answer if usable else "", first=first, last=last)

@@ -1,0 +1,128 @@
+"""Python sources on this machine, as training text and – apart from it – as evaluation text.
+
+Training reads installed packages under permissive licences and the standard library (PSF licence). Standard-library
+modules whose names start with o, p, t or z are held out for evaluation and never trained on; neither are the packages
+from which RULER's code haystacks are made. Two files with one text count once.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.errors import DatasetError
+from utils.files import sha256_bytes
+
+HELD_OUT_INITIALS = tuple("optz")
+# The haystacks of RULER's code tasks (ruler/code_files.py) are never trained on.
+EVALUATION_PACKAGES = frozenset(
+    ("accelerate", "fastapi", "httpx", "huggingface_hub", "jinja2", "networkx", "openai", "peft", "uvicorn")
+)
+_PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|ISC|PSF|0BSD|Unlicense)\b", re.IGNORECASE)
+_COPYLEFT = re.compile(r"\b(A?GPL|LGPL|MPL)", re.IGNORECASE)
+_OWN_PACKAGE = "code-llava"
+_SKIPPED_FOLDERS = frozenset(("test", "tests", "testing", "idlelib", "lib2to3", "site-packages", "__pycache__"))
+_MIN_LINES, _MAX_BYTES, _MAX_LINE = 20, 200_000, 160
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceFile:
+    """One Python file.
+
+    Attributes:
+        path: Its path inside its package, with forward slashes.
+        text: Its text, ending with a line end.
+        package: Where it comes from.
+        licence: Under what licence, as the package states it.
+    """
+
+    path: str
+    text: str
+    package: str
+    licence: str
+
+
+def training_sources(source: str = "installed") -> Iterator[SourceFile]:
+    """Files to train on, in a fixed order, without duplicates and without anything that is held out.
+
+    Args:
+        source: "installed", or a folder of Python files.
+
+    Raises:
+        DatasetError: The folder is not there.
+    """
+    held_out = {sha256_bytes(file.text.encode()) for file in held_out_sources()}
+    found = _installed() if source == "installed" else _folder(source)
+    return _without(found, held_out)
+
+
+def held_out_sources() -> Iterator[SourceFile]:
+    """Standard-library files that are kept for evaluation."""
+    return _without((f for f in _standard_library() if f.path.startswith(HELD_OUT_INITIALS)), set())
+
+
+def _without(files: Iterable[SourceFile], seen: set[str]) -> Iterator[SourceFile]:
+    for file in files:
+        digest = sha256_bytes(file.text.encode())
+        if digest not in seen:
+            seen.add(digest)
+            yield file
+
+
+def _folder(source: str) -> Iterator[SourceFile]:
+    root = Path(source)
+    if not root.is_dir():
+        raise DatasetError(f"{source} is no folder: give one with Python files, or `installed`")
+    return _read(root, sorted(root.rglob("*.py")), root.name, "unknown (a folder of the user's)")
+
+
+def _installed() -> Iterator[SourceFile]:
+    yield from (file for file in _standard_library() if not file.path.startswith(HELD_OUT_INITIALS))
+    packages = {d.metadata["Name"].lower(): d for d in importlib.metadata.distributions()}
+    for name, package in sorted(packages.items()):
+        if name in EVALUATION_PACKAGES or name.replace("-", "_") in EVALUATION_PACKAGES or name == _OWN_PACKAGE:
+            continue
+        licence = _licence(package)
+        if licence is None:
+            continue
+        root = Path(str(package.locate_file("")))
+        files = [root / file for file in package.files or [] if file.suffix == ".py" and ".." not in file.parts]
+        yield from _read(root, sorted(files), name, licence)
+
+
+def _standard_library() -> Iterator[SourceFile]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return _read(root, sorted(root.rglob("*.py")), "python", "PSF-2.0")
+
+
+def _licence(package: importlib.metadata.Distribution) -> str | None:
+    """What a package says about its licence, shortened; None unless that is permissive."""
+    fields = ("License-Expression", "Classifier", "License")
+    values = [str(value) for name in fields for value in package.metadata.get_all(name) or []]
+    stated = [value for value in values if "\n" not in value.strip() and _PERMISSIVE.search(value)]
+    if not stated or any(_COPYLEFT.search(value) for value in values if "\n" not in value.strip()):
+        return None
+    return stated[0].rpartition("::")[2].strip()
+
+
+def _read(root: Path, paths: Iterable[Path], package: str, licence: str) -> Iterator[SourceFile]:
+    for path in paths:
+        relative = path.relative_to(root)
+        if _SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]) and (text := _usable_text(path)):
+            yield SourceFile(path=relative.as_posix(), text=text, package=package, licence=licence)
+
+
+def _usable_text(path: Path) -> str | None:
+    """The text of a file that reads well: not tiny, not huge, no endless lines, no memory markers."""
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8").replace("\r\n", "\n").expandtabs(4).rstrip() + "\n"
+    except (OSError, UnicodeDecodeError):
+        return None
+    lines = text.split("\n")
+    fits = len(raw) <= _MAX_BYTES and len(lines) >= _MIN_LINES and max(map(len, lines)) <= _MAX_LINE
+    return text if fits and "<|" not in text and "\f" not in text and "\r" not in text else None

@@ -1,0 +1,48 @@
+"""A trained run as a checkpoint in the native layout: LoRA merged, marker rows added, chunk sizes noted."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+from utils.errors import CheckpointError
+from utils.inference.saving import save_checkpoint
+from utils.training.checkpoints import load_trained, newest_checkpoint
+from utils.training.config import TrainConfig
+from utils.training.pairs import load_pair
+from utils.training.parts import apply_trained_state
+
+logger = logging.getLogger(__name__)
+
+MODEL_FOLDER = "model"
+
+
+def trained_chunk_sizes(config: TrainConfig) -> tuple[int, ...]:
+    """The chunk sizes that the last stage trained for."""
+    return tuple(sorted(size for size, weight in config.stages[-1].chunk_sizes.items() if weight))
+
+
+def export_pair(config: TrainConfig, target: str | Path | None = None) -> Path:
+    """Write the newest checkpoint of a run as a whole model pair, in the pair's own dtype.
+
+    Args:
+        config: The run.
+        target: Folder; `model/` in the run's output by default.
+
+    Raises:
+        CheckpointError: The run has no checkpoint yet.
+    """
+    checkpoint = newest_checkpoint(config.output)
+    if checkpoint is None:
+        raise CheckpointError(f"{config.output} has no checkpoint yet: train first")
+    folder = Path(target) if target else Path(config.output) / MODEL_FOLDER
+    model, tokenizers = load_pair(config.pair, config.seed)
+    apply_trained_state(model, load_trained(checkpoint), config, tokenizers.markers)
+    sizes = trained_chunk_sizes(config)
+    chosen = model.config.chunk_size if model.config.chunk_size in sizes else sizes[0]
+    compression = dataclasses.replace(model.config, chunk_sizes=()).with_chunk_size(chosen)
+    model.code_chunker.config = dataclasses.replace(compression, chunk_sizes=sizes)
+    save_checkpoint(folder, model, tokenizers)
+    logger.info("wrote %s from %s", folder, checkpoint.name)
+    return folder

@@ -1,0 +1,133 @@
+"""What is minimised: the packed next-token loss, and the alignment of latents with the decoder's own embeddings.
+
+`TrainedPair` computes both behind one `forward`, as distributed wrappers want it. Losses are sums over a row; the loop
+divides by what the whole step has, on all processes, so that the split of a step into rows changes nothing.
+Shape legend: T decoder rows of a packed row, n rows with a label, N latents, D decoder width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from utils.errors import ConfigError
+from utils.model.code_chunker import plan_windows
+from utils.model.code_llava_model import CodeLLaVAModel
+from utils.model.markers import MarkerIds
+from utils.model.packed_attention import supports_packed_attention, use_packed_attention
+from utils.model.splice import splice_latents
+from utils.training.packing import PackedRow
+
+# Label rows whose logits exist at the same time; a vocabulary is large.
+_HEAD_ROWS = 2048
+
+
+class MarkerRows(nn.Module):
+    """What training adds to the decoder's embedding rows of the two markers around a span.
+
+    The table itself stays frozen: two rows need no gradient and no optimiser state of the whole vocabulary. The third
+    marker, the placeholder, is never looked up: latents stand in its place.
+    """
+
+    def __init__(self, markers: MarkerIds, width: int) -> None:
+        super().__init__()
+        self.ids = (markers.start, markers.end)
+        self.delta = nn.Parameter(torch.zeros(len(self.ids), width))
+
+    def forward(self, ids_T: torch.Tensor, embeds_TD: torch.Tensor) -> torch.Tensor:
+        """Embeddings with the rows of markers changed."""
+        for row, marker in enumerate(self.ids):
+            here_T1 = (ids_T == marker).unsqueeze(-1)
+            embeds_TD = embeds_TD + torch.where(here_T1, self.delta[row].to(embeds_TD.dtype), 0.0)
+        return embeds_TD
+
+
+class TrainedPair(nn.Module):
+    """A pair as it is trained.
+
+    Args:
+        model: The pair; its parts become parts of this module under the same names.
+        markers: Ids of the marker tokens.
+
+    Raises:
+        ConfigError: The decoder cannot run packed rows.
+    """
+
+    def __init__(self, model: CodeLLaVAModel, markers: MarkerIds) -> None:
+        super().__init__()
+        if not supports_packed_attention(model.decoder):
+            raise ConfigError(f"{type(model.decoder).__name__} cannot run packed rows, which training needs")
+        self.memory_encoder = model.memory_encoder
+        self.decoder = model.decoder
+        self.marker_rows = MarkerRows(markers, model.decoder.get_input_embeddings().weight.shape[1])
+        use_packed_attention(self.decoder)
+
+    def forward(self, row: PackedRow, align: bool = False) -> torch.Tensor:
+        """The summed loss of a packed row: over its labels, or with `align` over its memory tokens."""
+        return self._align_loss(row) if align else self._next_token_loss(row)
+
+    def _next_token_loss(self, row: PackedRow) -> torch.Tensor:
+        table = self.decoder.get_input_embeddings()
+        device = table.weight.device
+        ids_T = row.input_ids.to(device)
+        embeds_TD = self.marker_rows(ids_T, table(ids_T))
+        latents = self.memory_encoder(row.spans)
+        embeds_TD = splice_latents(embeds_TD, latents, [(span.start, span.stop) for span in row.spans])
+        hidden_TD = self.decoder.get_decoder()(
+            inputs_embeds=embeds_TD[None],
+            position_ids=row.position_ids.to(device)[None],
+            segments=row.segments,
+            use_cache=False,
+        ).last_hidden_state[0]
+        # Only rows with a label need logits: most rows of a task example have none.
+        return self._cross_entropy(hidden_TD[row.label_rows.to(device)], row.labels.to(device))
+
+    def _cross_entropy(self, hidden_nD: torch.Tensor, labels_n: torch.Tensor) -> torch.Tensor:
+        head = self.decoder.get_output_embeddings()
+
+        def part(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
+
+        if len(labels_n) <= _HEAD_ROWS:
+            return part(hidden_nD, labels_n)
+        pieces = zip(hidden_nD.split(_HEAD_ROWS), labels_n.split(_HEAD_ROWS), strict=True)
+        return torch.stack([checkpoint(part, h, y, use_reentrant=False) for h, y in pieces]).sum()
+
+    def _align_loss(self, row: PackedRow) -> torch.Tensor:
+        """Squared error between each memory token's latent and the decoder's embedding of the same token.
+
+        In units of the embeddings' variance: 1 is what a constant guess reaches. No decoder pass.
+        """
+        config = self.memory_encoder.config.with_chunk_size(1)
+        windows = [window for span in row.spans for window in plan_windows(span.token_ids, config)]
+        with torch.no_grad():
+            pooled = torch.cat(self.memory_encoder.chunker(windows))
+        latents_ND = self.memory_encoder.adapter(pooled, [window.num_latents for window in windows])
+        table_VD = self.decoder.get_input_embeddings().weight
+        ids_N = torch.from_numpy(np.concatenate([window.core for window in windows]).astype(np.int64))
+        wanted_ND = table_VD[ids_N.to(table_VD.device)].detach().float()
+        variance = wanted_ND.var(dim=0).mean().clamp_min(1e-12)
+        return F.mse_loss(latents_ND.float(), wanted_ND, reduction="sum") / variance / wanted_ND.shape[1]
+
+
+def loss_units(row: PackedRow, align: bool) -> int:
+    """What the summed loss of a row is divided by, in the end: its labels, or its memory tokens."""
+    return row.memory_tokens if align else row.num_labels
+
+
+def check_alignable(tokenizers: Any) -> None:
+    """Raise `ConfigError` unless both tokenizers give a text the same ids, which the align stage rests on."""
+    probe = "def area(width, height):\n    return width * height  # naïve é\n"
+    encoder, decoder = (
+        t(probe, add_special_tokens=False)["input_ids"] for t in (tokenizers.encoder, tokenizers.decoder)
+    )
+    if encoder != decoder:
+        raise ConfigError(
+            "the align stage needs an encoder and a decoder with one tokenizer, and these two cut text differently: "
+            "leave the stage out"
+        )

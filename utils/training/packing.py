@@ -1,0 +1,241 @@
+"""Examples side by side in one row: no padding, positions that restart, labels that never cross an example.
+
+    stream = ExampleStream(caches, mixture, chunk_sizes, seed)         # which example comes next, at which chunk size
+    packer = RowPacker(stream, row_tokens=2048, markers=markers)
+    batch = packer.next_row()                                          # a PackedRow, ready for the model
+
+Every draw is a function of the seed and of a cursor that a checkpoint stores as JSON: a resumed run sees what an
+uninterrupted one would have seen. Shape legend: T decoder rows of a packed row, n rows that carry a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.errors import DatasetError
+from utils.model.markers import MarkerIds
+from utils.model.packed_attention import Segments
+from utils.model.prompt import MemorySpan, num_latents
+from utils.training.data.cache import TokenCache, TokenizedExample
+
+# Examples in a row that may be too long before the data are called unsuitable.
+_MAX_TOO_LONG = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedRow:
+    """One packed row of several examples.
+
+    Attributes:
+        input_ids: [T] long, placeholders widened to their latents.
+        position_ids: [T] long, from 0 in each example.
+        lengths: Decoder rows of each example.
+        label_rows: [n] long, rows whose next token is predicted.
+        labels: [n] long, those next tokens.
+        spans: All memory spans, with their places in the row.
+        tasks: Task of each example.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    lengths: tuple[int, ...]
+    label_rows: torch.Tensor
+    labels: torch.Tensor
+    spans: tuple[MemorySpan, ...]
+    tasks: tuple[str, ...] = ()
+
+    @property
+    def segments(self) -> Segments:
+        """The examples as sequences that do not see each other."""
+        return Segments.of(self.lengths, causal=True)
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens that the loss is taken on."""
+        return len(self.labels)
+
+    @property
+    def memory_tokens(self) -> int:
+        """Encoder tokens of all spans."""
+        return sum(len(span.token_ids) for span in self.spans)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """An example of a task and the chunk size it is compressed with."""
+
+    task: str
+    number: int
+    chunk_size: int
+
+
+@dataclass
+class ExampleStream:
+    """Draws tasks by weight, examples without repetition within an epoch, chunk sizes by weight.
+
+    Attributes:
+        caches: Task → its examples.
+        mixture: Task → weight.
+        chunk_sizes: Chunk size → weight.
+        seed: Of everything drawn.
+    """
+
+    caches: Mapping[str, TokenCache]
+    mixture: Mapping[str, float]
+    chunk_sizes: Mapping[int, float]
+    seed: str
+    _cursor: dict[str, int] = field(default_factory=dict)
+    _drawn: int = 0
+    _orders: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
+
+    def next(self) -> Draw:
+        """The next draw."""
+        random = Random(f"{self.seed} draw {self._drawn}")
+        self._drawn += 1
+        task = _choose(random, self.mixture)
+        chunk_size = _choose(random, self.chunk_sizes)
+        position = self._cursor.get(task, 0)
+        self._cursor[task] = position + 1
+        epoch, place = divmod(position, len(self.caches[task]))
+        return Draw(task, self._order(task, epoch)[place], chunk_size)
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream stands, as JSON."""
+        return {"cursor": dict(self._cursor), "drawn": self._drawn}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from an earlier `state`."""
+        self._cursor, self._drawn = dict(state["cursor"]), int(state["drawn"])
+
+    def _order(self, task: str, epoch: int) -> list[int]:
+        known = self._orders.get(task)
+        if known is None or known[0] != epoch:
+            order = list(range(len(self.caches[task])))
+            Random(f"{self.seed} {task} epoch {epoch}").shuffle(order)
+            known = self._orders[task] = (epoch, order)
+        return known[1]
+
+
+@dataclass
+class RowPacker:
+    """Fills rows from a stream.
+
+    Attributes:
+        stream: Where examples come from.
+        row_tokens: Most decoder rows of a packed row.
+        markers: Ids that are never a label.
+        memory_tokens: Most encoder tokens of a packed row; no limit by default.
+        too_long: Examples so far that fit into no row and were left out.
+    """
+
+    stream: ExampleStream
+    row_tokens: int
+    markers: MarkerIds
+    memory_tokens: int | None = None
+    too_long: int = 0
+    _waiting: Draw | None = None
+
+    def next_row(self) -> PackedRow:
+        """Fill one row; an example that does not fit any more opens the next one.
+
+        Raises:
+            DatasetError: Example after example is longer than a row.
+        """
+        chosen: list[tuple[Draw, TokenizedExample]] = []
+        rows = memory = failures = 0
+        while True:
+            draw = self._waiting or self.stream.next()
+            self._waiting = None
+            example = self.stream.caches[draw.task][draw.number]
+            num_rows, num_memory = packed_length(example, draw.chunk_size), sum(map(len, example.spans))
+            if self._exceeds(num_rows, num_memory):
+                self.too_long += 1
+                failures += 1
+                if failures == _MAX_TOO_LONG:
+                    raise DatasetError(
+                        f"{failures} examples in a row are longer than row_tokens {self.row_tokens} (memory_tokens "
+                        f"{self.memory_tokens}), the last one with {num_rows} rows and {num_memory} memory tokens: "
+                        "raise these, or make shorter examples"
+                    )
+                continue
+            if self._exceeds(rows + num_rows, memory + num_memory):
+                self._waiting = draw
+                return pack(chosen, self.markers)
+            chosen.append((draw, example))
+            rows, memory = rows + num_rows, memory + num_memory
+
+    def state(self) -> dict[str, Any]:
+        """Where the packer stands, as JSON."""
+        waiting = self._waiting and [self._waiting.task, self._waiting.number, self._waiting.chunk_size]
+        return {**self.stream.state(), "waiting": waiting, "too_long": self.too_long}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from an earlier `state`."""
+        self.stream.restore(state)
+        self._waiting = Draw(*state["waiting"]) if state["waiting"] else None
+        self.too_long = int(state["too_long"])
+
+    def _exceeds(self, rows: int, memory: int) -> bool:
+        return rows > self.row_tokens or (self.memory_tokens is not None and memory > self.memory_tokens)
+
+
+def packed_length(example: TokenizedExample, chunk_size: int) -> int:
+    """Decoder rows of an example at a chunk size."""
+    return len(example.decoder_ids) + sum(num_latents(len(span), chunk_size) - 1 for span in example.spans)
+
+
+def pack(chosen: Sequence[tuple[Draw, TokenizedExample]], markers: MarkerIds) -> PackedRow:
+    """Lay examples end to end, equal lengths side by side so that they share one attention call."""
+    chosen = sorted(chosen, key=lambda item: packed_length(item[1], item[0].chunk_size))
+    ids: list[np.ndarray] = []
+    label_rows: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    spans: list[MemorySpan] = []
+    lengths: list[int] = []
+    start = 0
+    for draw, example in chosen:
+        widened, target_start, places = _widen(example, draw.chunk_size, markers.memory)
+        wanted = np.arange(max(target_start, 1), len(widened))
+        wanted = wanted[~np.isin(widened[wanted], (markers.start, markers.end, markers.memory))]
+        label_rows.append(start + wanted - 1)
+        labels.append(widened[wanted])
+        spans += [
+            MemorySpan(text="", token_ids=tokens.tolist(), start=start + a, stop=start + b, chunk_size=draw.chunk_size)
+            for tokens, (a, b) in zip(example.spans, places, strict=True)
+        ]
+        ids.append(widened)
+        lengths.append(len(widened))
+        start += len(widened)
+    return PackedRow(
+        input_ids=_tensor(ids),
+        position_ids=_tensor([np.arange(length) for length in lengths]),
+        lengths=tuple(lengths),
+        label_rows=_tensor(label_rows),
+        labels=_tensor(labels),
+        spans=tuple(spans),
+        tasks=tuple(draw.task for draw, _ in chosen),
+    )
+
+
+def _widen(example: TokenizedExample, chunk_size: int, placeholder: int) -> tuple[np.ndarray, int, list[Any]]:
+    """Repeat each placeholder once a latent; the target's start and the spans' places move along."""
+    ids = np.asarray(example.decoder_ids)
+    at = np.flatnonzero(ids == placeholder)
+    counts = np.ones(len(ids), dtype=np.int64)
+    counts[at] = [num_latents(len(span), chunk_size) for span in example.spans]
+    begins = np.concatenate([[0], np.cumsum(counts)])
+    return np.repeat(ids, counts), int(begins[example.target_start]), [(begins[a], begins[a + 1]) for a in at]
+
+
+def _tensor(parts: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+def _choose(random: Random, weights: Mapping[Any, float]) -> Any:
+    return random.choices(list(weights), weights=list(weights.values()))[0]

@@ -1,0 +1,65 @@
+"""The pair that a run trains: the toy, the embedded default, a checkpoint, or two models put together anew.
+
+model, tokenizers = load_pair(config.pair, seed=0)
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from utils.inference.checkpoint import find_checkpoint
+from utils.inference.default_checkpoint import assemble_default_checkpoint
+from utils.inference.inference import end_tokens, load_model
+from utils.inference.weights import resize_table, without_progress_bars
+from utils.model.adapter import Adapter
+from utils.model.code_chunker import CodeChunker
+from utils.model.code_llava_model import CodeLLaVAModel, MemoryEncoder
+from utils.model.config import CompressionConfig
+from utils.model.markers import MARKERS
+from utils.model.prompt import PromptTokenizers
+from utils.training.config import PairConfig
+from utils.training.toy import build_toy_pair
+
+DEFAULT = "default"
+TOY = "toy"
+
+
+def load_pair(config: PairConfig, seed: int = 0) -> tuple[CodeLLaVAModel, PromptTokenizers]:
+    """Load or build the pair on the CPU, weights as stored, before any training of this run.
+
+    Args:
+        config: Which pair.
+        seed: Of weights that are drawn: the toy's, a new pair's adapter.
+
+    Raises:
+        CheckpointError: A checkpoint or model is missing or inconsistent.
+        ConfigError: The models do not fit together.
+    """
+    if config.checkpoint == TOY:
+        return build_toy_pair(seed)
+    if config.checkpoint:
+        root = assemble_default_checkpoint(trained=False) if config.checkpoint == DEFAULT else config.checkpoint
+        model, _, processor = load_model(find_checkpoint(root).root, device="cpu")
+        return model, processor.tokenizers
+    return _new_pair(config, seed)
+
+
+def _new_pair(config: PairConfig, seed: int) -> tuple[CodeLLaVAModel, PromptTokenizers]:
+    with without_progress_bars():
+        encoder = AutoModel.from_pretrained(config.encoder, dtype="auto")
+        decoder = AutoModelForCausalLM.from_pretrained(config.decoder, dtype="auto")
+    encoder_tokenizer = AutoTokenizer.from_pretrained(config.encoder)
+    decoder_tokenizer = AutoTokenizer.from_pretrained(config.decoder)
+    decoder_tokenizer.add_special_tokens({"additional_special_tokens": list(MARKERS)})
+    resize_table(decoder, len(decoder_tokenizer))
+    compression = CompressionConfig(chunk_size=1, window=config.window, pooling=config.pooling)
+    chunker = CodeChunker(encoder, compression, pad_token_id=encoder_tokenizer.pad_token_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        width = int(decoder.config.hidden_size)
+        adapter = Adapter(chunker.width, width, config=compression, middle_width=config.adapter_width)
+    memory_encoder = MemoryEncoder(chunker, adapter.to(encoder.dtype))
+    ends = end_tokens(decoder, decoder_tokenizer)
+    model = CodeLLaVAModel(memory_encoder, decoder, eos_token_ids=ends, pad_token_id=ends[0] if ends else 0)
+    return model, PromptTokenizers(decoder=decoder_tokenizer, encoder=encoder_tokenizer)

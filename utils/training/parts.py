@@ -1,0 +1,130 @@
+"""The four parts of a pair that can learn, found by module identity: which learn, how fast, and how to keep them.
+
+    add_lora(pair, config)                       # once: LoRA where the configuration says so
+    groups = parameter_groups(pair, stage)       # per stage: freezes the rest, gives the optimiser's groups
+    state = trained_state(pair)                  # what training can change, and nothing else
+    apply_trained_state(model, state, lora)      # into a pair as it was before: LoRA merged, marker rows added
+
+LoRA: Hu et al., arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils.errors import CheckpointError
+from utils.inference.trained_part import merge_trained_state
+from utils.model.code_llava_model import CodeLLaVAModel
+from utils.model.markers import MarkerIds
+from utils.training.config import StageConfig, TrainConfig, TuningConfig
+from utils.training.objective import TrainedPair
+
+_LORA = re.compile(r"\.lora_[AB]\.")
+
+
+def add_lora(pair: TrainedPair, config: TrainConfig) -> None:
+    """Put LoRA weights beside all linear layers of the models that learn that way; at first they change nothing."""
+    for model, tuning in _models(pair, config):
+        if tuning.method != "lora":
+            continue
+        from peft import LoraConfig, inject_adapter_in_model
+
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        targets = sorted({name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head})
+        inject_adapter_in_model(
+            LoraConfig(r=tuning.rank, lora_alpha=tuning.alpha, target_modules=targets, lora_dropout=0.0), model
+        )
+
+
+def _models(pair: TrainedPair, config: TrainConfig) -> Iterator[tuple[Any, TuningConfig]]:
+    yield pair.memory_encoder.chunker.encoder, config.encoder_tuning
+    yield pair.decoder, config.decoder_tuning
+
+
+def learnable(pair: TrainedPair, config: TrainConfig) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Part → the named parameters that learn when the part does.
+
+    A model that learns by LoRA keeps everything else frozen; one that learns fully keeps its embedding table (and a
+    head tied to it) frozen, which the other parts are aligned with.
+    """
+    names = {id(parameter): name for name, parameter in pair.named_parameters()}
+
+    def named(parameters: Iterator[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
+        return [(names[id(parameter)], parameter) for parameter in parameters]
+
+    parts = {
+        "adapter": named(pair.memory_encoder.adapter.parameters()),
+        "markers": named(pair.marker_rows.parameters()),
+    }
+    for part, (model, tuning) in zip(("encoder", "decoder"), _models(pair, config), strict=True):
+        if tuning.method == "lora":
+            parts[part] = [(n, p) for n, p in named(model.parameters()) if _LORA.search(n)]
+        else:
+            table = model.get_input_embeddings().weight
+            parts[part] = named(p for p in model.parameters() if p is not table)
+    return parts
+
+
+def parts_that_learn(config: TrainConfig) -> set[str]:
+    """The parts that some stage of a run trains."""
+    return {part for stage in config.stages for part in stage.learning_rates}
+
+
+def trained_names(pair: TrainedPair, config: TrainConfig) -> dict[str, nn.Parameter]:
+    """Every parameter that some stage of the run trains, by name."""
+    parts = learnable(pair, config)
+    return {name: parameter for part in sorted(parts_that_learn(config)) for name, parameter in parts[part]}
+
+
+def parameter_groups(pair: TrainedPair, config: TrainConfig, stage: StageConfig) -> list[dict[str, Any]]:
+    """Freeze what the stage does not train, and return the optimiser's groups for what it does.
+
+    Weight decay acts on matrices only. Each group carries its peak learning rate under `peak`.
+    """
+    for parameter in pair.parameters():
+        parameter.requires_grad_(False)
+    groups = []
+    for part, parameters in learnable(pair, config).items():
+        if part not in stage.learning_rates:
+            continue
+        rate = stage.learning_rates[part]
+        for decayed in (True, False):
+            chosen = [p for _, p in parameters if (p.ndim >= 2 and part != "markers") == decayed]
+            for parameter in chosen:
+                parameter.requires_grad_(True)
+            if chosen:
+                decay = stage.weight_decay if decayed else 0.0
+                groups.append({"params": chosen, "lr": rate, "peak": rate, "weight_decay": decay, "part": part})
+    return groups
+
+
+def set_precision(pair: TrainedPair, config: TrainConfig) -> None:
+    """Store what learns in float32 and, under bfloat16, everything else in bfloat16."""
+    frozen = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    trained = {id(parameter) for parameter in trained_names(pair, config).values()}
+    for parameter in pair.parameters():
+        parameter.data = parameter.data.to(torch.float32 if id(parameter) in trained else frozen)
+
+
+def lora_scales(config: TrainConfig) -> dict[str, float]:
+    """Prefix of parameter names → LoRA scale (alpha / rank), for the models that learn by LoRA."""
+    tunings = {"memory_encoder.chunker.encoder.": config.encoder_tuning, "decoder.": config.decoder_tuning}
+    return {prefix: t.alpha / t.rank for prefix, t in tunings.items() if t.method == "lora"}
+
+
+def apply_trained_state(
+    model: CodeLLaVAModel, state: Mapping[str, torch.Tensor], config: TrainConfig, markers: MarkerIds
+) -> None:
+    """Put a run's trained state into its pair as it was before training.
+
+    Raises:
+        CheckpointError: A tensor has no place in the pair.
+    """
+    unused = merge_trained_state(model, state, lora_scales(config), (markers.start, markers.end))
+    if unused:
+        raise CheckpointError(f"the trained state has {sorted(unused)[0]}, which the pair has no place for")

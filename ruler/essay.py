@@ -13,6 +13,7 @@ from ruler.counting import PieceCounter
 from ruler.sentences import SentenceSplitter, english_splitter
 
 _BLOCK_WORDS = 8192
+_SEAM_TOKENS = 8  # what a block's tokens may lose where it meets the next
 _UNSETTLED = 2  # sentences at the end of a block that the next block may change
 
 
@@ -33,8 +34,9 @@ class Essay:
         self._starts: list[int] = []  # where each settled sentence starts
         self._stops: list[int] = []
         self._pieces: list[str] = []  # " " + each settled sentence
+        self._blocks: list[int] = []  # settled sentences after each block
         self._unsettled = 0  # where the rest of _text starts
-        self._tokens = [0]  # tokens of the first k settled sentences
+        self._tokens: list[tuple[int, int]] = []  # (settled sentences, their tokens) after each block
 
     def sentence_pieces(self, num_words: int) -> list[str]:
         """Sentences of the first `num_words` words, each with a space before it."""
@@ -54,20 +56,22 @@ class Essay:
         """Whether the first `num_words` words have more than `max_tokens` tokens; False where it is not clear."""
         if not self._counter.adds_up:
             return False
-        while True:
-            for tokens in self._counter.count_each(self._pieces[len(self._tokens) - 1 :]):
-                self._tokens.append(self._tokens[-1] + tokens)
-            if self._tokens[-1] > max_tokens or len(self._ends) >= num_words:
-                break
+        while len(self._ends) < num_words and not self._over(num_words, max_tokens):
             self._read_block()
-        too_many = bisect_right(self._tokens, max_tokens)  # so many sentences have more tokens than that
-        return too_many < len(self._tokens) and self._within(too_many, num_words)
+        return self._over(num_words, max_tokens)
 
-    def _within(self, num_sentences: int, num_words: int) -> bool:
-        """Whether the first `num_sentences` settled sentences end before the word `num_words` begins."""
-        if num_words > len(self._ends):
-            return True
-        return num_words > 1 and self._stops[num_sentences - 1] <= self._ends[num_words - 2]
+    def _over(self, num_words: int, max_tokens: int) -> bool:
+        """Whether some blocks within the first `num_words` words have more than `max_tokens` tokens."""
+        while len(self._tokens) < len(self._blocks):
+            counted, tokens = self._tokens[-1] if self._tokens else (0, 0)
+            settled = self._blocks[len(self._tokens)]
+            new = self._counter.count(self._pieces[counted:settled]) - _SEAM_TOKENS
+            self._tokens.append((settled, tokens + new))
+        # Where the next to last of the words ends; the last one may still change a sentence.
+        end = self._ends[min(num_words, len(self._ends)) - 2] if num_words > 1 and len(self._ends) > 1 else 0
+        return any(
+            tokens > max_tokens and self._stops[settled - 1] <= end for settled, tokens in self._tokens if settled
+        )
 
     def _read_block(self) -> None:
         known = len(self._ends)
@@ -85,5 +89,6 @@ class Essay:
             self._starts.append(start + offset)
             self._stops.append(stop + offset)
             self._pieces.append(" " + self._text[start + offset : stop + offset])
+        self._blocks.append(len(self._stops))
         if len(spans) > _UNSETTLED:
             self._unsettled = spans[-_UNSETTLED][0] + offset

@@ -78,3 +78,17 @@ def test_sentences_of_the_first_words(parts: list[str], data: st.DataObject) -> 
         count = data.draw(st.integers(1, 3 * len(words)))
         prefix = " ".join((words * 3)[:count])
         assert essay.sentence_pieces(count) == [" " + text for text in english_splitter().split(prefix.strip())]
+
+
+def test_a_text_is_called_too_long_only_when_it_is() -> None:
+    words = re.sub(r"\s+", " ", json.loads((reference_folder() / "PaulGrahamEssays.json").read_text())["text"]).split(
+        " "
+    )
+    counter = PieceCounter(load_tokenizer("hf", str(reference_folder() / "tokenizer.json")))
+    called = 0
+    for num_words in (500, 8192, 8193, 20000, 40000):
+        tokens = counter.count(Essay(words, counter).sentence_pieces(num_words))
+        essay = Essay(words, counter)
+        assert not essay.surely_longer(num_words, tokens)
+        called += essay.surely_longer(num_words, tokens // 2)
+    assert called == 4  # all but 500 words, which are less than a block

@@ -33,3 +33,8 @@ class ServerError(CodeLlavaError):
 
 class DatasetError(CodeLlavaError):
     """A data file is missing, malformed, or belongs to something else."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, for use inside one of ours."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -25,7 +25,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from utils.errors import CheckpointError, ConfigError
+from utils.errors import CheckpointError, ConfigError, first_line
 from utils.files import read_json, sha256_bytes, sha256_file
 from utils.model.config import CONFIG_FILE, CompressionConfig
 
@@ -143,7 +143,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name → file, from the safetensors index or the one file of a Hugging Face folder.
 
     Raises:
-        CheckpointError: No safetensors weights, or a shard of the index is missing.
+        CheckpointError: No safetensors weights, or a shard of the index is missing, damaged or another one.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -154,6 +154,10 @@ def weight_files(folder: Path) -> dict[str, Path]:
                 f"{folder}: the index names {len(missing)} shards that are not there ({', '.join(missing[:3])}): the "
                 "checkpoint is half copied; copy it again"
             )
+        for shard in set(weight_map.values()):
+            lacking = {name for name, place in weight_map.items() if place == shard} - set(tensor_names(folder / shard))
+            if lacking:
+                raise CheckpointError(f"{folder / shard}: the index promises {min(lacking)}, which is not in it")
         return {name: folder / shard for name, shard in weight_map.items()}
     single = folder / "model.safetensors"
     if single.is_file():
@@ -202,9 +206,8 @@ def _local_folder(path_or_id: str | Path | None) -> Path:
     try:
         return Path(snapshot_download(str(path_or_id)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{path_or_id} is neither a local folder nor could it be downloaded from the hub: {reason}"
+            f"{path_or_id} is neither a local folder nor could it be downloaded from the hub: {first_line(error)}"
         ) from None
 
 

@@ -20,6 +20,7 @@ from utils.inference.checkpoint import CheckpointFiles, find_checkpoint
 from utils.inference.latent_cache import LatentCache, window_key
 from utils.inference.prompt_embeds import CompressionStats, PromptEmbeds
 from utils.inference.weights import (
+    check_vocabulary,
     load_decoder_config,
     load_embedding_table,
     load_memory_encoder,
@@ -103,7 +104,9 @@ class Compressor:
             tokenizer=tokenizers.encoder,
         )
         processor = Processor(tokenizers=tokenizers, chunk_size=files.config.chunk_size, limit=limit)
-        return cls(files, processor, encoder, load_embedding_table(files), dtype=resolve_dtype(dtype), cache=cache)
+        table_VD = load_embedding_table(files)
+        check_vocabulary(tokenizers.decoder, table_VD, files.decoder)
+        return cls(files, processor, encoder, table_VD, dtype=resolve_dtype(dtype), cache=cache)
 
     def parse_raw(self, text: str, chunk_size: int | Sequence[int] | None = None) -> MemoryPrompt:
         """Parse one text; see `utils.model.prompt.parse_raw_prompt`."""

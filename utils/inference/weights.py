@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from utils.errors import CheckpointError, ConfigError
+from utils.errors import CheckpointError, ConfigError, first_line
 from utils.files import read_json
 from utils.inference.checkpoint import (
     CheckpointFiles,
@@ -117,6 +117,7 @@ def load_memory_encoder(
     encoder = _load_model(AutoModel, files.encoder, wanted, attn_implementation)
     _round_rotary_frequencies(encoder, DTYPES[files.config.rope_dtype])
     tokenizer = tokenizer or _tokenizer(files.encoder)
+    check_vocabulary(tokenizer, encoder.get_input_embeddings().weight, files.encoder)
     chunker = CodeChunker(
         encoder,
         files.config,
@@ -175,9 +176,24 @@ def load_embedding_table(files: CheckpointFiles, dtype: str | torch.dtype | None
 
 def load_decoder_config(files: CheckpointFiles) -> Any:
     """The decoder's Hugging Face configuration (its base model's for a LoRA folder)."""
-    if is_peft_folder(files.decoder):
-        return AutoConfig.from_pretrained(base_of(files.decoder))
-    return AutoConfig.from_pretrained(files.decoder)
+    folder = base_of(files.decoder) if is_peft_folder(files.decoder) else files.decoder
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: its config.json cannot be used: {first_line(error)}") from None
+
+
+def check_vocabulary(tokenizer: Any, table_VD: torch.Tensor, folder: Path) -> None:
+    """Refuse a tokenizer that can write ids which the embedding table has no row for.
+
+    Raises:
+        CheckpointError: Names the folder, the tokens and the rows.
+    """
+    if len(tokenizer) > table_VD.shape[0]:
+        raise CheckpointError(
+            f"{folder}: its tokenizer has {len(tokenizer)} tokens but its embedding table {table_VD.shape[0]} rows: "
+            "resize the model's embeddings to the tokenizer and save it again"
+        )
 
 
 def resize_table(model: Any, num_tokens: int) -> None:
@@ -212,19 +228,21 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: its tokenizer cannot be read: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{folder}: its tokenizer cannot be read: {first_line(error)}") from None
 
 
 def _load_model(kind: Any, folder: Path, dtype: torch.dtype | None, attn_implementation: str | None) -> Any:
     base = base_of(folder) if is_peft_folder(folder) else folder
     arguments: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
+    # Wrong shapes come back in the report, which names them; transformers' own error does not.
+    arguments["ignore_mismatched_sizes"] = True
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
     try:
         with without_progress_bars():
             model, report = kind.from_pretrained(base, **arguments)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise CheckpointError(f"{base}: the model cannot be loaded: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise CheckpointError(f"{base}: the model cannot be loaded: {first_line(error)}") from None
     _check_report(report, base)
     return _merge_lora(model, folder) if is_peft_folder(folder) else model
 

@@ -148,10 +148,11 @@ def _is_complete(job: DatasetJob, identity: dict[str, Any], overwrite: bool) -> 
 def _open_units(job: DatasetJob, identity: dict[str, Any]) -> list[_Unit]:
     """The units of a job that are still to be made; units of another dataset are thrown away."""
     note = job.parts / "recipe.json"
-    if note.exists() and read_json(note) != identity:
-        shutil.rmtree(job.parts)
-    write_json(note, identity)
     size = _UNIT_ROWS if job.recipe.balanced else job.recipe.num_samples
+    units = {**identity, "unit_rows": size}
+    if note.exists() and read_json(note) != units:
+        shutil.rmtree(job.parts)
+    write_json(note, units)
     return [unit for unit in _units(job, size) if not unit.path.exists()]
 
 

@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,21 @@ def running(model: Path, log: Path, *flags: str, name: str = "tiny") -> Iterator
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def local_answer(decoder: Any, compressor: Any, prompt: Any, max_tokens: int) -> str:
+    """What transformers answers to a prompt in this process, greedily: what a server must answer, too."""
+    import torch
+
+    rows_TD = compressor.compress([prompt])[0].values_TD
+    tokenizer = compressor.processor.tokenizers.decoder
+    with torch.inference_mode():
+        ids = decoder.generate(
+            inputs_embeds=rows_TD[None], attention_mask=torch.ones(1, len(rows_TD), dtype=torch.long),
+            max_new_tokens=max_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.vllm_server import local_answer
 from utils.errors import ServerError
 from utils.inference.vllm_client import VllmClient
 from utils.model.markers import MEMORY_END, MEMORY_START
@@ -21,36 +22,6 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 NEW_TOKENS = 16
 CODE = "def area(width, height):\n    return width * height\n"
-
-
-@pytest.fixture(scope="module")
-def checkpoint() -> Path:
-    from utils.inference.default_checkpoint import assemble_default_checkpoint
-
-    return assemble_default_checkpoint()
-
-
-@pytest.fixture(scope="module")
-def url(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    from tests.support import vllm_server
-
-    with vllm_server.running(checkpoint / "llm", tmp_path_factory.mktemp("vllm") / "server.log") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def compressor(checkpoint: Path) -> Any:
-    from utils.inference.compressor import Compressor
-
-    return Compressor.load(checkpoint, chunk_size=8, device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def decoder(checkpoint: Path) -> Any:
-    from utils.inference.checkpoint import find_checkpoint
-    from utils.inference.weights import load_decoder
-
-    return load_decoder(find_checkpoint(checkpoint, 8), device="cpu", dtype="float32").eval()
 
 
 def use(url: str, action: Callable[[VllmClient], Awaitable[Any]]) -> Any:
@@ -63,20 +34,6 @@ def use(url: str, action: Callable[[VllmClient], Awaitable[Any]]) -> Any:
     return asyncio.run(run())
 
 
-def local_answer(decoder: Any, compressor: Any, values_TD: Any) -> str:
-    """The greedy answer of transformers in this process."""
-    import torch
-
-    tokenizer = compressor.processor.tokenizers.decoder
-    with torch.inference_mode():
-        ids = decoder.generate(
-            inputs_embeds=values_TD[None], attention_mask=torch.ones(1, len(values_TD), dtype=torch.long),
-            max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
-    return tokenizer.decode(ids[0], skip_special_tokens=True)
-
-
 def spans(count: int) -> str:
     return " ".join(f"File {n}: {MEMORY_START}{CODE.replace('area', f'area_{n}')}{MEMORY_END}" for n in range(count))
 
@@ -84,22 +41,24 @@ def spans(count: int) -> str:
 @pytest.mark.parametrize("count", [1, 2, 20])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_latents_answer_as_the_local_decoder(
-    url: str, compressor: Any, decoder: Any, count: int, streamed: bool
+    vllm_url: str, compressor: Any, decoder: Any, count: int, streamed: bool
 ) -> None:
     prompt = compressor.parse_chat([{"role": "user", "content": f"What is this? {spans(count)}"}])
     values_TD = compressor.compress([prompt])[0].values_TD
     on_text = (lambda text: None) if streamed else None
-    got = use(url, lambda client: client.complete(values_TD, max_tokens=NEW_TOKENS, temperature=0, on_text=on_text))
-    assert got.text == local_answer(decoder, compressor, values_TD)
+    got = use(
+        vllm_url, lambda client: client.complete(values_TD, max_tokens=NEW_TOKENS, temperature=0, on_text=on_text)
+    )
+    assert got.text == local_answer(decoder, compressor, prompt, NEW_TOKENS)
     assert got.prompt_tokens == len(values_TD)
     assert got.completion_tokens > 0
 
 
-def test_embeddings_of_plain_text_answer_as_the_text(url: str, compressor: Any) -> None:
+def test_embeddings_of_plain_text_answer_as_the_text(vllm_url: str, compressor: Any) -> None:
     text = "The capital of France is"
     values_TD = compressor.compress([compressor.parse_raw(text)])[0].values_TD
     of_text, of_rows = (
-        use(url, lambda client, given=given: client.complete(given, max_tokens=NEW_TOKENS, temperature=0))
+        use(vllm_url, lambda client, given=given: client.complete(given, max_tokens=NEW_TOKENS, temperature=0))
         for given in (text, values_TD)
     )
     assert of_rows.text == of_text.text
@@ -107,7 +66,7 @@ def test_embeddings_of_plain_text_answer_as_the_text(url: str, compressor: Any) 
 
 
 @pytest.mark.parametrize("count", [1, 2, 20])
-def test_chat_parts_answer_as_the_local_prompt(url: str, compressor: Any, decoder: Any, count: int) -> None:
+def test_chat_parts_answer_as_the_local_prompt(vllm_url: str, compressor: Any, decoder: Any, count: int) -> None:
     text = f"What is this? {spans(count)} Say it in one word."
     prompt = compressor.parse_chat([{"role": "user", "content": text}])
     embeds = compressor.compress([prompt])[0]
@@ -123,42 +82,42 @@ def test_chat_parts_answer_as_the_local_prompt(url: str, compressor: Any, decode
         content.append({"type": "text", "text": before})
         return await client.chat([{"role": "user", "content": content}], max_tokens=NEW_TOKENS, temperature=0)
 
-    got = use(url, action)
+    got = use(vllm_url, action)
     assert got.prompt_tokens == len(embeds.values_TD)
-    assert got.text == local_answer(decoder, compressor, embeds.values_TD)
+    assert got.text == local_answer(decoder, compressor, prompt, NEW_TOKENS)
 
 
-def test_the_same_rows_again_hit_the_servers_prefix_cache(url: str, compressor: Any) -> None:
+def test_the_same_rows_again_hit_the_servers_prefix_cache(vllm_url: str, compressor: Any) -> None:
     prompt = compressor.parse_raw(f"{MEMORY_START}{CODE * 150}{MEMORY_END} What is this?")
     values_TD = compressor.compress([prompt])[0].values_TD
-    first, second = (use(url, lambda client: client.complete(values_TD, max_tokens=1)) for _ in range(2))
+    first, second = (use(vllm_url, lambda client: client.complete(values_TD, max_tokens=1)) for _ in range(2))
     assert not first.cached_tokens
     assert second.cached_tokens >= 128  # one block
 
 
-def test_preflight_tells_a_wrong_width_and_a_wrong_model(url: str) -> None:
-    assert use(url, lambda client: client.preflight(width=576)).max_model_len == 4096
+def test_preflight_tells_a_wrong_width_and_a_wrong_model(vllm_url: str) -> None:
+    assert use(vllm_url, lambda client: client.preflight(width=576)).max_model_len == 4096
     with pytest.raises(ServerError, match=r"the rows are 575 wide, .* 576"):
-        use(url, lambda client: client.preflight(width=575))
+        use(vllm_url, lambda client: client.preflight(width=575))
 
     async def other(client: VllmClient) -> None:
         client.model = "other"
         await client.preflight()
 
     with pytest.raises(ServerError, match="has no model 'other', it serves tiny"):
-        use(url, other)
+        use(vllm_url, other)
 
 
 def test_the_commands_together(
-    url: str, compressor: Any, decoder: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    vllm_url: str, compressor: Any, decoder: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from general import generation_test, step1
-    from utils.inference.prompt_embeds import load_prompt_embeds
 
     file = str(tmp_path / "rows.npy")
     assert step1.main(["--output", file, "--chunk-size", "8", "--dtype", "float32", "--device", "cpu"]) == 0
     capsys.readouterr()
-    flags = ["--embedding-file", file, "--server-url", url + "/v1", "--max-tokens", str(NEW_TOKENS), "--json"]
+    flags = ["--embedding-file", file, "--server-url", vllm_url + "/v1", "--max-tokens", str(NEW_TOKENS), "--json"]
     assert generation_test.main(flags) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["text"] == local_answer(decoder, compressor, load_prompt_embeds(file).values_TD)
+    prompt = compressor.parse_chat(step1.PROMPT)
+    assert result["text"] == local_answer(decoder, compressor, prompt, NEW_TOKENS)

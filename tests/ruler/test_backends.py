@@ -9,6 +9,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ruler.backends import decoder_folder, open_backend
 from ruler.predict import PredictJob, predict

@@ -108,6 +108,11 @@ class Compressor:
         check_vocabulary(tokenizers.decoder, table_VD, files.decoder)
         return cls(files, processor, encoder, table_VD, dtype=resolve_dtype(dtype), cache=cache)
 
+    @property
+    def width(self) -> int:
+        """Columns of the prompt embeddings: the decoder's width."""
+        return int(self._table_VD.shape[1])
+
     def parse_raw(self, text: str, chunk_size: int | Sequence[int] | None = None) -> MemoryPrompt:
         """Parse one text; see `utils.model.prompt.parse_raw_prompt`."""
         return self.processor.parse_raw(text, chunk_size)

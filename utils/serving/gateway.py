@@ -6,6 +6,7 @@ python -m utils.serving.gateway --backend-url http://127.0.0.1:8000 --port 8080
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import os
 
@@ -73,6 +74,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from utils.inference.compressor import Compressor
     from utils.serving.app import create_app
+    from utils.serving.backend_check import check_backend
     from utils.serving.settings import GatewaySettings
 
     for flag in ("max_body_mb", "max_spans", "max_waiting", "max_batch_tokens"):
@@ -96,6 +98,7 @@ def _run(args: argparse.Namespace) -> int:
         batch_tokens=args.batch_tokens, limit=memory_limit(args), cache=cache,
     )  # fmt: skip
     try:
+        asyncio.run(check_backend(settings, compressor.width))
         logger.info("gateway on http://%s:%d in front of %s", args.host, args.port, settings.backend_url)
         config = uvicorn.Config(
             create_app(settings, compressor), host=args.host, port=args.port, log_level="warning",

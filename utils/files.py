@@ -1,7 +1,7 @@
 """Files that appear whole or not at all, JSON lines, fingerprints and provenance.
 
-    with atomic_path("out/result.json") as temporary:
-        temporary.write_text("{}")          # renamed to out/result.json when the block ends without an error
+with atomic_path("out/result.json") as temporary:
+    temporary.write_text("{}")          # renamed to out/result.json when the block ends without an error
 """
 
 from __future__ import annotations
@@ -68,6 +68,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             temporary.rename(target)
         except OSError:
             if not target.is_dir():
+                # Nothing took its place: what was there goes back.
+                with contextlib.suppress(FileNotFoundError):
+                    old.rename(target)
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

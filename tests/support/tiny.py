@@ -106,7 +106,7 @@ def make_encoder(family: str = "qwen3", seed: int = 0, attn_implementation: str 
 def make_decoder(family: str = "qwen3", seed: int = 1) -> Any:
     """A random causal language model of family `qwen3` (tied embeddings) or `llama` (untied)."""
     torch.manual_seed(seed)
-    sizes = _sizes(DECODER_WIDTH, num_key_value_heads=2, vocab_size=264)
+    sizes = _sizes(DECODER_WIDTH, num_key_value_heads=2, vocab_size=264, bos_token_id=None, eos_token_id=258)
     if family == "llama":
         return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
     return Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=8, tie_word_embeddings=True)).eval()
@@ -118,8 +118,8 @@ def make_memory_encoder(
     """Encoder and adapter with random weights; `chunker` goes to `CodeChunker`."""
     encoder = encoder if encoder is not None else make_encoder(family)
     part = CodeChunker(encoder, config, pad_token_id=256, **chunker)
-    torch.manual_seed(seed)
     layer_config = encoder.config if config.adapter == "attn_mlp" else make_decoder().config
+    torch.manual_seed(seed)
     adapter = Adapter(part.width, DECODER_WIDTH, config=config, layer_config=layer_config)
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.2)

@@ -87,11 +87,13 @@ def save_prompt_embeds(path: str | Path, embeds: PromptEmbeds, *, format: Format
         format: `npy` or `safetensors`; by the suffix of `path` without it.
 
     Raises:
-        ConfigError: The format is unknown, or the suffix promises the other one.
+        ConfigError: The format is unknown, the suffix promises the other one, or the sidecar would replace a file that
+            is no sidecar.
         DatasetError: The values are not a finite float matrix, or a span lies outside it.
     """
     path = Path(path)
     format = _format_for(path, format)
+    _check_sidecar_place(path)
     values_TD = _checked(embeds.values_TD.detach().cpu(), "the values to save")
     _check_spans(embeds.spans, len(values_TD), "the spans to save")
     data = _encode_npy(values_TD) if format == "npy" else safetensors.torch.save({TENSOR_NAME: values_TD.contiguous()})
@@ -164,6 +166,23 @@ def _format_for(path: Path, format: str | None) -> Format:
     if by_suffix and by_suffix != chosen:
         raise ConfigError(f"{path}: the name says {by_suffix}, the format asked for is {chosen}: make them agree")
     return cast(Format, chosen)
+
+
+def _check_sidecar_place(path: Path) -> None:
+    """Refuse to write a sidecar over a file that is none, for example the JSON file that held the prompt."""
+    file = sidecar_path(path)
+    if file == path:
+        raise ConfigError(
+            f"{path}: the sidecar takes the name with .json: end the array file with .npy or .safetensors"
+        )
+    if not file.exists():
+        return
+    try:
+        content = read_json(file)
+    except DatasetError:
+        content = None
+    if not isinstance(content, dict) or not {"version", "array", "spans"} <= content.keys():
+        raise ConfigError(f"{file} is in the way: the sidecar of {path} goes there and it is none; choose another name")
 
 
 def _encode_npy(values_TD: torch.Tensor) -> bytes:

@@ -177,3 +177,18 @@ def test_wire_refuses_what_a_server_would(values: torch.Tensor) -> None:
 def test_wire_refuses_values_that_overflow_the_servers_dtype() -> None:
     with pytest.raises(DatasetError, match="infinity"):
         encode_wire(torch.full((1, 2), 1e6), torch.float16)
+
+
+def test_a_sidecar_replaces_sidecars_only(tmp_path: Path) -> None:
+    messages = tmp_path / "messages.json"
+    for content in ('[{"role": "user", "content": "x"}]', '{"version": 1}', "not JSON"):
+        messages.write_text(content)
+        with pytest.raises(ConfigError, match=r"messages\.json is in the way"):
+            save_prompt_embeds(tmp_path / "messages.npy", make_embeds())
+        assert messages.read_text() == content
+        assert not (tmp_path / "messages.npy").exists()
+    with pytest.raises(ConfigError, match=r"rows\.json: the sidecar takes the name"):
+        save_prompt_embeds(tmp_path / "rows.json", make_embeds(), format="npy")
+    save_prompt_embeds(tmp_path / "rows.npy", make_embeds())
+    save_prompt_embeds(tmp_path / "rows.npy", make_embeds(torch.bfloat16))
+    assert load_prompt_embeds(tmp_path / "rows.npy").values_TD.dtype == torch.bfloat16

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import SpliceError
+from utils.errors import PromptError, SpliceError
 from utils.model import prompt as prompts
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def compress(
         Prompt embeddings [T, D] in the decoder's dtype, on its device.
 
     Raises:
+        PromptError: A text without tokens.
         SpliceError: Texts and places do not agree with each other or with the model's chunk size.
     """
     import torch
@@ -72,6 +73,9 @@ def compress(
         raise SpliceError(f"{len(codes)} codes but {len(code_positions)} code positions: give one place a code")
     tokenizer = model.code_chunker.tokenizer
     token_ids = tokenizer(list(codes), add_special_tokens=False)["input_ids"] if codes else []
+    for number, ids in enumerate(token_ids):
+        if not ids:
+            raise PromptError(f"code {number} has no encoder tokens; fill it or remove it")
     spans = [
         prompts.MemorySpan(text=text, token_ids=ids, start=start, stop=stop, chunk_size=model.config.chunk_size)
         for text, ids, (start, stop) in zip(codes, token_ids, code_positions, strict=True)

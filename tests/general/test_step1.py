@@ -1,0 +1,201 @@
+"""`step1.py` and `step1_raw_text.py`: what they write and print, and what they refuse."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from general import step1, step1_raw_text
+from utils.files import PROJECT_ROOT
+from utils.inference.compressor import Compressor
+from utils.inference.prompt_embeds import load_prompt_embeds
+
+SPAN = "<|memory_start|>def f(): return 1<|memory_end|>"
+
+
+@pytest.fixture
+def flags(checkpoints: dict[str, Path], tmp_path: Path) -> list[str]:
+    return ["--model-path", str(checkpoints["lclm"]), "--device", "cpu", "--output", str(tmp_path / "out/rows.npy")]
+
+
+def expected(flags: list[str], prompt: Any) -> torch.Tensor:
+    compressor = Compressor.load(flags[1], device="cpu")
+    parsed = compressor.parse_raw(prompt) if isinstance(prompt, str) else compressor.parse_chat(prompt)
+    return compressor.compress([parsed])[0].values_TD
+
+
+def read(flags: list[str]) -> torch.Tensor:
+    return load_prompt_embeds(flags[5]).values_TD
+
+
+def test_raw_text_from_every_source(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"Explain\r\n{SPAN} and é{SPAN}"
+    (tmp_path / "prompt.txt").write_bytes(text.encode())
+    rows = expected(flags, text)
+    for source in (["--text", text], ["--input-file", str(tmp_path / "prompt.txt")], ["-"], ["--input_file", "-"]):
+        Path(flags[5]).unlink(missing_ok=True)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        assert step1_raw_text.main([*source, *flags]) == 0
+        torch.testing.assert_close(read(flags), rows, atol=1e-5, rtol=0)
+    assert "2 spans" in capsys.readouterr().out
+
+
+def test_result_and_sidecar(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert step1_raw_text.main(["--text", f"x{SPAN}y", "--json", *flags]) == 0
+    out, _ = capsys.readouterr()
+    result = json.loads(out)
+    array = np.load(flags[5], allow_pickle=False)
+    sidecar = json.loads(Path(flags[5]).with_suffix(".json").read_text())
+    assert array.dtype == np.float32
+    assert result["shape"] == list(array.shape) == sidecar["array"]["shape"]
+    assert (result["memory_tokens"], result["num_latents"], result["ratio"]) == (17, 5, 3.4)
+    assert sidecar["stats"]["memory_tokens"] == 17
+    assert sidecar["spans"] == [[2, 7]]
+    assert sidecar["provenance"]["config"]["compression_ratio"] == 4
+    assert len(sidecar["provenance"]["fingerprint"]) == 64
+
+
+def test_the_second_run_reads_the_cache(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    results = []
+    for extra in ([], [], ["--no-cache"]):
+        assert step1_raw_text.main(["--text", SPAN, "--json", *extra, *flags]) == 0
+        results.append((json.loads(capsys.readouterr().out)["cached_tokens"], read(flags)))
+    assert [cached for cached, _ in results] == [0, 17, 0]
+    assert all(torch.equal(rows, results[0][1]) for _, rows in results)
+
+
+def test_memory_files_are_spans_before_the_prompt(flags: list[str], tmp_path: Path) -> None:
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text(f"print('{name}')\n")
+    memory = ["--memory", str(tmp_path / "a.py"), str(tmp_path / "b.py")]
+    assert step1_raw_text.main([*memory, "--text", "What is printed?", *flags]) == 0
+    marked = "".join(f"<|memory_start|>print('{name}')\n<|memory_end|>\n" for name in ("a.py", "b.py"))
+    torch.testing.assert_close(read(flags), expected(flags, marked + "What is printed?"), atol=1e-5, rtol=0)
+
+
+def test_chunk_size_per_span_whatever_the_order(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    spans = {}
+    for sizes in ("32,8", "8,32"):
+        text = "<|memory_start|>" + "x" * 40 + "<|memory_end|>" + "<|memory_start|>" + "x" * 40 + "<|memory_end|>"
+        assert step1_raw_text.main(["--text", text, "--chunk-size", sizes, "--no-cache", *flags]) == 0
+        embeds = load_prompt_embeds(flags[5])
+        order = sorted(embeds.spans, key=lambda span: span[1] - span[0])
+        spans[sizes] = [embeds.values_TD[start:stop] for start, stop in order]
+    assert [len(rows) for rows in spans["8,32"]] == [2, 5]
+    for one, other in zip(*spans.values(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_a_prompt_without_memory(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert step1_raw_text.main(["--text", "no memory", *flags]) == 0
+    assert "0 spans" in capsys.readouterr().out
+    assert len(read(flags)) == len("no memory")
+
+
+def test_truncation_is_reported(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    limit = ["--max-memory-tokens", "10", "--truncate-memory"]
+    assert step1_raw_text.main(["--text", SPAN, *limit, *flags]) == 0
+    assert "left out           7 tokens over --max-memory-tokens" in capsys.readouterr().out
+
+
+def test_chat(flags: list[str], tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": f"Explain {SPAN}"}]
+    for content in (messages, {"messages": messages}):
+        (tmp_path / "messages.json").write_text(json.dumps(content))
+        assert step1.main(["--prompt-file", str(tmp_path / "messages.json"), *flags]) == 0
+        torch.testing.assert_close(read(flags), expected(flags, messages), atol=1e-5, rtol=0)
+    assert step1.main(flags) == 0
+    torch.testing.assert_close(read(flags), expected(flags, step1.PROMPT), atol=1e-5, rtol=0)
+
+
+def test_bfloat16_survives_in_safetensors(flags: list[str], tmp_path: Path) -> None:
+    target = tmp_path / "rows.safetensors"
+    argv = ["--text", SPAN, *flags[:4], "--output", str(target), "--dtype", "bfloat16"]
+    assert step1_raw_text.main(argv) == 0
+    assert load_prompt_embeds(target).values_TD.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        ([], "there is no prompt: pass --text"),
+        (["--text", f"{SPAN} <|memory_start|>open"], "without a <|memory_end|>"),
+        (["--text", "<|memory_start|><|memory_end|>"], "the memory span is empty"),
+        (["--text", "<|memory|>"], "literal <|memory|>"),
+        (["--text", "x" * 600], "prompt 0 needs 600 rows, but the decoder has 512 positions"),
+        (["--input-file", "{tmp}/none.txt"], "No such file or directory"),
+        (["--input-file", "{tmp}/latin.txt"], "latin.txt is not UTF-8 text (byte 1)"),
+        (["--memory", "{tmp}/empty.py"], "empty.py is empty"),
+        (["--memory", "{tmp}/marked.py"], "marked.py holds the marker <|memory|>"),
+    ],
+)
+def test_refused(
+    argv: list[str], wanted: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "latin.txt").write_bytes("né".encode("latin-1"))
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "marked.py").write_text("<|memory|>")
+    assert step1_raw_text.main([part.format(tmp=tmp_path) for part in argv] + flags) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("error: ")) == ("", 1)
+    assert wanted in err
+    assert not Path(flags[5]).exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("{}", "expected a list of messages"),
+        ("[", "is not JSON"),
+        ('[{"role": "user"}]', "message 0: content must be a text"),
+        ("[]", "no messages"),
+        ('[{"role": "<|memory|>", "content": "x"}]', "the role holds a memory marker"),
+    ],
+)
+def test_refused_messages(
+    content: str, wanted: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "messages.json").write_text(content)
+    assert step1.main(["--prompt-file", str(tmp_path / "messages.json"), *flags]) == 1
+    assert wanted in capsys.readouterr().err
+    assert not Path(flags[5]).exists()
+
+
+def test_memory_that_runs_out_is_an_error(
+    flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from utils.model.code_chunker import CodeChunker
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(CodeChunker, "batches", fail)
+    assert step1_raw_text.main(["--text", SPAN, *flags]) == 1
+    assert "error: out of memory while encoding 1 windows" in capsys.readouterr().err
+    assert not Path(flags[5]).exists()
+
+
+@pytest.mark.parametrize("name", [pytest.param("step1.py", marks=pytest.mark.slow), "step1_raw_text.py"])
+def test_as_a_script_from_another_folder(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Relative paths are those of the working directory; results on stdout, nothing but logs on stderr."""
+    where = PROJECT_ROOT if name == "step1.py" else tmp_path
+    output = tmp_path / "rows.npy" if where == PROJECT_ROOT else Path("rows.npy")
+    source = [] if name == "step1.py" else ["--text", SPAN]
+    command = [sys.executable, str(PROJECT_ROOT / "general" / name), "--model-path", str(checkpoints["code-llava"])]
+    done = subprocess.run(
+        [*command, *source, "--output", str(output), "--json"], cwd=where, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["spans"] == 1
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "rows.npy").exists()

@@ -14,6 +14,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from utils.errors import ConfigError
@@ -109,8 +110,7 @@ class CompressionConfig:
                 "the adapter's input width depends on it"
             )
         if self.chunk_sizes and chunk_size not in self.chunk_sizes:
-            trained = ", ".join(map(str, self.chunk_sizes))
-            logger.warning("chunk size %d: this checkpoint was trained for %s", chunk_size, trained)
+            _warn_untrained(chunk_size, self.chunk_sizes)
         window = chunk_size if self.window_follows else self.window
         return dataclasses.replace(self, chunk_size=chunk_size, window=window)
 
@@ -161,6 +161,12 @@ class CompressionConfig:
     def code_llava(cls, chunk_size: int) -> CompressionConfig:
         """The compression of published Code-LLaVA checkpoints, which do not say it themselves."""
         return cls(chunk_size=chunk_size, window=chunk_size, pooling="eos", rope_dtype="bfloat16")
+
+
+@cache
+def _warn_untrained(chunk_size: int, trained: tuple[int, ...]) -> None:
+    """Once a process: spans may name their chunk size one by one."""
+    logger.warning("chunk size %d: this checkpoint was trained for %s", chunk_size, ", ".join(map(str, trained)))
 
 
 def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:

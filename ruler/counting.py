@@ -69,8 +69,8 @@ class PieceCounter:
         if len(self._counts) > _MAX_REMEMBERED:
             for memory in (self._counts, self._starts, self._ends):
                 memory.clear()
-        # A set's order changes from run to run, and so would the batches: harmless, counts do not depend on it.
-        new = list(set(pieces) - self._counts.keys())
+        # Not `set - keys()`, which walks through all the keys.
+        new = [piece for piece in set(pieces) if piece not in self._counts]
         if new:
             self._counts.update(zip(new, self.tokenizer.count(new), strict=True))
 
@@ -79,8 +79,9 @@ class PieceCounter:
         starts = map(self._starts.__getitem__, pieces[1:])
         cuts = list(zip(map(self._ends.__getitem__, pieces), starts, strict=False))
         different = set(cuts)
-        for cut in different - self._trusted.keys():
-            self._trusted[cut] = self._trusts(*cut)
+        for cut in different:
+            if cut not in self._trusted:
+                self._trusted[cut] = self._trusts(*cut)
         untrusted = {cut for cut in different if not self._trusted[cut]}
         places = [place for place, cut in enumerate(cuts, start=1) if cut in untrusted] if untrusted else []
         joined: list[str] = []

@@ -74,6 +74,8 @@ class Adapter(nn.Module):
         """
         if self.kind == "attn_mlp":
             pooled_NE = self._attend(pooled_NE, span_lengths)
+        # In training the adapter may be kept in float32 behind an encoder in bfloat16.
+        pooled_NE = pooled_NE.to(self.norm.weight.dtype)
         latents_ND = self.fc2(nn.functional.gelu(self.fc1(self.norm(pooled_NE))))
         if self.kind == "mlp_attn":
             latents_ND = self._attend(latents_ND, span_lengths)

@@ -1,7 +1,7 @@
 """What a run will cost, before it runs: parameters and FLOPs counted, memory reckoned, time measured on two steps.
 
 A floating-point operation is a multiplication or an addition. A token costs 2 per weight forward; backward costs 2 per
-weight for the gradient of activations and 2 per weight that learns; computing activations again costs the forward again.
+weight for the gradient of activations and 2 per weight that learns; computing activations again costs 2 more.
 """
 
 from __future__ import annotations

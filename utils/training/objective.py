@@ -46,6 +46,11 @@ class MarkerRows(nn.Module):
             embeds_TD = embeds_TD + torch.where(here_T1, self.delta[row].to(embeds_TD.dtype), 0.0)
         return embeds_TD
 
+    def add_to_logits(self, hidden_nD: torch.Tensor, logits_nV: torch.Tensor) -> None:
+        """Change the logits of the same rows, in place, for a head that is the table itself."""
+        change = F.linear(hidden_nD, self.delta.to(hidden_nD.dtype)).to(logits_nV.dtype)
+        logits_nV.index_add_(1, torch.tensor(self.ids, device=logits_nV.device), change)
+
 
 class TrainedPair(nn.Module):
     """A pair as it is trained.
@@ -89,9 +94,13 @@ class TrainedPair(nn.Module):
 
     def _cross_entropy(self, hidden_nD: torch.Tensor, labels_n: torch.Tensor) -> torch.Tensor:
         head = self.decoder.get_output_embeddings()
+        tied = head.weight is self.decoder.get_input_embeddings().weight
 
         def part(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
+            logits = head(hidden)
+            if tied:
+                self.marker_rows.add_to_logits(hidden, logits)
+            return F.cross_entropy(logits.float(), labels, reduction="sum")
 
         if len(labels_n) <= _HEAD_ROWS:
             return part(hidden_nD, labels_n)

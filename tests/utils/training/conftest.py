@@ -1,0 +1,61 @@
+"""A tiny run: the toy pair, two toy tasks, two short stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from utils.training.config import TrainConfig, parse_config
+from utils.training.data.build import build_examples
+from utils.training.data.excerpts import SizeRange
+
+TASKS = {"copy_symbols": 60, "find_symbol": 60}
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JSONL files of the toy tasks."""
+    folder = tmp_path_factory.mktemp("toy_data")
+    size = SizeRange(shortest=4, longest=12, chars_per_token=1)
+    build_examples(folder, TASKS, size=size, source="symbols")
+    return folder
+
+
+@pytest.fixture
+def run_values(toy_data: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Plain values of a run of a few steps, as a YAML file would hold them; arguments replace top-level keys."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        return {
+            "name": "tiny",
+            "output": str(tmp_path / "run"),
+            "pair": {"checkpoint": "toy"},
+            "threads": 1,
+            "log_every": 1,
+            "data": {"folder": str(toy_data)},
+            "decoder_tuning": {"method": "lora", "rank": 4, "alpha": 8},
+            "stages": [
+                {"preset": "align", "steps": 2, "row_tokens": 128},
+                {
+                    "preset": "decoder",
+                    "steps": 4,
+                    "row_tokens": 128,
+                    "rows": 2,
+                    "chunk_sizes": {1: 1, 2: 1, 4: 1},
+                    "learning_rates": {"adapter": 1e-3, "markers": 1e-3, "encoder": 1e-3, "decoder": 1e-3},
+                    "warmup_steps": 1,
+                },
+            ],
+            **changes,
+        }
+
+    return make
+
+
+@pytest.fixture
+def run_config(run_values: Callable[..., dict[str, Any]]) -> Callable[..., TrainConfig]:
+    """The same, parsed."""
+    return lambda **changes: parse_config(run_values(**changes))

@@ -1,0 +1,215 @@
+"""Sources, tasks and the token cache: nothing held out in training, answers that stand in their memory, no repeats."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+from ruler.code_files import PACKAGES
+from utils.errors import ConfigError, DatasetError
+from utils.files import read_jsonl
+from utils.model.processor import Processor
+from utils.training.data import sources
+from utils.training.data.build import build_examples, draw_examples, hash_of, read_sources
+from utils.training.data.cache import TokenCache
+from utils.training.data.excerpts import SizeRange, excerpt_around
+from utils.training.data.lookups import Fact, find_facts, is_unambiguous
+from utils.training.data.sources import EVALUATION_PACKAGES, SourceFile, training_sources
+from utils.training.data.tasks import SYMBOL_TASKS, TASKS
+from utils.training.toy import build_toy_pair
+
+SIZE = SizeRange(shortest=64, longest=256)
+CODE = '''\
+"""Shapes."""
+
+import math
+from os import path as p
+
+LIMIT = 42
+
+
+class Square(Shape):
+    # sides are in metres here
+    def area(self, scale, unit="m"):
+        if scale < 0:
+            raise ValueError("negative")
+        return self.side * self.side
+
+    def name(self):
+        return "square"
+
+
+def circumference(radius):
+    double = 2 * radius
+    return math.pi * double
+'''
+
+
+@pytest.fixture(scope="module")
+def files() -> list[SourceFile]:
+    """Different files with the same kinds of things in them."""
+    return [
+        SourceFile(
+            path=f"shapes/part_{i}.py",
+            text=CODE.replace("42", str(100 + i)).replace("Square", f"Square{i}").replace("area", f"area_{i}"),
+            package="shapes",
+            licence="MIT",
+        )
+        for i in range(40)
+    ]
+
+
+def test_facts_are_what_the_code_says() -> None:
+    facts = {(fact.kind, *fact.subject): fact.answer for fact in find_facts(CODE)}
+    assert facts["constant", "LIMIT"] == "42"
+    assert facts["base", "Square"] == "Shape"
+    assert facts["return", "circumference"] == "math.pi * double"
+    assert facts["return", "area"] == "self.side * self.side"
+    assert facts["default", "area", "unit"] == '"m"'
+    assert facts["parameters", "area"] == "self, scale, unit"
+    assert facts["raise", "area"] == "ValueError"
+    assert facts["method", "name"] == "Square"
+    assert facts["import", "p"] == "os"
+    assert facts["comment", 'def area(self, scale, unit="m"):'] == "sides are in metres here"
+    assert facts["next_line", "double = 2 * radius"] == "return math.pi * double"
+
+
+def test_code_that_does_not_parse_has_no_facts() -> None:
+    assert find_facts("def (:\n") == []
+
+
+def test_a_second_answer_in_the_excerpt_makes_a_question_ambiguous() -> None:
+    first = Fact(kind="constant", subject=("x",), answer="1", first=2, last=2)
+    second = Fact(kind="constant", subject=("x",), answer="2", first=8, last=8)
+    assert is_unambiguous(first, [first, second], 0, 8)
+    assert not is_unambiguous(first, [first, second], 0, 9)
+    assert not is_unambiguous(first, [first, second], 3, 9)
+
+
+def test_an_excerpt_holds_the_lines_asked_for() -> None:
+    lines = [f"line {i}\n" for i in range(100)]
+    for seed in range(50):
+        start, stop = excerpt_around(Random(seed), lines, 40, 42, 200)
+        assert start <= 40 < 42 < stop
+        assert sum(map(len, lines[start:stop])) <= 200
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_makes_different_examples_whose_answer_follows_from_the_memory(
+    task: str, files: list[SourceFile]
+) -> None:
+    examples = list(itertools.islice(draw_examples(task, files, SIZE, seed=3), 30))
+    assert examples == list(itertools.islice(draw_examples(task, files, SIZE, seed=3), 30))
+    assert len({hash_of(example) for example in examples}) == 30
+    for example in examples:
+        assert example.memory.strip()
+        assert example.answer
+        if task == "count":
+            word = example.question.split("`")[1]
+            assert example.memory.split(", ").count(word) == int(example.answer)
+        elif task == "continue":
+            assert any(example.memory + example.answer in file.text for file in files)
+        elif task == "parameters" or example.kind == "parameters":
+            assert all(name in example.memory for name in example.answer.split(", "))
+        else:
+            assert example.answer in example.memory
+
+
+def test_training_never_sees_what_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {name.lower() for name in PACKAGES} == EVALUATION_PACKAGES
+
+    def files_of(*paths: str) -> list[SourceFile]:
+        return [SourceFile(path=x, text=f"# {x[-4:]}\n" * 30, package="python", licence="PSF-2.0") for x in paths]
+
+    library = files_of("ast.py", "os.py", "tkinter/a.py", "zipfile.py", "json/tool.py", "copy_of_os.py")
+    monkeypatch.setattr(sources, "_standard_library", lambda: iter(library))
+    monkeypatch.setattr(sources.importlib.metadata, "distributions", lambda: iter(()))
+    assert [file.path for file in training_sources()] == ["ast.py", "json/tool.py"]
+    assert [file.path for file in sources.held_out_sources()] == ["os.py", "tkinter/a.py", "zipfile.py"]
+
+
+def test_only_packages_under_permissive_licences_are_read() -> None:
+    class Package:
+        def __init__(self, **metadata: str) -> None:
+            self.metadata = self
+            self.values = {key.replace("_", "-"): value for key, value in metadata.items()}
+
+        def get_all(self, name: str) -> list[str]:
+            return [self.values[name]] if name in self.values else []
+
+    def licence(**metadata: str) -> str | None:
+        return sources._licence(Package(**metadata))  # type: ignore[arg-type]
+
+    assert licence(License_Expression="MIT") == "MIT"
+    assert licence(Classifier="License :: OSI Approved :: BSD License") == "BSD License"
+    assert licence(License="GPL-3.0") is None
+    assert licence(License_Expression="MIT AND MPL-2.0") is None
+    assert licence() is None
+
+
+def test_a_folder_of_code_is_read_and_reported(tmp_path: Path) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    for i in range(3):
+        (code / f"m{i}.py").write_text(CODE.replace("42", str(i)) * 2)
+    (code / "copy.py").write_text(CODE.replace("42", "0") * 2)
+    (code / "tiny.py").write_text("x = 1\n")
+    out = tmp_path / "data"
+    report = build_examples(out, {"reconstruct": 5, "count": 5}, size=SIZE, source=str(code))
+    assert report["files"] == 3
+    assert report["packages"]["code"]["files"] == 3
+    assert json.loads((out / "report.json").read_text()) == report
+    assert len(list(read_jsonl(out / "reconstruct.jsonl"))) == 5
+
+
+def test_requests_that_cannot_be_met_are_errors(tmp_path: Path, files: list[SourceFile]) -> None:
+    with pytest.raises(ConfigError, match="unknown task poem"):
+        read_sources("installed", ["poem"])
+    with pytest.raises(ConfigError, match="needs source files"):
+        read_sources("symbols", ["lookup"])
+    with pytest.raises(DatasetError, match="is no folder"):
+        read_sources(str(tmp_path / "nowhere"), ["lookup"])
+    assert read_sources("symbols", SYMBOL_TASKS) == []
+    tiny = SizeRange(shortest=1, longest=1, chars_per_token=1)
+    with pytest.raises(DatasetError, match="ask for fewer"):
+        list(draw_examples("copy_symbols", [], tiny, seed=0))
+
+
+def test_the_cache_gives_back_what_was_tokenised(toy_data: Path, tmp_path: Path) -> None:
+    _, tokenizers = build_toy_pair()
+    processor = Processor(tokenizers=tokenizers, chunk_size=2)
+    source = toy_data / "copy_symbols.jsonl"
+    rows = list(read_jsonl(source))
+    cache = TokenCache.build(tmp_path / "cache", source, rows, processor)
+    assert len(cache) == len(rows)
+    assert TokenCache.is_current(tmp_path / "cache", source, processor)
+    for row, example in zip(rows, (cache[i] for i in range(len(cache))), strict=True):
+        assert tokenizers.encoder.decode(np.concatenate(example.spans)) == row["target"]
+        target = example.decoder_ids[example.target_start : -1]
+        assert tokenizers.decoder.decode(target) == row["target"]
+        assert example.decoder_ids[-1] == tokenizers.decoder.eos_token_id
+    assert cache.meta["memory_tokens"] == sum(len(row["target"]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "no memory here"}, "row 1: no memory span"),
+        ({"prompt": "x"}, "row 1: expected .* got the keys"),
+        ({"text": "<|memory_start|>open"}, "row 1: .*without a"),
+        ({"messages": [{"role": "user", "content": "<|memory_start|>a<|memory_end|>"}], "target": ""}, "is empty"),
+    ],
+)
+def test_rows_that_cannot_be_trained_on_are_named(row: dict[str, object], message: str, tmp_path: Path) -> None:
+    _, tokenizers = build_toy_pair()
+    source = tmp_path / "mine.jsonl"
+    source.write_text("")
+    processor = Processor(tokenizers=tokenizers, chunk_size=2)
+    with pytest.raises(DatasetError, match=message):
+        TokenCache.build(tmp_path / "cache", source, [row], processor)
+    assert not (tmp_path / "cache").exists()

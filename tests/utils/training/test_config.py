@@ -1,0 +1,79 @@
+"""Run configurations: presets, strict keys, order of stages, what may change on resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from utils.errors import ConfigError
+from utils.files import PROJECT_ROOT
+from utils.training.config import PRESETS, StageConfig, load_config, parse_config
+
+CONFIGS = sorted((PROJECT_ROOT / "utils/training/configs").glob("*.yaml"))
+Values = Callable[..., dict[str, Any]]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_is_valid(path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem
+    assert all(set(stage.mixture) <= set(config.data.tasks) for stage in config.stages)
+
+
+def test_a_stage_starts_from_its_preset_and_the_file_wins(run_values: Values) -> None:
+    values = run_values(stages=[{"preset": "encoder", "steps": 3, "chunk_sizes": {4: 1}, "clip_norm": "2e-1"}])
+    stage = parse_config(values).stages[0]
+    assert stage.learning_rates == PRESETS["encoder"]["learning_rates"]
+    assert math.isclose(stage.clip_norm, 0.2)  # YAML 1.1 reads 2e-1 as a text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"colour": 1}, "unknown key colour"),
+        ({"pair": {"checkpoint": "toy", "window_size": 3}}, "pair: unknown key window_size"),
+        ({"pair": {}}, "either checkpoint, or encoder and decoder"),
+        ({"precision": "int4"}, "precision: expected one of float32, bfloat16, got 'int4'"),
+        ({"seed": "one"}, "seed: expected a whole number, got 'one'"),
+        ({"seed": True}, "seed: expected a whole number, got True"),
+        ({"stages": []}, "a run needs at least one"),
+        ({"stages": [{"preset": "warm", "steps": 1}]}, "stages\\[0\\].preset: expected one of align"),
+        ({"stages": [{"preset": "adapter", "chunk_sizes": {1: 1}}]}, "key steps is missing"),
+        ({"stages": [{"preset": "adapter", "steps": 1, "chunk_sizes": {1: -1}}]}, "weights must not be negative"),
+        ({"stages": [{"preset": "align", "steps": 1, "chunk_sizes": {4: 1}}]}, "adapter only, at chunk size 1"),
+        ({"data": {"folder": "x", "memory_tokens": [9, 3]}}, "expected \\[shortest, longest\\]"),
+        ({"data": {"folder": "x", "memory_tokens": [9]}}, "expected 2 values, got 1"),
+    ],
+)
+def test_bad_values_are_named(run_values: Values, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(run_values(**changes))
+
+
+def test_stages_in_the_wrong_order_are_refused(run_values: Values) -> None:
+    sizes = {"chunk_sizes": {2: 1}, "steps": 1}
+    stages = [{"preset": "decoder", **sizes}, {"preset": "encoder", **sizes}]
+    with pytest.raises(ConfigError, match="encoder after decoder; the order is align → adapter"):
+        parse_config(run_values(stages=stages))
+
+
+def test_a_file_error_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: [1")
+    with pytest.raises(ConfigError, match=r"run\.yaml is not YAML"):
+        load_config(path)
+    with pytest.raises(ConfigError, match=r"missing\.yaml does not exist"):
+        load_config(tmp_path / "missing.yaml")
+
+
+def test_what_is_trained_leaves_out_only_what_changes_no_number(run_values: Values) -> None:
+    config = parse_config(run_values())
+    moved = dataclasses.replace(config, output="elsewhere", threads=2, save_minutes=1.0)
+    assert moved.what_is_trained() == config.what_is_trained()
+    assert dataclasses.replace(config, seed=1).what_is_trained() != config.what_is_trained()
+    assert {f.name for f in dataclasses.fields(StageConfig)} == set(config.what_is_trained()["stages"][0])

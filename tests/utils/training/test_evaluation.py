@@ -1,0 +1,87 @@
+"""Scores, intervals and the evaluation command on the toy pair."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from utils.inference.saving import save_checkpoint
+from utils.training.evaluate import main
+from utils.training.evaluation.scores import bootstrap, contains, edit_similarity, is_exact, wilson
+from utils.training.toy import build_toy_pair
+
+TEXT = st.text("abc", max_size=8)
+
+
+def plain_distance(a: str, b: str) -> int:
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return row[-1]
+
+
+@given(TEXT, TEXT)
+def test_edit_similarity_is_levenshtein(a: str, b: str) -> None:
+    longest = max(len(a), len(b))
+    expected = 1.0 if not longest else 1 - plain_distance(a, b) / longest
+    assert edit_similarity(a, b) == pytest.approx(expected)
+
+
+def test_answers_are_judged_as_a_reader_would() -> None:
+    assert is_exact(" 42\n", "42")
+    assert not is_exact("It is 42", "42")
+    assert contains("It is 42.", "42")
+    assert not contains("It is 421.", "42")
+    assert contains("returns `a + b`", "a + b")
+
+
+def test_intervals() -> None:
+    # The published example of Wilson's interval: 10 of 20.
+    half = wilson(10, 20)
+    assert (round(half.low, 3), round(half.high, 3)) == (0.299, 0.701)
+    assert wilson(0, 10).low == 0.0
+    assert bootstrap([1.0] * 5).low == bootstrap([1.0] * 5).high == 1.0
+    spread = bootstrap([0.0, 1.0] * 20)
+    assert 0.2 < spread.low < 0.5 < spread.high < 0.8
+
+
+def test_the_command_measures_every_task_under_every_condition(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_checkpoint(tmp_path / "pair", *build_toy_pair())
+    code = tmp_path / "code"
+    code.mkdir()
+    for i in range(4):
+        (code / f"m{i}.py").write_text("".join(f"value_{i}_{n} = {n}\n" for n in range(40)))
+    flags = ["--checkpoint", str(tmp_path / "pair"), "--source", str(code), "--device", "cpu", "--num-examples", "2"]
+    flags += ["--tasks", "needle,continue", "--memory-tokens", "16-20", "--chunk-sizes", "1,4", "--json"]
+    flags += ["--reference", str(tmp_path / "pair"), "--output", str(tmp_path / "out")]
+    assert main(flags) == 0
+    result = json.loads(capsys.readouterr().out)
+    conditions = {"full", "memory@1", "truncated@1", "memory@4", "truncated@4", "full, reference"}
+    cells = {(row["task"], row["metric"], row["condition"]) for row in result["rows"]}
+    assert cells == {
+        (task, metric, condition)
+        for task, metric in (("needle", "exact"), ("needle", "contains"), ("continue", "perplexity"))
+        for condition in conditions
+    }
+    ratios = {row["condition"]: row["ratio"] for row in result["rows"] if row["task"] == "needle"}
+    assert ratios["memory@1"] == 1.0
+    assert 3.5 < ratios["memory@4"] <= 4.0
+    # The reference is the same pair: from full text it must say the same.
+    by_condition = {r["condition"]: r["mean"] for r in result["rows"] if r["metric"] == "perplexity"}
+    assert by_condition["full"] == by_condition["full, reference"] == pytest.approx(by_condition["truncated@1"])
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"result.json", "records.jsonl", "table.md", "result.png"}
+
+
+@pytest.mark.parametrize("flags", [["--chunk-sizes", "4,x"], ["--num-examples", "0"], ["--memory-tokens", "0-4"]])
+def test_bad_flags_are_errors(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--source", "symbols", "--tasks", "count", *flags]) == 1
+    assert capsys.readouterr().err.startswith("error: --")

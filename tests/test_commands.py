@@ -1,0 +1,85 @@
+"""Every command: help without heavy imports, one parser and one entry point."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from utils.files import PROJECT_ROOT
+
+
+def commands() -> list[Path]:
+    """Files with a parser and an entry point of their own."""
+    tracked = [
+        path
+        for folder in ("general", "utils", "ruler", "ruler_minimal")
+        for path in sorted((PROJECT_ROOT / folder).rglob("*.py"))
+    ]
+    files = [PROJECT_ROOT / "main.py", *tracked]
+    return [path for path in files if "\ndef main(" in (text := path.read_text()) and "\nif __name__ ==" in text]
+
+
+COMMANDS = commands()
+NAMES = [str(path.relative_to(PROJECT_ROOT)) for path in COMMANDS]
+
+# Imports each command file in one interpreter and notes the first heavy module that came with it.
+PROBE = """
+import importlib.util, json, sys
+heavy, report = ("torch", "transformers", "matplotlib", "fastapi", "openai"), {}
+for number, path in enumerate(sys.argv[1:]):
+    name = f"command_{number}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    text = module.build_parser().format_help() if hasattr(module, "build_parser") else None
+    report[path] = {"heavy": [x for x in heavy if x in sys.modules], "help": text}
+    for x in [m for m in sys.modules if m.split(".")[0] in heavy]:
+        del sys.modules[x]
+print(json.dumps(report))
+"""
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, dict]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *map(str, COMMANDS)], capture_output=True, text=True, cwd="/", check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_needs_nothing_heavy(name: str, report: dict[str, dict]) -> None:
+    assert report[str(PROJECT_ROOT / name)]["heavy"] == []
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "ruler/__main__.py"])
+def test_help_is_complete(name: str, report: dict[str, dict]) -> None:
+    text = report[str(PROJECT_ROOT / name)]["help"]
+    assert text is not None, "the command has no build_parser()"
+    assert "usage:" in text
+
+
+def seconds(*arguments: str) -> float:
+    """Shortest time of three runs: what is longer is other programs' work."""
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], capture_output=True, check=True, cwd=PROJECT_ROOT, env=os.environ)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("ruler/", "utils/serving/"))])
+def test_help_is_fast(name: str) -> None:
+    module = name.removesuffix(".py").replace("/", ".").removesuffix(".__main__")
+    arguments = [name] if name.startswith(("main", "general", "ruler_minimal")) else ["-m", module]
+    assert seconds(*arguments, "--help") - seconds("-c", "") < 0.3

@@ -1,0 +1,117 @@
+"""`python -m utils.training.data`: build task examples, tokenise them, report sizes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from utils.cli import EXIT_OK, make_parser, print_json, run_command
+from utils.errors import ConfigError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of `python -m utils.training.data`."""
+    parser = make_parser(
+        "Make training data: task examples from Python sources as JSONL, and their tokenised caches.",
+        examples="""\
+  uv run python -m utils.training.data build --output artifacts/data --tasks lookup=1000,needle=500
+  uv run python -m utils.training.data tokenize artifacts/data
+  uv run python -m utils.training.data config utils/training/configs/cpu_default.yaml""",
+        prog="python -m utils.training.data",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    build = commands.add_parser("build", help="write the examples of some tasks, and a report of their sources")
+    build.add_argument("--output", type=Path, required=True, help="folder for TASK.jsonl and report.json")
+    build.add_argument("--tasks", required=True, help="TASK=NUMBER,…; an unknown task names those there are")
+    build.add_argument(
+        "--source", default="installed", help="installed, held-out, symbols or a folder; default installed"
+    )
+    build.add_argument("--memory-tokens", default="64-256", help="shortest and longest, roughly; default 64-256")
+    build.add_argument("--chars-per-token", type=float, default=3.2, help="what lengths reckon with; default 3.2")
+    build.add_argument("--max-files", type=int, help="draw from a random choice of so many files; default: all")
+    build.add_argument("--seed", type=int, default=0, help="default 0")
+
+    tokenize = commands.add_parser("tokenize", help="tokenise a folder of JSONL files, where that is not done yet")
+    tokenize.add_argument("folder", type=Path, help="folder with JSONL files")
+    tokenize.add_argument("--checkpoint", help="whose tokenizers; default: the embedded checkpoint's")
+
+    config = commands.add_parser("config", help="build and tokenise what a run's configuration asks for")
+    config.add_argument("path", type=Path, help="YAML file of the run")
+
+    for command in (build, tokenize, config):
+        command.add_argument("--json", action="store_true", help="the report as one JSON object on stdout")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    return run_command(build_parser(), _run, argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    report = {"build": _build, "tokenize": _tokenize, "config": _config}[args.command](args)
+    if args.json:
+        print_json(report)
+    else:
+        sys.stdout.write(_describe(report))
+    return EXIT_OK
+
+
+def _build(args: argparse.Namespace) -> dict[str, Any]:
+    from utils.training.data.build import build_examples
+    from utils.training.data.excerpts import SizeRange
+
+    try:
+        tasks = {name: int(number) for name, number in (part.split("=") for part in args.tasks.split(","))}
+        shortest, longest = (int(part) for part in args.memory_tokens.split("-"))
+    except ValueError:
+        raise ConfigError(
+            f"--tasks {args.tasks}, --memory-tokens {args.memory_tokens}: expected lookup=1000,needle=500 and 64-256"
+        ) from None
+    size = SizeRange(shortest=shortest, longest=longest, chars_per_token=args.chars_per_token)
+    return build_examples(args.output, tasks, size=size, source=args.source, seed=args.seed, max_files=args.max_files)
+
+
+def _tokenize(args: argparse.Namespace) -> dict[str, Any]:
+    from utils.inference.checkpoint import find_checkpoint
+    from utils.inference.weights import load_tokenizers
+    from utils.model.processor import Processor
+    from utils.training.datasets import tokenize_folder
+
+    files = find_checkpoint(args.checkpoint)
+    processor = Processor(tokenizers=load_tokenizers(files), chunk_size=files.config.chunk_size)
+    caches = tokenize_folder(args.folder, processor)
+    if not caches:
+        raise ConfigError(f"{args.folder} has no JSONL files: build some first")
+    return {"tasks": {task: dict(cache.meta) for task, cache in caches.items()}}
+
+
+def _config(args: argparse.Namespace) -> dict[str, Any]:
+    from utils.model.processor import Processor
+    from utils.training.config import load_config
+    from utils.training.datasets import open_caches
+    from utils.training.pairs import load_pair
+
+    config = load_config(args.path)
+    model, tokenizers = load_pair(config.pair, config.seed)
+    caches = open_caches(config, Processor(tokenizers=tokenizers, chunk_size=model.config.chunk_size))
+    return {"tasks": {task: dict(cache.meta) for task, cache in caches.items()}}
+
+
+def _describe(report: dict[str, Any]) -> str:
+    """One line a task, and the packages by licence where the report knows them."""
+    hidden = ("kinds", "key", "version")
+    lines = []
+    for task, entry in report["tasks"].items():
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in entry.items() if name not in hidden)
+        lines.append(f"{task}: {shown}")
+    for name, package in report.get("packages", {}).items():
+        lines.append(f"  {name} ({package['licence']}): {package['files']} files, {package['characters']:,} characters")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -3,8 +3,8 @@
 #
 #   .ci/make_vllm_cpu_env.sh [DIR]      DIR: $CODE_LLAVA_VLLM_ENV, else .venv-vllm in the project root
 #
-# vLLM pins its own torch, so it never shares an environment with the project. pip must find a CPU build of torch; where
-# its index has only CUDA builds: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu .ci/make_vllm_cpu_env.sh
+# vLLM pins its own torch, so it never shares an environment with the project. pip must find a CPU build of torch: where
+# its index has only CUDA builds, name an index with CPU builds of torch in PIP_EXTRA_INDEX_URL.
 set -euo pipefail
 
 vllm_version=0.32.0

@@ -88,7 +88,9 @@ def test_chat_parts_answer_as_the_local_prompt(vllm_url: str, compressor: Any, d
 
 
 def test_the_same_rows_again_hit_the_servers_prefix_cache(vllm_url: str, compressor: Any) -> None:
-    prompt = compressor.parse_raw(f"{MEMORY_START}{CODE * 150}{MEMORY_END} What is this?")
+    # Code that no other test sent: the first request must find the server's cache cold.
+    code = CODE.replace("area", "volume_of_prefix_cache_test") * 100
+    prompt = compressor.parse_raw(f"{MEMORY_START}{code}{MEMORY_END} What is this?")
     values_TD = compressor.compress([prompt])[0].values_TD
     first, second = (use(vllm_url, lambda client: client.complete(values_TD, max_tokens=1)) for _ in range(2))
     assert not first.cached_tokens

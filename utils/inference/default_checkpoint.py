@@ -18,6 +18,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,9 @@ def assemble_default_checkpoint(progress: Callable[[str], None] | None = None, *
     with FileLock(target.parent / f".{target.name}.lock"):
         # Another process may have finished it while this one waited.
         if not _is_current(target, part):
+            # What a killed process left behind; the lock says that nobody is at work on it.
+            for leftover in target.parent.glob(f".{target.name}.*.tmp"):
+                shutil.rmtree(leftover, ignore_errors=True)
             logger.info("assembling the default checkpoint in %s (once, about half a minute)", target)
             with atomic_folder(target) as folder:
                 _assemble(folder, progress, part)

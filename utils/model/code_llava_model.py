@@ -8,7 +8,6 @@ a span, D decoder width.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from utils.errors import ConfigError, PromptError
 from utils.model.adapter import Adapter
@@ -187,7 +187,8 @@ class CodeLLaVAModel(nn.Module):
         Args:
             prompts: Parsed prompts.
             max_new_tokens: Most new tokens of each.
-            sampling: Hugging Face generation arguments (`do_sample`, `temperature`, `top_p`, …); greedy by default.
+            sampling: Hugging Face generation arguments (`do_sample`, `temperature`, `top_p`, …); greedy by default. A
+                `repetition_penalty` counts the new tokens.
 
         Returns:
             The new token ids of each prompt, up to and without its end token.
@@ -206,16 +207,18 @@ class CodeLLaVAModel(nn.Module):
         for row, length in enumerate(lengths):
             mask_BT[row, longest - length :] = 1
         arguments = {"do_sample": False, **sampling}
-        doing = f"generating for {len(prompts)} prompts of up to {longest} rows"
-        with explain_out_of_memory(doing, "--batch-size"), warnings.catch_warnings():
-            # Rows of latents have no ids that a penalty could count: it is meant for the new tokens only.
-            warnings.filterwarnings("ignore", message=".*repetition_penalty.*inputs_embeds")
+        penalty = arguments.pop("repetition_penalty", None) or self.decoder.generation_config.repetition_penalty or 1.0
+        # transformers' own would skip as many new tokens as a row has padding: embeddings come without padded ids.
+        penalties = [RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else []
+        with explain_out_of_memory(f"generating for {len(prompts)} prompts of up to {longest} rows", "--batch-size"):
             ids = self.decoder.generate(
                 inputs_embeds=embeds_BTD,
                 attention_mask=mask_BT,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=list(self.eos_token_ids) or None,
                 pad_token_id=self.pad_token_id,
+                repetition_penalty=1.0,
+                logits_processor=LogitsProcessorList(penalties),
                 **arguments,
             )
         return [self._until_end(row) for row in ids.tolist()]

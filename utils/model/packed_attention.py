@@ -114,7 +114,8 @@ def packed_attention_forward(
             mask = distance.abs() < sliding_window
             if segments.causal:
                 mask &= distance >= 0
-        out = F.scaled_dot_product_attention(
+        attend = _plain_attention if _fused_is_slow(q) and not dropout else F.scaled_dot_product_attention
+        out = attend(
             q,
             k,
             v,
@@ -126,6 +127,51 @@ def packed_attention_forward(
         )
         pieces.append(out.transpose(1, 2).flatten(0, 1))
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[None], None
+
+
+def _fused_is_slow(query: torch.Tensor) -> bool:
+    """Whether torch's fused kernel loses: its bfloat16 backward on the CPU takes several times the plain one's time."""
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
+
+
+def _plain_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    is_causal: bool,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """What `scaled_dot_product_attention` computes, from matrix products; without dropout.
+
+    Args:
+        query: [b, h, l, K].
+        key: [b, g, l, K]; the h / g query heads of a group are laid end to end, so that nothing is repeated.
+        value: [b, g, l, K].
+        attn_mask: Boolean [l, l], true where a query sees a key; None for no mask.
+        dropout_p: Must be 0.
+        scale: Factor on the scores; 1/sqrt(K) by default.
+        is_causal: Mask what comes later.
+        enable_gqa: Whether g is smaller than h; the shapes say it too.
+
+    Returns:
+        [b, h, l, K].
+    """
+    assert dropout_p == 0
+    batch, heads, length, width = query.shape
+    groups = key.shape[1]
+    assert enable_gqa == (groups != heads)
+    scores = query.reshape(batch, groups, -1, width) @ key.transpose(-1, -2)
+    scores = scores.view(batch, heads, length, length).float() * (width**-0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    weights = scores.softmax(dim=-1).to(value.dtype)
+    return (weights.view(batch, groups, -1, length) @ value).view(batch, heads, length, width)
 
 
 AttentionInterface.register(PACKED, packed_attention_forward)

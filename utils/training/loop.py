@@ -88,8 +88,7 @@ class Trainer:
         config = self.config
         if config.threads:
             torch.set_num_threads(config.threads)
-        precision = "bf16" if config.precision == "bfloat16" else "no"
-        self.accelerator = Accelerator(cpu=self.device == "cpu", mixed_precision=precision)
+        self.accelerator = Accelerator(cpu=self.device == "cpu")
         _check_shares(config, self.accelerator.num_processes)
         model, self.tokenizers = load_pair(config.pair, config.seed)
         # Which chunk sizes the weights know is settled when the pair is exported.
@@ -183,7 +182,8 @@ class Trainer:
         for number, row in enumerate(mine):
             last = number == len(mine) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(wrapped):
-                part = wrapped(row, align) / total
+                with self._autocast():
+                    part = wrapped(row, align) / total
                 # Distributed wrappers average gradients where a sum is wanted.
                 self.accelerator.backward(part * world)
             loss += part.detach()
@@ -197,6 +197,10 @@ class Trainer:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return {"loss": float(loss), "grad_norm": float(norm), "skipped": float(not finite)}
+
+    def _autocast(self) -> Any:
+        device = self.accelerator.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     def _run_stage(self, stage: StageConfig, resumed: Path | None, left_s: float | None) -> bool:
         """Run or go on with the current stage; False if it was interrupted (and saved)."""

@@ -33,6 +33,7 @@ from ruler.protocol import (
 from utils.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from utils.inference.latent_cache import LatentCache
     from utils.inference.prompt_embeds import PromptEmbeds
     from utils.model.prompt import MemoryPrompt
 
@@ -133,6 +134,12 @@ class ServerText:
         }
 
 
+def _latent_cache(settings: BackendSettings) -> LatentCache | None:
+    from utils.inference.latent_cache import LatentCache
+
+    return LatentCache.open(settings.cache_dir) if settings.cache else None
+
+
 class ServerMemory(ServerText):
     """Compresses contexts here and sends whole prompts as embeddings to a vLLM server's `/v1/completions`.
 
@@ -143,7 +150,12 @@ class ServerMemory(ServerText):
         from utils.inference.compressor import Compressor
 
         super().__init__(settings)
-        self._compressor = Compressor.load(settings.checkpoint, chunk_size=settings.chunk_size, device=settings.device)
+        self._compressor = Compressor.load(
+            settings.checkpoint,
+            chunk_size=settings.chunk_size,
+            device=settings.device,
+            cache=_latent_cache(settings),
+        )
         self.details |= {
             "checkpoint": self._compressor.files.root.name,
             "fingerprint": self._compressor.files.fingerprint,
@@ -206,7 +218,9 @@ class LocalCodeLlava:
         self._compress = settings.name == "local-memory"
         files = find_checkpoint(settings.model, settings.chunk_size)
         self.details: dict[str, Any] = {"model": files.root.name, "fingerprint": files.fingerprint}
-        self._model, self._tokenizer, self._processor = load_model(files.root, settings.device, settings.chunk_size)
+        self._model, self._tokenizer, self._processor = load_model(
+            files.root, settings.device, settings.chunk_size, cache=_latent_cache(settings) if self._compress else None
+        )
         if self._compress:
             self.details["chunk_size"] = self._processor.chunk_size
 

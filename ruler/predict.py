@@ -223,6 +223,9 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--concurrency", type=int, default=8, help="requests in flight (default: %(default)s)")
     server.add_argument("--timeout-s", type=float, default=600.0, help="seconds a request (default: %(default)s)")
     server.add_argument("--attempts", type=int, default=8, help="tries a request before a row fails (default: 8)")
+    memory = parser.add_argument_group("memory backends")
+    memory.add_argument("--no-cache", dest="cache", action="store_false", help="encode every context, store nothing")
+    memory.add_argument("--cache-dir", help="latent cache (default: $CODE_LLAVA_CACHE_DIR, else ~/.cache/code-llava)")
     local = parser.add_argument_group("local backends")
     local.add_argument("--device", default="auto", help="auto, cpu, cuda:0, … (default: auto)")
     local.add_argument("--batch-size", type=int, default=1, help="rows a forward pass (default: 1)")
@@ -252,6 +255,8 @@ def backend_settings(args: argparse.Namespace, **chosen: Any) -> BackendSettings
         "batch_size",
         "timeout_s",
         "device",
+        "cache",
+        "cache_dir",
     )
     sampling = Sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.sampling_seed)
     return BackendSettings(**{name: getattr(args, name) for name in names}, sampling=sampling, **chosen)

@@ -117,6 +117,8 @@ class BackendSettings:
         batch_size: Rows a forward pass (local models).
         timeout_s: Of one request.
         device: `auto`, `cpu`, `cuda:0`… for local models.
+        cache: Keep latents in the latent cache and take them from there; they are the same either way.
+        cache_dir: Where that is; None for the default place.
     """
 
     name: str = "local-memory"
@@ -131,6 +133,8 @@ class BackendSettings:
     batch_size: int = 1
     timeout_s: float = 600.0
     device: str = "auto"
+    cache: bool = True
+    cache_dir: str | None = None
     sampling: Sampling = Sampling()
 
     def messages(self, prompt: str) -> list[dict[str, str]]:

@@ -27,6 +27,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "utils.inference.latent_store",
         "utils.inference.latent_cache",
         "utils.inference.flags",
+        "utils.inference.span_encoder",
         "utils.inference.compressor",
         "utils.inference.inference",
         "utils.inference.describe",

@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from utils.files import provenance
 from utils.inference.checkpoint import CheckpointFiles, find_checkpoint
-from utils.inference.latent_cache import LatentCache, window_key
+from utils.inference.latent_cache import LatentCache
 from utils.inference.prompt_embeds import CompressionStats, PromptEmbeds
+from utils.inference.span_encoder import SpanEncoder
 from utils.inference.weights import (
     check_vocabulary,
     load_decoder_config,
@@ -28,7 +28,7 @@ from utils.inference.weights import (
     load_tokenizers,
     resolve_dtype,
 )
-from utils.model.code_llava_model import MemoryEncoder, MemoryUnit, check_prompt_fits
+from utils.model.code_llava_model import MemoryEncoder, check_prompt_fits
 from utils.model.processor import Processor
 from utils.model.prompt import MemoryLimit, MemoryPrompt, MemorySpan
 from utils.model.splice import splice_latents
@@ -59,11 +59,10 @@ class Compressor:
         self.files = files
         self.processor = processor
         self.memory_encoder = memory_encoder
-        self.cache = cache
+        self._span_encoder = SpanEncoder(memory_encoder, files.fingerprint if cache else "", cache)
         self.dtype = dtype or table_VD.dtype
         self._table_VD = table_VD
         self._decoder_config = load_decoder_config(files)
-        self._namespaces: dict[int, bytes] = {}
 
     @classmethod
     def load(
@@ -139,26 +138,9 @@ class Compressor:
         encoded = iter(self.encode_spans([span for prompt in prompts for span in prompt.spans]))
         return [self.embed(prompt, [next(encoded) for _ in prompt.spans]) for prompt in prompts]
 
-    @torch.inference_mode()
     def encode_spans(self, spans: Sequence[MemorySpan]) -> list[tuple[torch.Tensor, int]]:
         """Latents [n, D] of each span on the CPU, and how many of its tokens came from the cache."""
-        units_of_spans = [self.memory_encoder.units(span) for span in spans]
-        units = [unit for span_units in units_of_spans for unit in span_units]
-        keys = [self._key(unit) for unit in units] if self.cache else []
-        found: list[torch.Tensor | None] = self.cache.get_many(keys) if self.cache else [None] * len(units)
-        missing = [i for i, known in enumerate(found) if known is None]
-        fresh = [rows.cpu() for rows in self.memory_encoder.encode_units([units[i] for i in missing])]
-        if self.cache and missing:
-            self.cache.put_many([keys[i] for i in missing], fresh)
-        fresh_at = dict(zip(missing, fresh, strict=True))
-        latents = [fresh_at[i] if known is None else known for i, known in enumerate(found)]
-        results, at = [], 0
-        for span_units in units_of_spans:
-            here = range(at, at + len(span_units))
-            cached_tokens = sum(units[i].num_tokens for i in here if i not in fresh_at)
-            results.append((_join([latents[i] for i in here]), cached_tokens))
-            at += len(span_units)
-        return results
+        return self._span_encoder.encode(spans)
 
     def provenance(self) -> dict[str, Any]:
         """What the sidecar of an output says about where it came from."""
@@ -185,21 +167,3 @@ class Compressor:
             ),
             provenance=self.provenance(),
         )
-
-    def _key(self, unit: MemoryUnit) -> bytes:
-        first, last = unit.windows[0], unit.windows[-1]
-        core = first.core if len(unit.windows) == 1 else [token for window in unit.windows for token in window.core]
-        return window_key(self._namespace(first.chunk_size), first.left, core, last.right)
-
-    def _namespace(self, chunk_size: int) -> bytes:
-        """Everything but the tokens that decides a latent's bits."""
-        if chunk_size not in self._namespaces:
-            dtype = self.memory_encoder.chunker.encoder.dtype
-            self._namespaces[chunk_size] = f"{self.files.fingerprint} {chunk_size} {dtype}".encode()
-        return self._namespaces[chunk_size]
-
-
-def _join(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`torch.cat` of CPU rows by plain copying: on a busy machine, waking torch's threads costs more than the copy."""
-    data = np.concatenate([part.contiguous().view(torch.uint8).numpy() for part in rows])
-    return torch.from_numpy(data).view(rows[0].dtype)

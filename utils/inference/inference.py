@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 from utils.cli import EXIT_OK, make_parser, print_json, run_command
 from utils.errors import ConfigError, DatasetError
 from utils.files import read_json
-from utils.inference.flags import add_checkpoint_flags, add_memory_limit_flags
+from utils.inference.flags import add_cache_flags, add_checkpoint_flags, add_memory_limit_flags, open_cache
 from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START
 
 if TYPE_CHECKING:
     import torch
 
+    from utils.inference.latent_cache import LatentCache
     from utils.model.code_llava_model import CodeLLaVAModel
     from utils.model.processor import Processor
     from utils.model.prompt import MemoryPrompt
@@ -77,6 +78,7 @@ def load_model(
     *,
     truncate_memory: bool = False,
     batch_tokens: int | None = None,
+    cache: LatentCache | None = None,
 ) -> tuple[CodeLLaVAModel, Any, Processor]:
     """Load a whole checkpoint for generation.
 
@@ -89,6 +91,7 @@ def load_model(
         dtype: "float32", "bfloat16", "float16"; None as stored.
         truncate_memory: Cut spans over `max_code_length` at the end, with a warning, where otherwise it is an error.
         batch_tokens: Tokens of one encoder pass; None: chosen by device.
+        cache: Latents of earlier encodings; None to encode everything.
 
     Returns:
         The model in eval mode, the decoder's tokenizer, and the processor that parses prompts for it.
@@ -98,6 +101,7 @@ def load_model(
         ConfigError: It cannot serve the chunk size, or the device is not there.
     """
     from utils.inference.checkpoint import find_checkpoint
+    from utils.inference.span_encoder import SpanEncoder
     from utils.inference.weights import check_vocabulary, load_decoder, load_memory_encoder, load_tokenizers
     from utils.model.code_llava_model import CodeLLaVAModel
     from utils.model.processor import Processor
@@ -115,6 +119,8 @@ def load_model(
         eos_token_ids=end_tokens(decoder, tokenizers.decoder),
         pad_token_id=tokenizers.decoder.pad_token_id or 0,
     ).eval()
+    if cache is not None:
+        model.cached_encoder = SpanEncoder(encoder, files.fingerprint, cache)
     limit = MemoryLimit(max_tokens=max_code_length, truncate=truncate_memory)
     return model, tokenizers.decoder, Processor(tokenizers=tokenizers, chunk_size=files.config.chunk_size, limit=limit)
 
@@ -217,6 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_checkpoint_flags(parser, path_flags=("--checkpoint", "--model-path"))
     add_memory_limit_flags(parser)
+    add_cache_flags(parser)
     data = parser.add_argument_group("data")
     data.add_argument("--test-data", "--test_data", help='JSON {"examples": [{"code", "prompt"}]}; built-in examples')
     data.add_argument("--num-examples", "--num_examples", type=int, help="first N examples; default all")
@@ -260,6 +267,7 @@ def _answers(args: argparse.Namespace, examples: Sequence[dict[str, str]]) -> It
         args.dtype,
         truncate_memory=args.truncate_memory,
         batch_tokens=args.batch_tokens,
+        cache=open_cache(args),
     )
     # All prompts are parsed before the first is answered: a bad one is reported at once.
     prompts = [processor.parse_chat(build_messages(e["code"], e["prompt"])) for e in examples]

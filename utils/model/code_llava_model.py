@@ -8,7 +8,7 @@ a span, D decoder width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +118,8 @@ class CodeLLaVAModel(nn.Module):
         self.decoder = decoder
         self.eos_token_ids = tuple(eos_token_ids)
         self.pad_token_id = pad_token_id
+        # Encodes in place of `memory_encoder` where no gradients are wanted: the way in for a latent cache.
+        self.cached_encoder: Callable[[Sequence[MemorySpan]], list[torch.Tensor]] | None = None
 
     @property
     def llm_model(self) -> Any:
@@ -141,6 +143,8 @@ class CodeLLaVAModel(nn.Module):
 
     def encode_memory(self, spans: Sequence[MemorySpan]) -> list[torch.Tensor]:
         """Latents of each span, [n, D]; spans of many prompts are encoded together."""
+        if self.cached_encoder is not None and not torch.is_grad_enabled():
+            return self.cached_encoder(spans)
         return self.memory_encoder(spans)
 
     def embed_prompt(self, prompt: MemoryPrompt) -> torch.Tensor:

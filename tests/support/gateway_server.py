@@ -16,9 +16,9 @@ from utils.serving.settings import GatewaySettings
 
 
 @contextlib.contextmanager
-def running(compressor: Any, backend_url: str, **settings: Any) -> Iterator[str]:
+def running(compressor: Any, backend_url: str, *, backend: Any = None, **settings: Any) -> Iterator[str]:
     """Serve until the block ends; yields the address."""
-    app = create_app(GatewaySettings(backend_url=backend_url, **settings), compressor)
+    app = create_app(GatewaySettings(backend_url=backend_url, **settings), compressor, backend)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))

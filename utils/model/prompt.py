@@ -160,13 +160,22 @@ def parse_chat_prompt(
         pieces = list(split_spans(content, f"message {number}"))
         memories += _memories(pieces)
         shortened.append({**message, "role": role, "content": _join_with_placeholders(pieces)})
-    if not getattr(tokenizers.decoder, "chat_template", None):
+    ids = chat_token_ids(shortened, tokenizers.decoder, **template_arguments)
+    return _assemble(ids, memories, tokenizers, chunk_size, limit)
+
+
+def chat_token_ids(messages: Sequence[Mapping[str, Any]], tokenizer: Any, **template_arguments: Any) -> list[int]:
+    """Ids of a chat as the decoder reads it: its template with the generation prompt, and no further special tokens.
+
+    Raises:
+        PromptError: The tokenizer has no chat template, or the template refuses the messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
         raise PromptError("the decoder tokenizer has no chat template: use the raw-text command instead")
     arguments = {"add_generation_prompt": True, **template_arguments, "tokenize": False}
-    text = _apply_template(tokenizers.decoder, shortened, arguments)
+    text = _apply_template(tokenizer, [dict(message) for message in messages], arguments)
     # The template wrote the special tokens; adding them again would put a second BOS in front.
-    ids = tokenizers.decoder(text, add_special_tokens=False)["input_ids"]
-    return _assemble(ids, memories, tokenizers, chunk_size, limit)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _apply_template(tokenizer: Any, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
+import httpx
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
@@ -22,10 +23,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from utils.errors import PromptError
 from utils.inference.compressor import Compressor
 from utils.serving.api_error import ApiError, error_body
-from utils.serving.compress_request import CompressedRequest, RequestCompressor
+from utils.serving.compress_request import EXTENSION, CompressedRequest, RequestCompressor
 from utils.serving.encoder_queue import EncoderQueue
 from utils.serving.memories import MemoryStore
 from utils.serving.metrics import Metrics
+from utils.serving.page import PAGE_FILES, add_page
 from utils.serving.settings import GatewaySettings
 from utils.serving.upstream import Upstream
 
@@ -35,7 +37,7 @@ Result = TypeVar("Result")
 _HEADER = "X-Code-Llava-"
 # Per-span reports in a header stay below what servers and proxies take; the totals are always there.
 _MAX_HEADER_BYTES = 4096
-_OPEN_PATHS = ("/healthz",)
+_OPEN_PATHS = ("/healthz", *PAGE_FILES)
 
 
 class Admission:
@@ -73,15 +75,18 @@ class Admission:
         return hmac.compare_digest(given.encode(), self._api_key.encode())
 
 
-def create_app(settings: GatewaySettings, compressor: Compressor) -> FastAPI:
+def create_app(
+    settings: GatewaySettings, compressor: Compressor, backend: httpx.AsyncBaseTransport | None = None
+) -> FastAPI:
     """Build the application.
 
     Args:
         settings: Backend, limits, keys.
         compressor: The checkpoint whose decoder the backend serves.
+        backend: A backend in this process, see `LocalBackend`; None: a server at the settings' address.
     """
     metrics = Metrics()
-    upstream = Upstream(settings.backend_url, settings.backend_key, settings.timeout_s)
+    upstream = Upstream(settings.backend_url, settings.backend_key, settings.timeout_s, backend)
     queue = EncoderQueue(compressor, settings.max_waiting, settings.max_batch_tokens, metrics.note_batch)
     metrics.watch_queue(lambda: queue.num_waiting)
     memories = MemoryStore(settings.max_memories, settings.max_memories_bytes)
@@ -97,6 +102,7 @@ def create_app(settings: GatewaySettings, compressor: Compressor) -> FastAPI:
     app = FastAPI(title="Code-LLaVA gateway", lifespan=lifespan, docs_url=None, redoc_url=None)
 
     app.add_middleware(Admission, api_key=settings.api_key, metrics=metrics)
+    add_page(app)
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
@@ -127,7 +133,7 @@ def create_app(settings: GatewaySettings, compressor: Compressor) -> FastAPI:
             return StreamingResponse(pieces, answer.status_code, headers, media_type=kind)
         content = await _unless_gone(request, upstream.whole(answer))
         if compressed.body is not None and answer.status_code == 200:
-            content = orjson.dumps({**orjson.loads(content), "code_llava": compressed.report()})
+            content = orjson.dumps({**orjson.loads(content), EXTENSION: compressed.report()})
         if retry_after := answer.headers.get("retry-after"):
             headers["Retry-After"] = retry_after
         return Response(content, answer.status_code, headers, media_type=kind)
@@ -144,6 +150,10 @@ def create_app(settings: GatewaySettings, compressor: Compressor) -> FastAPI:
     async def models() -> Response:
         answer = await upstream.get("/models")
         return Response(answer.content, answer.status_code, media_type=answer.headers.get("content-type"))
+
+    @app.get("/v1/compression")
+    async def compression() -> Response:
+        return _json(requests.settings_report())
 
     @app.post("/v1/memories", status_code=201)
     async def add_memory(request: Request) -> Response:

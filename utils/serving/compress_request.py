@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Body = dict[str, Any]
 
+# A request may say {"code_llava": {"chunk_size": 16}}; the answer tells under the same name what was compressed.
+EXTENSION = "code_llava"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressedRequest:
@@ -92,11 +95,12 @@ class RequestCompressor:
             PromptError: The markers are wrong, or a span is too long.
             ApiError: Too many spans, an unknown memory, a full queue, an encoder that failed.
         """
+        rest, chunk_size = self._take_options(body)
         outline = outline_chat(body.get("messages"))
         if not outline.spans:
-            return CompressedRequest(body=None)
+            return CompressedRequest(body=None if rest is body else rest)
         texts = self._resolve(outline.spans)
-        parsed = await self._in_thread(lambda: [self._parse_span(text) for text in texts])
+        parsed = await self._in_thread(lambda: [self._parse_span(text, chunk_size) for text in texts])
         encoded = await self._encode(parsed)
         if encoded is None:
             parts = [{"type": "text", "text": text} for text in texts]
@@ -105,7 +109,7 @@ class RequestCompressor:
                 lambda: [{"type": "prompt_embeds", "data": self._wire(span.latents_ND)} for span in encoded]
             )
         return CompressedRequest(
-            body={**body, "messages": outline.fill(parts)}, spans=tuple(encoded or ()), fallback=encoded is None
+            body={**rest, "messages": outline.fill(parts)}, spans=tuple(encoded or ()), fallback=encoded is None
         )
 
     async def completion(self, body: Body) -> CompressedRequest:
@@ -117,11 +121,12 @@ class RequestCompressor:
         """
         if body.get("prompt_embeds") is not None:
             raise PromptError("prompt_embeds are not taken from clients: send text")
+        rest, chunk_size = self._take_options(body)
         given = body.get("prompt")
         prompts = given if isinstance(given, list) else [given]
         pieces = [[*split_spans(text, "the prompt")] if isinstance(text, str) else [] for text in prompts]
         if not any(piece.is_memory for prompt in pieces for piece in prompt):
-            return CompressedRequest(body=None)
+            return CompressedRequest(body=None if rest is body else rest)
         if not all(isinstance(text, str) for text in prompts):
             raise ApiError(400, "prompts with memory and prompts of token ids cannot share a request")
         names = [piece.text for prompt in pieces for piece in prompt if piece.is_memory]
@@ -131,25 +136,53 @@ class RequestCompressor:
             for prompt in pieces
         ]
         marked = ["".join(f"{MEMORY_START}{t}{MEMORY_END}" if memory else t for t, memory in p) for p in texts]
-        parsed = await self._in_thread(lambda: [self._compressor.parse_raw(text) for text in marked])
+        parsed = await self._in_thread(lambda: [self._compressor.parse_raw(text, chunk_size) for text in marked])
         encoded = await self._encode(parsed)
         if encoded is None:
             plain = ["".join(text for text, _ in prompt) for prompt in texts]
-            fallback = {**body, "prompt": plain if isinstance(given, list) else plain[0]}
+            fallback = {**rest, "prompt": plain if isinstance(given, list) else plain[0]}
             return CompressedRequest(body=fallback, fallback=True)
         rows = await self._in_thread(lambda: self._rows(parsed, encoded))
-        rest = {name: value for name, value in body.items() if name != "prompt"}
+        others = {name: value for name, value in rest.items() if name != "prompt"}
         return CompressedRequest(
-            body={**rest, "prompt_embeds": rows if isinstance(given, list) else rows[0]}, spans=tuple(encoded)
+            body={**others, "prompt_embeds": rows if isinstance(given, list) else rows[0]}, spans=tuple(encoded)
         )
+
+    def settings_report(self) -> Body:
+        """What a client may want to know before it asks: the checkpoint and its chunk sizes."""
+        files = self._compressor.files
+        return {
+            "checkpoint": files.root.name,
+            "chunk_size": files.config.chunk_size,
+            "chunk_sizes": sorted(self._chunk_sizes()),
+            "max_spans": self._settings.max_spans,
+        }
+
+    def _chunk_sizes(self) -> set[int]:
+        """The sizes that the checkpoint was made for: others would be answered badly without a word."""
+        config = self._compressor.files.config
+        return {config.chunk_size, *config.chunk_sizes}
+
+    def _take_options(self, body: Body) -> tuple[Body, int | None]:
+        """The body without our extension field (the body itself where it has none), and the chunk size asked for."""
+        if EXTENSION not in body:
+            return body, None
+        options = body[EXTENSION]
+        if not isinstance(options, dict) or options.keys() - {"chunk_size"}:
+            raise ApiError(400, f'{EXTENSION} is {options!r}, expected {{"chunk_size": …}}')
+        chunk_size = options.get("chunk_size")
+        if chunk_size is not None and (type(chunk_size) is not int or chunk_size not in self._chunk_sizes()):
+            sizes = ", ".join(map(str, sorted(self._chunk_sizes())))
+            raise ApiError(400, f"chunk_size is {chunk_size!r}, this checkpoint has {sizes}")
+        return {name: value for name, value in body.items() if name != EXTENSION}, chunk_size
 
     def _resolve(self, spans: list[str]) -> list[str]:
         if len(spans) > self._settings.max_spans:
             raise ApiError(413, f"{len(spans)} memory spans, the limit is {self._settings.max_spans}")
         return [self._memories.resolve(span) for span in spans]
 
-    def _parse_span(self, text: str) -> MemoryPrompt:
-        return self._compressor.parse_raw(f"{MEMORY_START}{text}{MEMORY_END}")
+    def _parse_span(self, text: str, chunk_size: int | None) -> MemoryPrompt:
+        return self._compressor.parse_raw(f"{MEMORY_START}{text}{MEMORY_END}", chunk_size)
 
     async def _encode(self, prompts: list[MemoryPrompt]) -> list[EncodedSpan] | None:
         """The spans of all prompts; None when the encoder failed and plain text is the policy."""

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import logging
 import os
+from typing import Any
 
 from utils.cli import EXIT_OK, make_parser, run_command
 from utils.errors import ConfigError
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 KEY_VARIABLE = "CODE_LLAVA_GATEWAY_KEY"
 # How long running answers may take to finish after SIGTERM.
 _SHUTDOWN_S = 60
+_BACKEND_URL = "http://127.0.0.1:8000"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         examples="""\
   vllm serve checkpoints/code-llava-smollm2/llm --served-model-name code-llava --enable-prompt-embeds
   python -m utils.serving.gateway --backend-url http://127.0.0.1:8000
+  python -m utils.serving.gateway --backend local      # no server needed; a page at http://127.0.0.1:8080/
   curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "code-llava",
     "messages": [{"role": "user", "content": "What is this? <|memory_start|>def f(): …<|memory_end|>"}]}'""",
         prog="python -m utils.serving.gateway",
@@ -43,8 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_cache_flags(parser)
     backend = parser.add_argument_group("backend")
     backend.add_argument(
-        "--backend-url", default="http://127.0.0.1:8000", help="vLLM server; default http://127.0.0.1:8000"
-    )
+        "--backend", choices=("vllm", "local"), default="vllm",
+        help="a vLLM server, or the checkpoint's decoder in this process, one request at a time; default vllm",
+    )  # fmt: skip
+    backend.add_argument("--backend-url", help=f"vLLM server; default {_BACKEND_URL}")
     backend.add_argument("--backend-key", help="its key; default $VLLM_API_KEY, else $OPENAI_API_KEY")
     backend.add_argument("--timeout", type=float, default=600.0, help="its longest silence in seconds; default 600")
     server = parser.add_argument_group("server")
@@ -75,13 +80,17 @@ def _run(args: argparse.Namespace) -> int:
     from utils.inference.compressor import Compressor
     from utils.serving.app import create_app
     from utils.serving.backend_check import check_backend
+    from utils.serving.local_backend import LOCAL_URL, LocalBackend
+    from utils.serving.local_decoder import LocalDecoder
     from utils.serving.settings import GatewaySettings
 
     for flag in ("max_body_mb", "max_spans", "max_waiting", "max_batch_tokens"):
         if getattr(args, flag) < 1:
             raise ConfigError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
+    if args.backend == "local" and args.backend_url:
+        raise ConfigError("--backend local answers in this process: leave --backend-url out")
     settings = GatewaySettings(
-        backend_url=args.backend_url,
+        backend_url=LOCAL_URL if args.backend == "local" else args.backend_url or _BACKEND_URL,
         backend_key=args.backend_key,
         api_key=args.api_key or os.environ.get(KEY_VARIABLE) or None,
         on_error=args.on_error,
@@ -91,17 +100,23 @@ def _run(args: argparse.Namespace) -> int:
         max_batch_tokens=args.max_batch_tokens,
         timeout_s=args.timeout,
     )
+    weights: dict[str, Any] = {
+        "device": args.device, "dtype": args.dtype, "attn_implementation": args.attn_implementation,
+    }  # fmt: skip
     cache = open_cache(args)
-    compressor = Compressor.load(
-        args.checkpoint, chunk_size=args.chunk_size, device=args.device,
-        dtype=None if args.dtype == "auto" else args.dtype, attn_implementation=args.attn_implementation,
-        batch_tokens=args.batch_tokens, limit=memory_limit(args), cache=cache,
-    )  # fmt: skip
     try:
-        asyncio.run(check_backend(settings, compressor.width))
+        compressor = Compressor.load(
+            args.checkpoint, chunk_size=args.chunk_size, batch_tokens=args.batch_tokens, limit=memory_limit(args),
+            cache=cache, **weights,
+        )  # fmt: skip
+        backend = None
+        if args.backend == "local":
+            backend = LocalBackend(LocalDecoder.load(compressor.files, **weights), args.max_waiting)
+        else:
+            asyncio.run(check_backend(settings, compressor.width))
         logger.info("gateway on http://%s:%d in front of %s", args.host, args.port, settings.backend_url)
         config = uvicorn.Config(
-            create_app(settings, compressor), host=args.host, port=args.port, log_level="warning",
+            create_app(settings, compressor, backend), host=args.host, port=args.port, log_level="warning",
             timeout_graceful_shutdown=_SHUTDOWN_S,
         )  # fmt: skip
         uvicorn.Server(config).run()

@@ -26,9 +26,12 @@ class Upstream:
         url: Its address, with or without `/v1`.
         key: Its key; None looks into the environment.
         timeout_s: Its longest silence.
+        transport: Takes the network's place, see `local_backend.py`.
     """
 
-    def __init__(self, url: str, key: str | None, timeout_s: float) -> None:
+    def __init__(
+        self, url: str, key: str | None, timeout_s: float, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
         self.base_url = api_base(url)
         found = find_api_key(key)
         # Requests are as many as the gateway lets in: its own limits bound them, not the connection pool.
@@ -37,6 +40,7 @@ class Upstream:
             | ({} if found == NO_KEY else {"Authorization": f"Bearer {found}"}),
             timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            transport=transport,
         )
 
     async def close(self) -> None:

@@ -1,0 +1,21 @@
+"""A gateway whose backend is the checkpoint's decoder in this process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from tests.support import gateway_server
+from utils.inference.compressor import Compressor
+from utils.serving.local_backend import LOCAL_URL, LocalBackend
+from utils.serving.local_decoder import LocalDecoder
+
+
+@contextlib.contextmanager
+def running(compressor: Compressor, max_waiting: int = 256, **settings: Any) -> Iterator[str]:
+    """Serve until the block ends; yields the address."""
+    decoder = LocalDecoder.load(compressor.files, device="cpu", dtype=compressor.dtype)
+    backend = LocalBackend(decoder, max_waiting)
+    with gateway_server.running(compressor, LOCAL_URL, backend=backend, **settings) as url:
+        yield url

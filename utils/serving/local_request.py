@@ -1,0 +1,129 @@
+"""What a request asks of the local decoder: the fields that it honours, each checked; any other is refused by name.
+
+Honoured: `model`, `messages` or `prompt`, `max_tokens` (also `max_completion_tokens`), `temperature`, `top_p`, `seed`,
+`stop`, `stream`, `stream_options.include_usage`; `user` is ignored. Fields that hold what is the case anyway (`n: 1`,
+penalties of 0, null, …) are let through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from utils.serving.api_error import ApiError
+from utils.serving.local_decoder import LocalDecoder, Sampling
+
+if TYPE_CHECKING:
+    import torch
+
+# The API's own default for completions; a chat may go on to the end of the positions.
+_COMPLETION_TOKENS = 16
+_COMMON = {
+    "model", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "user",
+}  # fmt: skip
+_CHAT = _COMMON | {"messages", "max_completion_tokens"}
+_COMPLETION = _COMMON | {"prompt", "prompt_embeds"}
+_WITHOUT_EFFECT: dict[str, Any] = {
+    "n": 1, "best_of": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "echo": False,
+    "suffix": "", "tools": [], "logit_bias": {}, "store": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalRequest:
+    """One request.
+
+    Attributes:
+        chat: Whether it is a chat or a completion.
+        prompt: The chat's messages; the completion's text or token ids.
+        is_embeds: The prompt is a blob of rows.
+        sampling: How to answer.
+        stream: Whether the answer is streamed.
+        include_usage: Whether the stream ends with the usage.
+    """
+
+    chat: bool
+    prompt: Any
+    is_embeds: bool
+    sampling: Sampling
+    stream: bool
+    include_usage: bool
+
+    @classmethod
+    def read(cls, path: str, body: Mapping[str, Any], model: str) -> LocalRequest:
+        """Check a body.
+
+        Args:
+            path: Ends in the endpoint's name.
+            body: The JSON object.
+            model: The one model that is served.
+
+        Raises:
+            ApiError: 404, another model; 400, a field with an impossible value, or one that is not honoured.
+        """
+        chat = path.endswith("/chat/completions")
+        given = {name: value for name, value in body.items() if value is not None}
+        for name in given.keys() - (_CHAT if chat else _COMPLETION):
+            if name not in _WITHOUT_EFFECT or given[name] != _WITHOUT_EFFECT[name]:
+                raise ApiError(400, f"the local backend has no {name!r}: leave it out, or use a vLLM backend")
+        if given.get("model", model) != model:
+            raise ApiError(404, f"the model {given['model']!r} does not exist: this server has {model!r}")
+        default = None if chat else _COMPLETION_TOKENS
+        limit = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
+        options = given.get("stream_options", {})
+        return cls(
+            chat=chat,
+            prompt=given.get("messages") if chat else _one(given.get("prompt_embeds", given.get("prompt"))),
+            is_embeds="prompt_embeds" in given,
+            sampling=Sampling(
+                max_tokens=_whole(given, limit, default, at_least=1),
+                temperature=_number(given, "temperature", 1.0, 0.0, 100.0),
+                top_p=_number(given, "top_p", 1.0, 1e-6, 1.0),
+                seed=_whole(given, "seed", None, at_least=-(1 << 63)),
+                stop=_texts(given.get("stop", [])),
+            ),
+            stream=given.get("stream", False) is True,
+            include_usage=isinstance(options, dict) and options.get("include_usage") is True,
+        )
+
+    def rows(self, decoder: LocalDecoder) -> torch.Tensor:
+        """The prompt's rows [T, D].
+
+        Raises:
+            PromptError: The decoder cannot read the prompt.
+        """
+        if self.chat:
+            return decoder.chat_rows(self.prompt)
+        return decoder.wire_rows(self.prompt) if self.is_embeds else decoder.text_rows(self.prompt)
+
+
+def _one(prompt: Any) -> Any:
+    """The only prompt of a completion: a text, or a list of token ids."""
+    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+        prompt = prompt[0]
+    is_ids = isinstance(prompt, list) and all(isinstance(token, int) and token >= 0 for token in prompt)
+    if not prompt or not (isinstance(prompt, str) or is_ids):
+        raise ApiError(400, "the local backend takes one prompt a request: a text that is not empty, or token ids")
+    return prompt
+
+
+def _number(given: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
+    value = given.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ApiError(400, f"{name} is {value!r}, expected a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def _whole(given: Mapping[str, Any], name: str, default: int | None, at_least: int) -> int | None:
+    value = given.get(name, default)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and at_least <= value < 1 << 63):
+        return value
+    raise ApiError(400, f"{name} is {value!r}, expected a whole number of at least {at_least}")
+
+
+def _texts(stop: Any) -> tuple[str, ...]:
+    texts = [stop] if isinstance(stop, str) else stop
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise ApiError(400, f"stop is {stop!r}, expected a text or a list of texts, none of them empty")
+    return tuple(texts)

@@ -65,9 +65,15 @@ class Progress:
 
 @dataclass
 class StopRequest:
-    """Set by a signal handler; the loop saves and ends after the step under way."""
+    """Set by a signal handler; the loop saves and ends after the step under way.
+
+    Attributes:
+        requested: Whether to end.
+        by_keyboard: Whether it was Ctrl-C.
+    """
 
     requested: bool = False
+    by_keyboard: bool = False
 
 
 @dataclass

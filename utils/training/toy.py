@@ -1,6 +1,6 @@
 """A tiny random model pair over single characters: trains in minutes on a CPU, and tests run on it.
 
-pair = build_toy_pair(seed=0)       # a two-layer encoder, a four-layer decoder, 128 wide
+pair = build_toy_pair(seed=0)       # a two-layer encoder, a three-layer decoder, 128 wide
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CONFIG = CompressionConfig(chunk_size=2, window=64, pooling="mean")
 
 
 def build_toy_pair(
-    seed: int = 0, *, width: int = 128, encoder_layers: int = 2, decoder_layers: int = 4
+    seed: int = 0, *, width: int = 128, encoder_layers: int = 2, decoder_layers: int = 3
 ) -> tuple[CodeLLaVAModel, PromptTokenizers]:
     """Make the pair; the same seed gives the same weights, and torch's own generator is left as it was."""
     tokenizers = PromptTokenizers(decoder=toy_tokenizer(), encoder=toy_tokenizer(markers=False))

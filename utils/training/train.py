@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import EXIT_OK, make_parser, print_json, run_command
+from utils.cli import EXIT_INTERRUPTED, EXIT_OK, make_parser, print_json, run_command
 from utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,10 +66,9 @@ def _run(args: argparse.Namespace) -> int:
         result["model"] = str(export_pair(config))
     if trainer.accelerator.is_main_process:
         text = f"{outcome}: {result['steps']} of {result['total_steps']} steps in {config.output}"
-        _print(
-            result if args.json else text + (f"; model in {result['model']}" if "model" in result else ""), args.json
-        )
-    return EXIT_OK
+        text += f"; model in {result['model']}" if "model" in result else ""
+        _print(result if args.json else text, args.json)
+    return EXIT_INTERRUPTED if stop.by_keyboard else EXIT_OK
 
 
 def _read_config(args: argparse.Namespace) -> TrainConfig:
@@ -95,6 +94,7 @@ def _stop_on_signals(stop: StopRequest) -> Iterator[None]:
         if stop.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.requested = True
+        stop.by_keyboard = number == signal.SIGINT
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

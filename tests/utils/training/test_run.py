@@ -92,14 +92,15 @@ def test_killed_and_resumed_is_bit_for_bit_an_uninterrupted_run(
     assert losses[0] == losses[1]
 
 
-def test_sigterm_saves_and_ends_well(run_values: Values, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["term", "ctrl-c"])
+def test_a_signal_saves_and_ends_well(run_values: Values, tmp_path: Path, number: int, code: int) -> None:
     values = run_values()
     values["stages"] = long_stages(values, 5000)
     process = start(write_config(tmp_path / "run.yaml", values))
     wait_for_step(Path(values["output"]), 3, process)
-    process.terminate()
+    process.send_signal(number)
     stdout, stderr = process.communicate()
-    assert process.returncode == 0, stderr
+    assert process.returncode == code, stderr
     assert stdout.startswith("paused: ")
     assert state_of(Path(values["output"]))[0] >= 3
 
@@ -172,6 +173,26 @@ def test_only_the_parts_of_a_stage_learn(run_config: Config) -> None:
     assert "marker_rows.delta" in changed
     frozen = [name for name in changed if name.startswith("decoder.") and "lora_" not in name]
     assert not frozen
+
+
+def test_gradient_checkpointing_changes_time_and_memory_only(run_config: Config, tmp_path: Path) -> None:
+    states = []
+    for again in (False, True):
+        config = run_config(gradient_checkpointing=again, output=str(tmp_path / str(again)))
+        assert Trainer(config, device="cpu").run() == "done"
+        states.append(state_of(Path(config.output))[1])
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_trains_and_keeps_what_learns_in_float32(run_config: Config) -> None:
+    trainer = Trainer(run_config(precision="bfloat16"), device="cpu")
+    assert trainer.run() == "done"
+    assert {p.dtype for p in trainer.trained.values()} == {torch.float32}
+    assert trainer.pair.decoder.get_input_embeddings().weight.dtype == torch.bfloat16
+    losses = [row["loss"] for row in read_jsonl(Path(trainer.config.output) / "metrics.jsonl")]
+    assert len(losses) == 6
+    assert all(0 < loss < 200 for loss in losses)
 
 
 def test_the_exported_pair_computes_what_was_trained(run_config: Config, tmp_path: Path) -> None:

@@ -111,6 +111,8 @@ class _Run:
             return
         try:
             rows_TD = self._wanted.rows(decoder)
+            # Before a stream has begun, while a refusal still has a status.
+            decoder.check_room(len(rows_TD), self._wanted.sampling)
             self._tell(len(rows_TD))
             self._tell(decoder.answer(rows_TD, self._wanted.sampling, self._tell, self.cancelled))
         except Exception as error:  # whatever it is, it belongs to this request and not to the thread

@@ -135,6 +135,10 @@ class LocalDecoder:
         """Rows [T, D] of a whole prompt that the gateway compressed."""
         return decode_wire(blob).to(device=self._model.device, dtype=self._model.dtype)
 
+    def check_room(self, num_rows: int, sampling: Sampling) -> None:
+        """Raise `PromptError` if prompt and answer are longer than the decoder's positions."""
+        check_prompt_fits(num_rows, self._model.config, sampling.max_tokens or 1)
+
     @torch.inference_mode()
     def answer(
         self,
@@ -154,14 +158,17 @@ class LocalDecoder:
         Raises:
             PromptError: Prompt and answer are longer than the decoder's positions.
         """
-        check_prompt_fits(len(rows_TD), self._model.config, sampling.max_tokens or 1)
+        self.check_room(len(rows_TD), sampling)
         max_tokens = sampling.max_tokens or (self.max_model_len or 1 << 20) - len(rows_TD)
         watch = _Watch(TextPieces(self._tokenizer, sampling.stop), self._end_ids, on_text, cancelled)
         drawing: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             drawing = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
             torch.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
-        with explain_out_of_memory(f"answering {len(rows_TD)} rows", "--max-memory-tokens"), warnings.catch_warnings():
+        with (
+            explain_out_of_memory(f"answering {len(rows_TD)} rows", "lower --max-memory-tokens"),
+            warnings.catch_warnings(),
+        ):
             warnings.filterwarnings("ignore", message=".*repetition_penalty.*inputs_embeds")
             self._model.generate(
                 inputs_embeds=rows_TD[None],

@@ -1,0 +1,333 @@
+"""The gateway with the checkpoint's own decoder: the same API, and the answers of `CodeLLaVAModel.generate`."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.support import local_gateway
+from utils.inference.compressor import Compressor
+from utils.inference.inference import load_model
+from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.serving.local_decoder import LocalDecoder, Sampling
+from utils.serving.local_request import LocalRequest
+from utils.serving.text_pieces import TextPieces
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CODE = "def area(width, height):\n    return width * height\n"
+PROMPTS = [
+    "What is this?",
+    f"What is {MEMORY_START}{CODE}{MEMORY_END}?",
+    f"{MEMORY_START}{CODE}{MEMORY_END}{MEMORY_START}x = 'é€'{MEMORY_END} Which is longer?",
+]
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def compressor(checkpoints: dict[str, Path]) -> Compressor:
+    return Compressor.load(checkpoints["lclm"], device="cpu")
+
+
+@pytest.fixture(scope="module")
+def decoder(compressor: Compressor) -> LocalDecoder:
+    return LocalDecoder.load(compressor.files, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def url(compressor: Compressor) -> Iterator[str]:
+    with local_gateway.running(compressor) as address:
+        yield address
+
+
+@pytest.fixture
+def gateway(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoints: dict[str, Path]) -> Any:
+    """(text, chat?) → the greedy ids and text of the whole model."""
+    model, tokenizer, processor = load_model(checkpoints["lclm"], device="cpu")
+
+    def answer(text: str, chat: bool, **sampling: Any) -> tuple[list[int], str]:
+        prompt = processor.parse_chat([{"role": "user", "content": text}]) if chat else processor.parse_raw(text)
+        (ids,) = model.generate([prompt], max_new_tokens=NEW_TOKENS, **sampling)
+        return ids, tokenizer.decode(ids, skip_special_tokens=True)
+
+    return answer
+
+
+def chat_body(text: str, **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": NEW_TOKENS, "temperature": 0, **fields}
+
+
+def text_of(events: str) -> str:
+    values = [json.loads(line[6:]) for line in events.splitlines() if line.startswith("data: {")]
+    choices = [choice for value in values for choice in value["choices"]]
+    return "".join(x["delta"].get("content", "") if "delta" in x else x["text"] for x in choices)
+
+
+@pytest.mark.parametrize("text", PROMPTS)
+def test_chat_answers_are_the_models(gateway: httpx.Client, expected: Any, text: str) -> None:
+    got = gateway.post(CHAT, json=chat_body(text)).json()
+    streamed = gateway.post(CHAT, json=chat_body(text, stream=True)).text
+    assert got["choices"][0]["message"]["content"] == text_of(streamed) == expected(text, chat=True)[1]
+    assert streamed.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("text", PROMPTS)
+def test_completions_are_the_models(gateway: httpx.Client, expected: Any, text: str) -> None:
+    body = {"prompt": text, "max_tokens": NEW_TOKENS, "temperature": 0}
+    got = gateway.post(COMPLETIONS, json=body).json()
+    streamed = gateway.post(COMPLETIONS, json={**body, "stream": True}).text
+    assert got["choices"][0]["text"] == text_of(streamed) == expected(text, chat=False)[1]
+
+
+@pytest.mark.parametrize("text", PROMPTS)
+def test_greedy_ids_are_the_models(compressor: Compressor, decoder: LocalDecoder, expected: Any, text: str) -> None:
+    from utils.inference.prompt_embeds import encode_wire
+
+    embeds = compressor.compress([compressor.parse_raw(text)])[0]
+    pieces: list[str] = []
+    sampling = Sampling(max_tokens=NEW_TOKENS, temperature=0)
+    answer = decoder.answer(decoder.wire_rows(encode_wire(embeds.values_TD)), sampling, pieces.append)
+    ids, decoded = expected(text, chat=False)
+    assert answer.token_ids == ids
+    assert "".join(pieces) == decoded
+
+
+def test_usage_and_ends(gateway: httpx.Client, compressor: Compressor) -> None:
+    text = PROMPTS[1]
+    rows = len(compressor.parse_chat([{"role": "user", "content": text}]).input_ids)
+    whole = gateway.post(CHAT, json=chat_body(text, max_tokens=3)).json()
+    assert whole["usage"] == {"prompt_tokens": rows, "completion_tokens": 3, "total_tokens": rows + 3}
+    assert whole["choices"][0]["finish_reason"] == "length"
+    assert whole["code_llava"]["latents"] > 0
+    with openai.OpenAI(base_url=f"{gateway.base_url}/v1", api_key="x", max_retries=0) as client:
+        pieces = [*client.chat.completions.create(
+            model=client.models.list().data[0].id, messages=chat_body(text)["messages"], max_tokens=3, stream=True,
+            stream_options={"include_usage": True},
+        )]  # fmt: skip
+    assert pieces[-1].usage is not None
+    assert pieces[-1].usage.total_tokens == rows + 3
+    assert [choice.finish_reason for piece in pieces for choice in piece.choices][-1] == "length"
+
+
+def test_stop_strings_end_an_answer_and_are_left_out(gateway: httpx.Client, expected: Any) -> None:
+    text = next(text for text in PROMPTS if len(expected(text, chat=True)[1]) > 8)
+    whole = expected(text, chat=True)[1]
+    stop = whole[4:6]
+    for fields in ({"stop": stop}, {"stop": ["never said", stop], "stream": True}):
+        got = gateway.post(CHAT, json=chat_body(text, **fields))
+        said = text_of(got.text) if "stream" in fields else got.json()["choices"][0]["message"]["content"]
+        assert said == whole[: whole.index(stop)]
+    assert gateway.post(CHAT, json=chat_body(text, stop=stop)).json()["choices"][0]["finish_reason"] == "stop"
+
+
+def test_seeds_repeat_a_drawing(gateway: httpx.Client) -> None:
+    def draw(**fields: Any) -> str:
+        body = chat_body(PROMPTS[0], **{"temperature": 1.5, **fields})
+        return gateway.post(CHAT, json=body).json()["choices"][0]["message"]["content"]
+
+    assert draw(seed=1) == draw(seed=1)
+    assert len({draw(seed=seed) for seed in range(3)}) == 3
+    assert len({draw() for _ in range(3)}) > 1
+    greedy = draw(temperature=0)
+    assert draw(top_p=1e-6, temperature=1) == greedy
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "status", "message"),
+    [
+        (CHAT, {"model": "other"}, 404, "'other' does not exist"),
+        (CHAT, {"top_k": 3}, 400, "no 'top_k'"),
+        (CHAT, {"n": 2}, 400, "no 'n'"),
+        (CHAT, {"tools": [{"type": "function"}]}, 400, "no 'tools'"),
+        (CHAT, {"temperature": -1}, 400, "temperature is -1"),
+        (CHAT, {"top_p": 0}, 400, "top_p is 0"),
+        (CHAT, {"max_tokens": 0}, 400, "max_tokens is 0"),
+        (CHAT, {"seed": "x"}, 400, "seed is 'x'"),
+        (CHAT, {"stop": [""]}, 400, "none of them empty"),
+        (CHAT, {"max_tokens": 600}, 400, "512 positions"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "'image_url'"),
+        (COMPLETIONS, {"prompt": ["a", "b"]}, 400, "one prompt"),
+        (COMPLETIONS, {"prompt": ""}, 400, "one prompt"),
+        (COMPLETIONS, {"prompt": [1, 99999]}, 400, "token id 99999"),
+        (CHAT, {"code_llava": {"chunk_size": 7}}, 400, "chunk_size is 7"),
+        (CHAT, {"code_llava": "x"}, 400, "chunk_size"),
+    ],
+)
+def test_bad_requests_are_refused_by_name(
+    gateway: httpx.Client, path: str, fields: dict[str, Any], status: int, message: str
+) -> None:
+    for streamed in (False, True):
+        got = gateway.post(path, json={**(chat_body("x") if path == CHAT else {}), **fields, "stream": streamed})
+        assert got.status_code == status
+        assert message in got.json()["error"]["message"]
+
+
+def test_fields_without_effect_are_let_through(gateway: httpx.Client) -> None:
+    fields = {"n": 1, "tools": [], "presence_penalty": 0.0, "logprobs": False, "user": "me", "top_p": None}
+    assert gateway.post(CHAT, json=chat_body("x", **fields)).status_code == 200
+    assert gateway.post(COMPLETIONS, json={"prompt": [[65, 66]], "max_tokens": 1}).status_code == 200
+
+
+def test_the_chunk_size_of_one_request(
+    checkpoints: dict[str, Path], tmp_path: Path, compressor: Compressor, gateway: httpx.Client
+) -> None:
+    assert gateway.get("/v1/compression").json()["chunk_sizes"] == [4]
+    import shutil
+
+    folder = shutil.copytree(checkpoints["lclm"], tmp_path / "several")
+    config = json.loads((folder / "model_config.json").read_text())
+    (folder / "model_config.json").write_text(json.dumps({**config, "chunk_sizes": [4, 8]}))
+    with local_gateway.running(Compressor.load(folder, device="cpu")) as url, httpx.Client(base_url=url) as several:
+        told = several.get("/v1/compression").json()
+        assert (told["chunk_size"], told["chunk_sizes"]) == (4, [4, 8])
+        latents = [
+            several.post(CHAT, json=chat_body(PROMPTS[1], **fields)).json()["code_llava"]["latents"]
+            for fields in ({}, {"code_llava": {"chunk_size": 8}})
+        ]
+        assert latents == [-(-len(CODE) // 4), -(-len(CODE) // 8)]
+        plain = several.post(CHAT, json=chat_body("x", code_llava={"chunk_size": 8}))
+        assert plain.json()["code_llava"]["spans"] == []
+
+
+def test_requests_wait_in_line_and_each_gets_its_own_answer(gateway: httpx.Client, expected: Any) -> None:
+    texts = [f"{number}: {MEMORY_START}secret {number * 7919}{MEMORY_END}" for number in range(6)]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        answers = [*pool.map(lambda text: gateway.post(CHAT, json=chat_body(text)).json(), texts)]
+    said = [answer["choices"][0]["message"]["content"] for answer in answers]
+    assert said == [expected(text, chat=True)[1] for text in texts]
+    assert len(set(said)) > 1
+
+
+class Stuck:
+    """A decoder that answers only when it is let."""
+
+    name, max_model_len = "stuck", 512
+
+    def __init__(self) -> None:
+        self.started, self.released, self.cancelled = threading.Event(), threading.Event(), threading.Event()
+
+    def chat_rows(self, messages: Any) -> list[int]:
+        return [0]
+
+    def check_room(self, num_rows: int, sampling: Sampling) -> None:
+        assert num_rows == 1
+
+    def answer(self, rows: Any, sampling: Sampling, on_text: Any, cancelled: threading.Event) -> Any:
+        from utils.serving.local_decoder import Answer
+
+        self.started.set()
+        on_text("begin")
+        while not self.released.wait(0.01):
+            if cancelled.is_set():
+                self.cancelled.set()
+                break
+        return Answer(token_ids=[1], completion_tokens=1, finish_reason="stop")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_goes_away_ends_the_work_and_the_line_is_bounded(compressor: Compressor, streamed: bool) -> None:
+    from tests.support import gateway_server
+    from utils.serving.local_backend import LOCAL_URL, LocalBackend
+
+    decoder: Any = Stuck()
+    backend = LocalBackend(decoder, max_waiting=1)
+    with (
+        gateway_server.running(compressor, LOCAL_URL, backend=backend) as url,
+        httpx.Client(base_url=url, timeout=30) as gateway,
+        concurrent.futures.ThreadPoolExecutor(2) as pool,
+    ):
+        first = pool.submit(lambda: gateway.post(CHAT, json=chat_body("a", stream=streamed), timeout=1.5))
+        assert decoder.started.wait(10)
+        second = pool.submit(lambda: gateway.post(CHAT, json=chat_body("b")))
+        deadline = time.monotonic() + 1
+        while "active_requests 3.0" not in gateway.get("/metrics").text:  # the two, and this one
+            assert time.monotonic() < deadline
+        refused = gateway.post(CHAT, json=chat_body("c"))
+        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+        with pytest.raises(httpx.TimeoutException):
+            first.result()
+        assert decoder.cancelled.wait(5)
+        decoder.released.set()
+        assert second.result().json()["choices"][0]["message"]["content"] == "begin"
+
+
+def test_a_decoder_that_fails_is_an_error_and_the_next_request_is_answered(compressor: Compressor) -> None:
+    from tests.support import gateway_server
+    from utils.serving.local_backend import LOCAL_URL, LocalBackend
+
+    class Broken(Stuck):
+        def answer(self, *arguments: Any) -> Any:
+            if not self.started.is_set():
+                self.started.set()
+                raise RuntimeError("no kernel")
+            return super().answer(*arguments)
+
+    decoder: Any = Broken()
+    decoder.released.set()
+    backend = LocalBackend(decoder)
+    with gateway_server.running(compressor, LOCAL_URL, backend=backend) as url, httpx.Client(base_url=url) as gateway:
+        failed = gateway.post(CHAT, json=chat_body("a"))
+        assert failed.status_code == 500
+        assert "RuntimeError" in failed.json()["error"]["message"]
+        decoder.started.clear()
+        assert '"error"' in gateway.post(CHAT, json=chat_body("a", stream=True)).text
+        assert gateway.post(CHAT, json=chat_body("a")).status_code == 200
+
+
+def test_text_pieces_hold_back_what_is_not_certain(compressor: Compressor) -> None:
+    tokenizer = compressor.processor.tokenizers.decoder
+
+    def pieces(text: str, *stop: str) -> list[str]:
+        reader = TextPieces(tokenizer, stop)
+        told = [reader.add(token) for token in tokenizer(text)["input_ids"]]
+        return [*told, reader.finish()]
+
+    assert pieces("aé") == ["a", "", "é", ""]
+    assert pieces("abcabd", "abd") == ["", "", "abc", "", "", "", ""]
+    assert pieces("xab", "abd") == ["x", "", "", "ab"]
+    assert "".join(pieces("one END two", "END", "two")) == "one "
+    assert "".join(pieces("naïve 文字 🙂 text")) == "naïve 文字 🙂 text"
+
+
+def test_a_request_is_read_once() -> None:
+    wanted = LocalRequest.read(
+        "/v1/chat/completions",
+        {"messages": [], "max_completion_tokens": 5, "max_tokens": 9, "stop": "x", "stream": True},
+        "m",
+    )
+    assert wanted.sampling == Sampling(max_tokens=5, stop=("x",))
+    assert (wanted.stream, wanted.include_usage) == (True, False)
+    assert LocalRequest.read("/v1/completions", {"prompt": "x"}, "m").sampling.max_tokens == 16
+
+
+def test_closing_ends_what_runs() -> None:
+    from utils.serving.local_backend import LocalBackend
+
+    decoder: Any = Stuck()
+
+    async def run() -> None:
+        backend = LocalBackend(decoder)
+        async with httpx.AsyncClient(transport=backend, base_url="http://local") as client:
+            task = asyncio.create_task(client.post(CHAT, json=chat_body("a")))
+            while not decoder.started.is_set():
+                await asyncio.sleep(0.01)
+        assert decoder.cancelled.is_set()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(run())

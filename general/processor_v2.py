@@ -62,13 +62,15 @@ def compress(
         Prompt embeddings [T, D] in the decoder's dtype, on its device.
 
     Raises:
-        PromptError: A text without tokens.
+        PromptError: A text without tokens, or a prompt longer than the decoder's positions.
         SpliceError: Texts and places do not agree with each other or with the model's chunk size.
     """
     import torch
 
+    from utils.model.code_llava_model import check_prompt_fits
     from utils.model.splice import splice_latents
 
+    check_prompt_fits(len(input_ids), model.llm_model.config)
     if len(codes) != len(code_positions):
         raise SpliceError(f"{len(codes)} codes but {len(code_positions)} code positions: give one place a code")
     tokenizer = model.code_chunker.tokenizer

@@ -103,16 +103,14 @@ class CheckpointFiles:
     @cached_property
     def fingerprint(self) -> str:
         """Hex sha256 over everything that decides a latent: encoder, adapter and compression (not the chunk size)."""
-        parts = sorted(
-            path
-            for path in self.encoder.iterdir()
-            if path.suffix in (".safetensors", ".json", ".model", ".bin") and path.is_file()
-        )
-        parts += [self.root / name for name in self.layout.adapter]
+        parts = [(f"{self.layout.encoder}/{path.name}", path) for path in _model_files(self.encoder)]
+        parts += [(name, self.root / name) for name in self.layout.adapter]
+        if is_peft_folder(self.encoder):
+            parts += [(f"base/{path.name}", path) for path in _model_files(Path(base_of(self.encoder)))]
         settings = {key: value for key, value in self.config.to_json().items() if key != "compression_ratio"}
         if self.config.window_follows:
             del settings["encoder_window_size"]
-        lines = [f"{path.relative_to(self.root)} {_cached_sha256(path)}" for path in parts]
+        lines = [f"{name} {_cached_sha256(path)}" for name, path in parts]
         return sha256_bytes("\n".join([*lines, json.dumps(settings, sort_keys=True)]).encode())
 
 
@@ -187,6 +185,21 @@ def is_peft_folder(folder: Path) -> bool:
     return (folder / ADAPTER_WEIGHTS).is_file()
 
 
+def base_of(folder: Path) -> str:
+    """Folder or hub id of the base model that a LoRA folder stands on.
+
+    Raises:
+        CheckpointError: The folder does not say.
+    """
+    path = folder / "adapter_config.json"
+    base = read_json(path).get("base_model_name_or_path") if path.is_file() else None
+    if not base:
+        raise CheckpointError(f"{path}: base_model_name_or_path is missing: the LoRA weights do not say their base")
+    # A relative base is meant from the LoRA folder, a bare name is a hub id.
+    beside = folder / base
+    return str(beside) if beside.is_dir() else str(base)
+
+
 def _local_folder(path_or_id: str | Path | None) -> Path:
     if path_or_id is None:
         from utils.inference.default_checkpoint import assemble_default_checkpoint
@@ -255,6 +268,12 @@ def _check_complete(files: CheckpointFiles) -> None:
                 raise CheckpointError(f"{folder / name} is missing: the checkpoint is half copied; copy it again")
         if not is_peft_folder(folder):
             weight_files(folder)
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """Weights, configuration and tokenizer; nothing for a hub id, whose name stands in the LoRA configuration."""
+    suffixes = (".safetensors", ".json", ".model", ".bin")
+    return sorted(path for path in folder.glob("*") if path.suffix in suffixes and path.is_file())
 
 
 def _cached_sha256(path: Path) -> str:

@@ -62,8 +62,7 @@ def _run(args: argparse.Namespace) -> int:
 def _part(folder: Any) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    from utils.inference.checkpoint import is_peft_folder
-    from utils.inference.weights import base_of
+    from utils.inference.checkpoint import base_of, is_peft_folder
 
     config = AutoConfig.from_pretrained(base_of(folder) if is_peft_folder(folder) else folder)
     return {

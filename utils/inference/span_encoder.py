@@ -42,20 +42,24 @@ class SpanEncoder:
         """Latents [n, D] of each span on the CPU, and how many of its tokens came from the cache."""
         units_of_spans = [self.memory_encoder.units(span) for span in spans]
         units = [unit for span_units in units_of_spans for unit in span_units]
-        keys = [self._key(unit) for unit in units] if self.cache else []
-        found: list[torch.Tensor | None] = self.cache.get_many(keys) if self.cache else [None] * len(units)
-        missing = [i for i, known in enumerate(found) if known is None]
-        fresh = [rows.cpu() for rows in self.memory_encoder.encode_units([units[i] for i in missing])]
+        # Equal units, in one prompt or in many, are encoded once: equal text gives equal bits.
+        keys_of_units = [self._key(unit) for unit in units]
+        unit_of_key = dict(zip(keys_of_units, units, strict=True))
+        keys = list(unit_of_key)
+        found: list[torch.Tensor | None] = self.cache.get_many(keys) if self.cache else [None] * len(keys)
+        latents = {key: known for key, known in zip(keys, found, strict=True) if known is not None}
+        missing = [key for key in keys if key not in latents]
+        fresh = [rows.cpu() for rows in self.memory_encoder.encode_units([unit_of_key[key] for key in missing])]
         if self.cache and missing:
-            self.cache.put_many([keys[i] for i in missing], fresh)
-        fresh_at = dict(zip(missing, fresh, strict=True))
-        latents = [fresh_at[i] if known is None else known for i, known in enumerate(found)]
-        results, at = [], 0
+            self.cache.put_many(missing, fresh)
+        cached = set(latents)
+        latents |= zip(missing, fresh, strict=True)
+        results = []
+        remaining = iter(keys_of_units)
         for span_units in units_of_spans:
-            here = range(at, at + len(span_units))
-            cached_tokens = sum(units[i].num_tokens for i in here if i not in fresh_at)
-            results.append((_join([latents[i] for i in here]), cached_tokens))
-            at += len(span_units)
+            here = [next(remaining) for _ in span_units]
+            cached_tokens = sum(u.num_tokens for u, key in zip(span_units, here, strict=True) if key in cached)
+            results.append((_join([latents[key] for key in here]), cached_tokens))
         return results
 
     def _key(self, unit: MemoryUnit) -> bytes:

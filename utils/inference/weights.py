@@ -25,9 +25,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.utils import logging as transformers_logging
 
 from utils.errors import CheckpointError, ConfigError, first_line
-from utils.files import read_json
 from utils.inference.checkpoint import (
     CheckpointFiles,
+    base_of,
     check_state,
     is_peft_folder,
     tensor_names,
@@ -35,7 +35,7 @@ from utils.inference.checkpoint import (
 )
 from utils.model.adapter import Adapter
 from utils.model.code_chunker import CodeChunker
-from utils.model.code_llava_model import MemoryEncoder
+from utils.model.code_llava_model import MemoryEncoder, explain_out_of_memory
 from utils.model.prompt import PromptTokenizers
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,8 @@ def load_memory_encoder(
         tokenizer=tokenizer,
     )
     adapter = _load_adapter(files, chunker, encoder.dtype)
-    return MemoryEncoder(chunker, adapter).to(target).eval()
+    with explain_out_of_memory(f"loading the encoder to {target}", "use another --device"):
+        return MemoryEncoder(chunker, adapter).to(target).eval()
 
 
 def load_decoder(
@@ -143,7 +144,9 @@ def load_decoder(
         CheckpointError: A tensor is missing or of another shape than the configuration says.
     """
     model = _load_model(AutoModelForCausalLM, files.decoder, resolve_dtype(dtype), attn_implementation)
-    return model.to(resolve_device(device)).eval()
+    target = resolve_device(device)
+    with explain_out_of_memory(f"loading the decoder to {target}", "use another --device"):
+        return model.to(target).eval()
 
 
 def load_embedding_table(files: CheckpointFiles, dtype: str | torch.dtype | None = None) -> torch.Tensor:
@@ -267,21 +270,6 @@ def _merge_lora(model: Any, folder: Path) -> Any:
 
     resize_table(model, len(_tokenizer(folder)))
     return PeftModel.from_pretrained(model, folder).merge_and_unload()
-
-
-def base_of(folder: Path) -> str:
-    """Folder or hub id of the base model that a LoRA folder stands on.
-
-    Raises:
-        CheckpointError: The folder does not say.
-    """
-    path = folder / "adapter_config.json"
-    base = read_json(path).get("base_model_name_or_path") if path.is_file() else None
-    if not base:
-        raise CheckpointError(f"{path}: base_model_name_or_path is missing: the LoRA weights do not say their base")
-    # A relative base is meant from the LoRA folder, a bare name is a hub id.
-    beside = folder / base
-    return str(beside) if beside.is_dir() else str(base)
 
 
 def _round_rotary_frequencies(encoder: Any, dtype: torch.dtype) -> None:

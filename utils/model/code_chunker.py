@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,13 @@ class CodeChunker(nn.Module):
             rows = [self._encoder_tokens(window) for window in batch]
             yield indices, self._pool(batch, self._hidden_states(rows))
 
+    @cached_property
+    def _first_position(self) -> int:
+        """0; in encoders of RoBERTa's kind, whose table keeps rows for padding in front, the row behind those."""
+        tables = (m for name, m in self.encoder.named_modules() if name.endswith("position_embeddings"))
+        padding = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
+        return padding[0] + 1 if padding else 0
+
     def _micro_batches(self, windows: Sequence[Window]) -> Iterator[list[int]]:
         limit = self.batch_tokens or DEFAULT_BATCH_TOKENS.get(self.device.type, 4096)
         # Equal lengths side by side share one attention call; equal chunk sizes share one pooling.
@@ -183,7 +191,7 @@ class CodeChunker(nn.Module):
         """Last hidden states of all rows end to end, [T, H]."""
         longest = max(len(row) for row in rows)
         room = getattr(self.encoder.config, "max_position_embeddings", None)
-        if room is not None and longest > room:
+        if room is not None and longest > room - self._first_position:
             raise ConfigError(
                 f"a window of {longest} tokens (with overlap and markers) is longer than the encoder's {room} "
                 f"positions: use a checkpoint with a smaller encoder_window_size (now {self.config.window})"
@@ -196,7 +204,7 @@ class CodeChunker(nn.Module):
         return torch.cat(groups)
 
     def _forward_packed(self, rows: Sequence[np.ndarray], lengths: list[int]) -> torch.Tensor:
-        positions = np.concatenate([np.arange(length) for length in lengths])
+        positions = np.concatenate([np.arange(length) for length in lengths]) + self._first_position
         return self._call(
             input_ids=self._to_device(np.concatenate(rows))[None],
             position_ids=self._to_device(positions)[None],
@@ -218,7 +226,7 @@ class CodeChunker(nn.Module):
             seen = seen.tril()
         dtype = next(self.encoder.parameters()).dtype
         bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
-        positions = torch.arange(length, device=ids_BL.device).expand(len(rows), -1)
+        positions = (torch.arange(length, device=ids_BL.device) + self._first_position).expand(len(rows), -1)
         mask = bias[None, None].expand(len(rows), 1, -1, -1)
         return self._call(input_ids=ids_BL, position_ids=positions, attention_mask=mask).flatten(0, 1)
 

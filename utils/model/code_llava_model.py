@@ -87,7 +87,7 @@ class MemoryEncoder(nn.Module):
             return
         if self.adapter.has_attention:
             windows = [window for unit in units for window in unit.windows]
-            with explain_out_of_memory(f"encoding {len(windows)} windows", "--batch-tokens"):
+            with explain_out_of_memory(f"encoding {len(windows)} windows", "lower --batch-tokens"):
                 pooled = torch.cat(self.chunker(windows))
                 yield list(range(len(units))), self.adapter(pooled, [unit.num_latents for unit in units])
             return
@@ -214,7 +214,9 @@ class CodeLLaVAModel(nn.Module):
         penalty = arguments.pop("repetition_penalty", None) or self.decoder.generation_config.repetition_penalty or 1.0
         # transformers' own would skip as many new tokens as a row has padding: embeddings come without padded ids.
         penalties = [RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else []
-        with explain_out_of_memory(f"generating for {len(prompts)} prompts of up to {longest} rows", "--batch-size"):
+        with explain_out_of_memory(
+            f"generating for {len(prompts)} prompts of up to {longest} rows", "lower --batch-size"
+        ):
             ids = self.decoder.generate(
                 inputs_embeds=embeds_BTD,
                 attention_mask=mask_BT,
@@ -257,12 +259,12 @@ def check_prompt_fits(num_rows: int, decoder_config: Any, max_new_tokens: int = 
 
 
 @contextmanager
-def explain_out_of_memory(doing: str, flag: str) -> Iterator[None]:
+def explain_out_of_memory(doing: str, advice: str) -> Iterator[None]:
     """Turn an allocator's failure into an error that says what was tried and which flag lowers it."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
         # The CPU allocator has no exception type of its own.
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise ConfigError(f"out of memory while {doing}: lower {flag}, or use a smaller dtype") from error
+            raise ConfigError(f"out of memory while {doing}: {advice}, or use a smaller dtype") from error
         raise

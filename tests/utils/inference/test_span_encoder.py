@@ -9,6 +9,7 @@ import torch
 
 from utils.inference.inference import load_model
 from utils.inference.latent_cache import LatentCache
+from utils.inference.span_encoder import SpanEncoder
 
 PROMPT = "Say <|memory_start|>def f(): return 1<|memory_end|> and <|memory_start|>class A: pass<|memory_end|>"
 
@@ -32,3 +33,15 @@ def test_gradients_never_come_from_the_cache(checkpoints: dict[str, Path], tmp_p
         with torch.inference_mode():
             model.encode_memory(spans)
         assert all(latents.requires_grad for latents in model.encode_memory(spans))
+
+
+def test_equal_spans_are_encoded_once(checkpoints: dict[str, Path]) -> None:
+    model, _, processor = load_model(checkpoints["lclm"], "cpu", dtype="float32")
+    span = "<|memory_start|>def f(): return 1<|memory_end|>"
+    spans = processor.parse_raw(span + span).spans
+    with mock.patch.object(
+        model.memory_encoder, "encode_units", side_effect=model.memory_encoder.encode_units
+    ) as encode:
+        first, second = SpanEncoder(model.memory_encoder)(spans)
+    assert torch.equal(first, second)
+    assert len(encode.call_args.args[0]) == len(model.memory_encoder.units(spans[0]))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import RobertaConfig, RobertaModel
 
 from tests.support.marks import requires_gpu
 from tests.support.reference import reference_latents
@@ -240,3 +241,26 @@ def test_cuda_agrees_with_the_cpu(config: CompressionConfig) -> None:
     got = [latents.cpu() for latents in encoder.to("cuda")(spans)]
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_positions_behind_the_padding_rows(packed: bool) -> None:
+    """RoBERTa's position table begins with rows for padding; its own forward knows, and so must ours."""
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=300,
+        hidden_size=ENCODER_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=WINDOW + 2,
+        pad_token_id=1,
+        attn_implementation="sdpa",
+    )
+    encoder = RobertaModel(config, add_pooling_layer=False).eval()
+    ids = [draw % 200 + 5 for draw in range(WINDOW)]
+    with torch.inference_mode():
+        expected = encoder(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        compression = CompressionConfig(chunk_size=1, window=WINDOW, mask="bidirectional")
+        (states,) = CodeChunker(encoder, compression, packed=packed)(plan_windows(ids, compression))
+    torch.testing.assert_close(states, expected, atol=TOLERANCE, rtol=0)

@@ -71,5 +71,6 @@ def _llama_config(width: int, layers: int, vocabulary: int) -> LlamaConfig:
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=0,
-        pad_token_id=0,
+        # A padding row would be zero and never learn; here the end token, which pads, must be predicted too.
+        pad_token_id=None,
     )

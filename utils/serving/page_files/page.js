@@ -78,7 +78,7 @@ function message(asked, wrap) {
   return [...asked.map((span) => `File ${span.name}:\n${wrap(span.text)}\n`), $("question").value].join("\n");
 }
 
-/** Ask, and show the answer in `article` as it comes; returns the response's headers. */
+/** Ask, and show the answer in `article` as it comes; returns the milliseconds before its first token, or null. */
 async function ask(article, content, extension, onHeaders = () => {}) {
   const answer = article.querySelector(".answer"), figures = article.querySelector(".figures");
   answer.textContent = figures.textContent = "";
@@ -107,6 +107,7 @@ async function ask(article, content, extension, onHeaders = () => {}) {
   const parts = [first === null ? "no text" : `first token after ${seconds(first)}`, `${seconds(performance.now() - began)} in all`];
   if (usage) parts.push(`prompt of ${count(usage.prompt_tokens)} rows`, `${count(usage.completion_tokens)} new tokens`);
   figures.textContent = parts.join(" · ");
+  return first;
 }
 
 /** The JSON values of a stream of server-sent events. */
@@ -133,10 +134,10 @@ function showReport(responseHeaders, asked) {
   if (!shown) return;
   if (of("Fallback")) say("The encoder failed: the memory was sent as plain text.", true);
   const tokens = Number(of("Memory-Tokens")), latents = Number(of("Latents")), cached = Number(of("Cached-Tokens"));
-  $("total-latents").textContent = `${count(tokens)} → ${count(latents)}` + (latents ? ` (${ratio(tokens, latents)})` : "");
-  $("total-saved").textContent = count(tokens - latents);
-  $("total-cached").textContent = tokens ? `${count(cached)} tokens (${Math.round(100 * cached / tokens)} %)` : "–";
-  $("total-milliseconds").textContent = `${count(Number(of("Encode-Milliseconds")))} ms`;
+  show("total-latents", `${count(tokens)} → ${count(latents)}`, latents ? `ratio ${ratio(tokens, latents)}` : "");
+  show("total-saved", count(tokens - latents), tokens ? `${percent(tokens - latents, tokens)} of the memory` : "");
+  show("total-cached", tokens ? percent(cached, tokens) : "–", `${count(cached)} tokens`);
+  show("total-milliseconds", `${milliseconds(of("Encode-Milliseconds"))} ms`);
   // A report of very many spans does not fit into a header; the totals always do.
   const reports = JSON.parse(of("Spans") ?? "[]");
   const longest = Math.max(...reports.map((report) => report.tokens));
@@ -149,7 +150,7 @@ function showReport(responseHeaders, asked) {
     bar.append(part);
     counts.append(bar);
     row.append(element("td", asked[index].name), counts, element("td", ratio(report.tokens, report.latents)),
-      element("td", `${Math.round(100 * report.cached_tokens / report.tokens)} %`), element("td", String(report.milliseconds)));
+      element("td", percent(report.cached_tokens, report.tokens)), element("td", milliseconds(report.milliseconds)));
     return row;
   }));
 }
@@ -166,11 +167,13 @@ async function submit(event) {
   try {
     say("Compressing and asking …");
     const extension = { code_llava: { chunk_size: Number($("chunk-size").value) } };
-    await ask($("compressed"), message(asked, (text) => START + text + END), extension, (got) => showReport(got, asked));
+    const first = await ask($("compressed"), message(asked, (text) => START + text + END), extension, (got) => showReport(got, asked));
+    if (first !== null) show("total-first", seconds(first));
     if ($("plain").checked) {
       // One after the other: side by side each would slow the other down.
       say("Asking with plain text …");
-      await ask($("plain-text"), message(asked, (text) => text), {});
+      const plainFirst = await ask($("plain-text"), message(asked, (text) => text), {});
+      if (first !== null && plainFirst !== null) show("total-first", seconds(first), `plain text ${seconds(plainFirst)}`);
     }
     say("Done.");
   } catch (error) {
@@ -198,6 +201,12 @@ function addPasted() {
   addSpan(`pasted text ${spans.filter((span) => span.name.startsWith("pasted")).length + 1}`, $("paste").value);
   $("paste").value = "";
 }
+/** Put a figure, and a small remark below it, into a tile. */
+function show(id, figure, remark = "") {
+  $(id).replaceChildren(figure, element("small", remark));
+}
+const percent = (part, whole) => `${Math.round(100 * part / whole)} %`;
+const milliseconds = (value) => Number(value) < 10 ? Number(value).toFixed(1) : count(Math.round(Number(value)));
 const ratio = (tokens, latents) => `${(tokens / latents).toFixed(1)}×`;
 const seconds = (milliseconds) => milliseconds < 1000 ? `${Math.round(milliseconds)} ms` : `${(milliseconds / 1000).toFixed(1)} s`;
 

@@ -182,11 +182,17 @@ def provenance(packages: Iterable[str] = ("torch", "transformers", "numpy")) -> 
     versions = {}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+            versions[name] = _version(name)
     return {
-        "code_llava": importlib.metadata.version("code-llava"),
+        "code_llava": _version("code-llava"),
         "commit": git_commit(),
         "python": platform.python_version(),
         "machine": platform.machine(),
         **versions,
     }
+
+
+@cache
+def _version(package: str) -> str:
+    """Once a process: reading a package's metadata takes milliseconds."""
+    return importlib.metadata.version(package)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from utils.inference.latent_cache import LatentCache, window_key
 from utils.model.code_llava_model import MemoryEncoder, MemoryUnit
 from utils.model.prompt import MemorySpan
+from utils.model.splice import join_rows
 
 
 class SpanEncoder:
@@ -59,7 +59,7 @@ class SpanEncoder:
         for span_units in units_of_spans:
             here = [next(remaining) for _ in span_units]
             cached_tokens = sum(u.num_tokens for u, key in zip(span_units, here, strict=True) if key in cached)
-            results.append((_join([latents[key] for key in here]), cached_tokens))
+            results.append((join_rows([latents[key] for key in here]), cached_tokens))
         return results
 
     def _key(self, unit: MemoryUnit) -> bytes:
@@ -73,9 +73,3 @@ class SpanEncoder:
             dtype = self.memory_encoder.chunker.encoder.dtype
             self._namespaces[chunk_size] = f"{self._fingerprint} {chunk_size} {dtype}".encode()
         return self._namespaces[chunk_size]
-
-
-def _join(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`torch.cat` of CPU rows by plain copying: on a busy machine, waking torch's threads costs more than the copy."""
-    data = np.concatenate([part.contiguous().view(torch.uint8).numpy() for part in rows])
-    return torch.from_numpy(data).view(rows[0].dtype)

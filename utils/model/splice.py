@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from utils.errors import SpliceError
@@ -47,4 +48,16 @@ def splice_latents(
         pieces += [embeds_TD[copied:start], latent.to(device=embeds_TD.device, dtype=embeds_TD.dtype)]
         copied = stop
     pieces.append(embeds_TD[copied:])
-    return torch.cat(pieces)
+    return join_rows(pieces)
+
+
+def join_rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`torch.cat`; on the CPU by plain copying, because waking torch's threads on a busy machine costs more than that.
+
+    Args:
+        parts: Tensors [n, D] of one dtype and device; gradients flow to them.
+    """
+    if any(part.requires_grad or part.device.type != "cpu" for part in parts):
+        return torch.cat([*parts])
+    data = np.concatenate([part.contiguous().view(torch.uint8).numpy() for part in parts])
+    return torch.from_numpy(data).view(parts[0].dtype)

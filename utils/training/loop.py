@@ -110,7 +110,7 @@ class Trainer:
         set_precision(self.pair, config)
         if config.gradient_checkpointing:
             for part in (self.pair.decoder, self.pair.memory_encoder.chunker.encoder):
-                part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                _checkpoint_activations(part)
         self.pair.to(self.accelerator.device).train()
         self.trained = trained_names(self.pair, config)
         self.progress = Progress()
@@ -305,6 +305,15 @@ class Trainer:
             return wish
         flag = torch.tensor(float(wish), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Keep inputs of layers only; the method's name changed within transformers 5."""
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(settings)
+    else:
+        model.gradient_checkpointing_enable(settings)
 
 
 def rate_factor(step: int, stage: StageConfig) -> float:

@@ -37,16 +37,18 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, {"object": "list", "data": listed})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = json.loads(self.body)
         if self.path == "/tokenize":
             content = body["messages"][0]["content"]
             if not isinstance(content, str):
                 content = self.server.part_separator.join(part["text"] for part in content)
             self.reply(200, {"tokens": list(content.encode())})
             return
-        self.server.requests.append((self.path, body))
-        self.server.keys_seen.append(self.headers["Authorization"])
-        action = self.server.script.pop(0) if self.server.script else answer("fine")
+        if self.server.keeps_requests:
+            self.server.requests.append((self.path, body))
+            self.server.keys_seen.append(self.headers["Authorization"])
+        action = self.server.script.pop(0) if self.server.script else self.server.default_action
         action(self)
 
     def reply(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
@@ -74,26 +76,29 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class FakeServer(ThreadingHTTPServer):
-    """The server; `script` holds one action a completion request, then every request is answered "fine"."""
+    """The server; `script` holds one action a completion request, `default_action` answers all that follow."""
 
+    request_queue_size = 256
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.models = ["tiny"]
         self.models_action: Action | None = None
         self.part_separator = ""
         self.script: list[Action] = []
+        self.default_action: Action = answer("fine")
+        self.keeps_requests = True
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.keys_seen: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
 @contextlib.contextmanager
-def running() -> Iterator[FakeServer]:
-    """Serve until the block ends."""
-    with FakeServer() as server:
+def running(port: int = 0) -> Iterator[FakeServer]:
+    """Serve until the block ends; on any free port without one."""
+    with FakeServer(port) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         yield server
@@ -127,7 +132,6 @@ def stream(*pieces: str, then: Action | None = None) -> Action:
     """Stream pieces; `then` replaces the regular end."""
 
     def act(handler: Handler) -> None:
-        path, _ = handler.server.requests[-1]
         handler.send_response(200)
         handler.send_header("Content-Type", "text/event-stream")
         handler.send_header("Connection", "close")
@@ -139,12 +143,12 @@ def stream(*pieces: str, then: Action | None = None) -> Action:
             handler.wfile.flush()
 
         for piece in pieces:
-            said: dict[str, Any] = {"delta": {"content": piece}} if "chat" in path else {"text": piece}
+            said: dict[str, Any] = {"delta": {"content": piece}} if "chat" in handler.path else {"text": piece}
             send({"choices": [{"index": 0, "finish_reason": None, **said}]})
         if then is not None:
             then(handler)
             return
-        said = {"delta": {}} if "chat" in path else {"text": ""}
+        said = {"delta": {}} if "chat" in handler.path else {"text": ""}
         send({"choices": [{"index": 0, "finish_reason": "length", **said}]})
         send({"choices": [], "usage": USAGE})
         handler.wfile.write(b"data: [DONE]\n\n")

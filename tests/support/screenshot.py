@@ -1,7 +1,7 @@
 """Ask a running gateway through its page and take the picture that the documentation shows.
 
-    python -m utils.serving.gateway --backend local &
-    python -m tests.support.screenshot http://127.0.0.1:8080 docs/images/gateway.png
+python -m utils.serving.gateway --backend local &
+python -m tests.support.screenshot http://127.0.0.1:8080 docs/images/gateway.png
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import importlib
 from utils.cli import EXIT_OK, make_parser, print_json, run_command
 from utils.files import write_text
 
-BENCHMARKS = ("encode", "cache")
+BENCHMARKS = ("encode", "cache", "gateway")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,95 @@
+"""What a running gateway adds to a request: the same prompts through it, and as ready-made rows straight to its backend.
+
+Every client asks for one token about its own secret, so that answers cost the backend the same on both ways. The direct
+way sends rows that were compressed beforehand; the gateway finds its latents in its cache after the warm-up round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from utils.benchmark.measure import machine, markdown_table
+from utils.errors import ConfigError
+from utils.inference.flags import add_checkpoint_flags
+from utils.model.markers import MEMORY_END, MEMORY_START
+
+DESCRIPTION = "latency that a gateway adds, at several numbers of clients"
+Ask = Callable[[int], Awaitable[Any]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this benchmark's flags."""
+    add_checkpoint_flags(parser)
+    group = parser.add_argument_group("benchmark")
+    group.add_argument("--gateway-url", default="http://127.0.0.1:8080", help="default http://127.0.0.1:8080")
+    group.add_argument("--backend-url", default="http://127.0.0.1:8000", help="default http://127.0.0.1:8000")
+    group.add_argument("--clients", type=int, nargs="+", default=[1, 16], help="clients at once; default 1 16")
+    group.add_argument("--requests", type=int, default=4, help="counted requests of a client and way; default 4")
+    group.add_argument("--lines", type=int, default=40, help="lines of code in a client's memory; default 40")
+
+
+def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Measure.
+
+    Returns:
+        A table for people, and everything as one JSON-ready value.
+    """
+    if min(*args.clients, args.requests, args.lines) < 1:
+        raise ConfigError("--clients, --requests and --lines must be at least 1")
+    runs = asyncio.run(_measure(args))
+    rows, result = [], {}
+    for (clients, way), times in runs.items():
+        p50, p95 = (1e3 * _percentile(times, share) for share in (0.5, 0.95))
+        rows.append((clients, way, f"{p50:.1f}", f"{p95:.1f}"))
+        result[f"{clients} clients, {way}"] = {"p50_ms": round(p50, 2), "p95_ms": round(p95, 2), "requests": len(times)}
+    table = markdown_table(("clients", "way", "p50 ms", "p95 ms"), rows)
+    return table, {"benchmark": "gateway", "lines": args.lines, "latency": result, "machine": machine()}
+
+
+async def _measure(args: argparse.Namespace) -> dict[tuple[int, str], list[float]]:
+    from utils.inference.compressor import Compressor
+    from utils.inference.vllm_client import VllmClient
+
+    most = max(args.clients)
+    compressor = Compressor.load(
+        args.checkpoint, chunk_size=args.chunk_size, device=args.device, dtype=args.dtype,
+        attn_implementation=args.attn_implementation, batch_tokens=args.batch_tokens,
+    )  # fmt: skip
+    texts = [_prompt_text(number, args.lines) for number in range(most)]
+    embeds = compressor.compress([compressor.parse_raw(text) for text in texts])
+    runs: dict[tuple[int, str], list[float]] = {}
+    async with VllmClient(args.gateway_url) as gateway, VllmClient(args.backend_url) as backend:
+        await backend.preflight(width=compressor.width)
+        ways: dict[str, Ask] = {
+            "direct": lambda number: backend.complete(embeds[number].values_TD, max_tokens=1, temperature=0),
+            "gateway": lambda number: gateway.complete(texts[number], max_tokens=1, temperature=0),
+        }
+        for ask in ways.values():  # warm-up: the gateway's cache, the backend's prefix cache
+            await asyncio.gather(*(ask(number) for number in range(most)))
+        for clients in args.clients:
+            for _ in range(args.requests):
+                for way, ask in ways.items():
+                    times = await asyncio.gather(*(_seconds(ask, number) for number in range(clients)))
+                    runs.setdefault((clients, way), []).extend(times)
+    return runs
+
+
+async def _seconds(ask: Ask, number: int) -> float:
+    began = time.perf_counter()
+    await ask(number)
+    return time.perf_counter() - began
+
+
+def _prompt_text(number: int, lines: int) -> str:
+    code = "".join(f"client_{number}_value_{line} = {number * 7919 + line}\n" for line in range(lines))
+    return f"{MEMORY_START}{code}{MEMORY_END} What is this?"
+
+
+def _percentile(times: Sequence[float], share: float) -> float:
+    """The value below which `share` of the times lie."""
+    return statistics.quantiles(times, n=100, method="inclusive")[round(share * 100) - 1] if times[1:] else times[0]

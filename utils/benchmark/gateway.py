@@ -1,4 +1,4 @@
-"""What a running gateway adds to a request: the same prompts through it, and as ready-made rows straight to its backend.
+"""What a running gateway adds to a request: the same prompts through it, and as rows straight to its backend.
 
 Every client asks for one token about its own secret, so that answers cost the backend the same on both ways. The direct
 way sends rows that were compressed beforehand; the gateway finds its latents in its cache after the warm-up round.

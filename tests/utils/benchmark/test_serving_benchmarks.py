@@ -1,0 +1,43 @@
+"""The cache and the gateway benchmark on a tiny checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support import fake_server, gateway_server
+from utils.benchmark import __main__ as command
+from utils.inference.compressor import Compressor
+from utils.inference.latent_cache import LatentCache
+
+
+def result_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> dict:
+    assert command.main(argv) == 0
+    return dict(json.loads(capsys.readouterr().out.splitlines()[-1]))
+
+
+def test_cache(checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--checkpoint", str(checkpoints["lclm"]), "--device", "cpu", "--tokens", "800", "--spans", "3"]
+    result = result_of(["cache", *flags, "--repeats", "1"], capsys)
+    assert result["cached_tokens"] == result["memory_tokens"] == 800
+    assert result["times_faster"] > 1
+
+
+def test_gateway(checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(checkpoints["lclm"])
+    with fake_server.running() as backend, LatentCache.open(tmp_path) as cache:
+        with gateway_server.running(Compressor.load(folder, device="cpu", cache=cache), backend.url) as url:
+            flags = ["--checkpoint", folder, "--device", "cpu", "--gateway-url", url, "--backend-url", backend.url]
+            result = result_of(["gateway", *flags, "--clients", "1", "3", "--requests", "2", "--lines", "4"], capsys)
+        ways = {name: figures["requests"] for name, figures in result["latency"].items()}
+        assert ways == {
+            "1 clients, direct": 2,
+            "1 clients, gateway": 2,
+            "3 clients, direct": 6,
+            "3 clients, gateway": 6,
+        }
+        sent = [body["prompt_embeds"] for _, body in backend.requests if body["max_tokens"] == 1]
+        # One probe row; each client's rows are the same on both ways.
+        assert len(set(sent)) == 1 + 3

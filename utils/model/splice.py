@@ -57,7 +57,9 @@ def join_rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     Args:
         parts: Tensors [n, D] of one dtype and device; gradients flow to them.
     """
-    if any(part.requires_grad or part.device.type != "cpu" for part in parts):
+    if any(part.requires_grad or part.device.type != "cpu" for part in parts) or not any(
+        part.numel() for part in parts
+    ):
         return torch.cat([*parts])
     data = np.concatenate([part.contiguous().view(torch.uint8).numpy() for part in parts])
     return torch.from_numpy(data).view(parts[0].dtype)

@@ -57,9 +57,13 @@ def join_rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     Args:
         parts: Tensors [n, D] of one dtype and device; gradients flow to them.
     """
-    if any(part.requires_grad or part.device.type != "cpu" for part in parts) or not any(
-        part.numel() for part in parts
-    ):
+    if any(part.requires_grad or part.device.type != "cpu" for part in parts):
         return torch.cat([*parts])
-    data = np.concatenate([part.contiguous().view(torch.uint8).numpy() for part in parts])
-    return torch.from_numpy(data).view(parts[0].dtype)
+    joined = parts[0].new_empty(sum(len(part) for part in parts), *parts[0].shape[1:])
+    np.concatenate([_bytes(part.contiguous()) for part in parts], out=_bytes(joined))
+    return joined
+
+
+def _bytes(rows: torch.Tensor) -> np.ndarray:
+    # NumPy has no bfloat16.
+    return rows.view(torch.uint8).numpy()

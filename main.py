@@ -23,10 +23,13 @@ COMMANDS = (
     ("general/generation_test.py", "send an embeddings file to a vLLM server"),
     ("-m utils.inference.inference", "answer prompts about code from a checkpoint"),
     ("-m utils.inference.latent_cache", "show, prune, verify or clear the latent cache"),
+    ("-m utils.inference.describe", "check and describe a checkpoint"),
+    ("-m utils.serving.gateway", "OpenAI-compatible server that compresses, with a page"),
     ("-m utils.training.train", "train a pair in stages, resumably"),
     ("-m utils.training.data", "make training data from Python sources"),
     ("-m utils.training.evaluate", "measure what a checkpoint answers from compressed memory"),
     ("-m utils.training.pack", "write a run's trained part as small files"),
+    ("-m utils.benchmark", "speed beside its limit"),
     ("-m ruler", "RULER: prepare, predict, score, report"),
     ("ruler_minimal/prepare_dataset.py", "small needle, variable and word-count data sets"),
 )

@@ -34,7 +34,6 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "utils.inference.server_connection",
         "utils.inference.server_answer",
         "utils.inference.vllm_client",
-        "utils.inference.convert.",
     ),
     5: ("utils.serving.", "utils.training.", "utils.benchmark."),
     6: ("general.", "main"),

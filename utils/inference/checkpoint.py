@@ -161,7 +161,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     if single.is_file():
         return dict.fromkeys(tensor_names(single), single)
     raise CheckpointError(
-        f"{folder}: no model.safetensors or index: convert the checkpoint with `python -m utils.inference.convert`"
+        f"{folder}: no model.safetensors or index: write the weights as safetensors (save_pretrained does)"
     )
 
 

@@ -106,7 +106,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "cut decoder": (lambda r: truncate(r / "llm/model.safetensors"), ["llm/model.safetensors cannot be read"]),
     "no encoder weights": (
         lambda r: (r / "embedder/model.safetensors").unlink(),
-        ["embedder: no model.safetensors", "utils.inference.convert"],
+        ["embedder: no model.safetensors", "save_pretrained"],
     ),
     "no encoder config": (lambda r: (r / "embedder/config.json").unlink(), ["embedder/config.json is missing"]),
     "no tokenizer": (lambda r: (r / "llm/tokenizer_config.json").unlink(), ["llm/tokenizer_config.json is missing"]),

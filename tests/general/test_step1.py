@@ -181,7 +181,9 @@ def test_memory_that_runs_out_is_an_error(
 
     monkeypatch.setattr(CodeChunker, "batches", fail)
     assert step1_raw_text.main(["--text", SPAN, *flags]) == 1
-    assert "error: out of memory while encoding 1 windows" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "error: out of memory while encoding 1 windows" in error
+    assert ": lower --batch-tokens, or use a smaller dtype" in error
     assert not Path(flags[5]).exists()
 
 

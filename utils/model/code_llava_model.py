@@ -85,17 +85,13 @@ class MemoryEncoder(nn.Module):
     def _encode_batches(self, units: Sequence[MemoryUnit]) -> Iterator[tuple[list[int], torch.Tensor]]:
         if not units:
             return
-        if self.adapter.has_attention:
-            windows = [window for unit in units for window in unit.windows]
-            with explain_out_of_memory(f"encoding {len(windows)} windows", "lower --batch-tokens"):
+        windows = [window for unit in units for window in unit.windows]
+        doing = f"encoding {len(windows)} windows, {self.chunker.batch_tokens or 'automatic'} tokens a batch"
+        with explain_out_of_memory(doing, "lower --batch-tokens"):
+            if self.adapter.has_attention:
                 pooled = torch.cat(self.chunker(windows))
                 yield list(range(len(units))), self.adapter(pooled, [unit.num_latents for unit in units])
-            return
-        windows = [unit.windows[0] for unit in units]
-        limit = self.chunker.batch_tokens
-        with explain_out_of_memory(
-            f"encoding {len(windows)} windows, {limit or 'automatic'} tokens a batch", "--batch-tokens"
-        ):
+                return
             for indices, pooled in self.chunker.batches(windows):
                 yield indices, self.adapter(pooled, [windows[i].num_latents for i in indices])
 

@@ -10,7 +10,7 @@ from typing import Any
 from ruler.layout import claim_run_folder, write_run_manifest
 from ruler.predict import start_backend
 from ruler.predictions import DataRow, PredictionFile
-from ruler.protocol import BackendSettings
+from ruler.protocol import BackendSettings, Sampling
 from ruler.runner import RetryPolicy, ask
 from ruler_minimal.minimal_evaluate import evaluate, print_evaluation
 from ruler_minimal.prepare_dataset import add_task_arguments, build_task, generate_rows, make_counter
@@ -42,6 +42,20 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, work_dir: str) -> 
     sampling.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     sampling.add_argument("--top-p", type=float, default=1.0, help="1 is no limit (default: 1)")
     sampling.add_argument("--system-prompt", default="", help="what the chat begins with (default: nothing)")
+
+
+def chat_settings(args: argparse.Namespace, **chosen: Any) -> BackendSettings:
+    """Read the flags of `add_evaluation_arguments`; `chosen` names the backend and what is its own."""
+    return BackendSettings(
+        server_url=args.base_url,
+        api_key=args.api_key,
+        api="chat",
+        system_prompt=args.system_prompt,
+        concurrency=args.concurrency,
+        timeout_s=args.timeout_s,
+        sampling=Sampling(temperature=args.temperature, top_p=args.top_p),
+        **chosen,
+    )
 
 
 def run_evaluation(args: argparse.Namespace, settings: BackendSettings) -> int:

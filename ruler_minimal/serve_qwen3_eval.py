@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ruler.protocol import BackendSettings, Sampling
-from ruler_minimal.evaluation import add_evaluation_arguments, run_evaluation
+from ruler_minimal.evaluation import add_evaluation_arguments, chat_settings, run_evaluation
 from utils.cli import make_parser, run_command
 
 EXAMPLES = """\
@@ -23,18 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Answer and score."""
-    settings = BackendSettings(
-        name="server-text",
-        model=args.model_name,
-        server_url=args.base_url,
-        api_key=args.api_key,
-        api="chat",
-        system_prompt=args.system_prompt,
-        concurrency=args.concurrency,
-        timeout_s=args.timeout_s,
-        sampling=Sampling(temperature=args.temperature, top_p=args.top_p),
-    )
-    return run_evaluation(args, settings)
+    return run_evaluation(args, chat_settings(args, name="server-text", model=args.model_name))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -164,7 +164,7 @@ class Trainer:
             stage.chunk_sizes,
             seed=f"{self.config.seed} stage {stage_number}",
         )
-        return RowPacker(stream, stage.row_tokens, self.tokenizers.markers, stage.memory_tokens)
+        return RowPacker(stream, stage.row_tokens, self.tokenizers.markers, stage.memory_tokens, stage.length_discount)
 
     def prepare(self, stage: StageConfig) -> tuple[Any, torch.optim.Optimizer]:
         """The pair and an optimiser for a stage, wrapped for the processes there are."""

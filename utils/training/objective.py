@@ -90,22 +90,23 @@ class TrainedPair(nn.Module):
             use_cache=False,
         ).last_hidden_state[0]
         # Only rows with a label need logits: most rows of a task example have none.
-        return self._cross_entropy(hidden_TD[row.label_rows.to(device)], row.labels.to(device))
+        hidden_nD = hidden_TD[row.label_rows.to(device)]
+        return self._cross_entropy(hidden_nD, row.labels.to(device), row.label_weights.to(device))
 
-    def _cross_entropy(self, hidden_nD: torch.Tensor, labels_n: torch.Tensor) -> torch.Tensor:
+    def _cross_entropy(self, hidden_nD: torch.Tensor, labels_n: torch.Tensor, weights_n: torch.Tensor) -> torch.Tensor:
         head = self.decoder.get_output_embeddings()
         tied = head.weight is self.decoder.get_input_embeddings().weight
 
-        def part(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        def part(hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             logits = head(hidden)
             if tied:
                 self.marker_rows.add_to_logits(hidden, logits)
-            return F.cross_entropy(logits.float(), labels, reduction="sum")
+            return F.cross_entropy(logits.float(), labels, reduction="none") @ weights
 
         if len(labels_n) <= _HEAD_ROWS:
-            return part(hidden_nD, labels_n)
-        pieces = zip(hidden_nD.split(_HEAD_ROWS), labels_n.split(_HEAD_ROWS), strict=True)
-        return torch.stack([checkpoint(part, h, y, use_reentrant=False) for h, y in pieces]).sum()
+            return part(hidden_nD, labels_n, weights_n)
+        pieces = zip(*(x.split(_HEAD_ROWS) for x in (hidden_nD, labels_n, weights_n)), strict=True)
+        return torch.stack([checkpoint(part, *piece, use_reentrant=False) for piece in pieces]).sum()
 
     def _align_loss(self, row: PackedRow) -> torch.Tensor:
         """Squared error between each memory token's latent and the decoder's embedding of the same token.
@@ -124,9 +125,9 @@ class TrainedPair(nn.Module):
         return F.mse_loss(latents_ND.float(), wanted_ND, reduction="sum") / variance / wanted_ND.shape[1]
 
 
-def loss_units(row: PackedRow, align: bool) -> int:
-    """What the summed loss of a row is divided by, in the end: its labels, or its memory tokens."""
-    return row.memory_tokens if align else row.num_labels
+def loss_units(row: PackedRow, align: bool) -> float:
+    """What the summed loss of a row is divided by, in the end: its labels' weights, or its memory tokens."""
+    return row.memory_tokens if align else float(row.label_weights.sum())
 
 
 def check_alignable(tokenizers: Any) -> None:

@@ -38,6 +38,7 @@ class PackedRow:
         lengths: Decoder rows of each example.
         label_rows: [n] long, rows whose next token is predicted.
         labels: [n] long, those next tokens.
+        label_weights: [n] float32, what each counts in the loss.
         spans: All memory spans, with their places in the row.
         tasks: Task of each example.
     """
@@ -47,6 +48,7 @@ class PackedRow:
     lengths: tuple[int, ...]
     label_rows: torch.Tensor
     labels: torch.Tensor
+    label_weights: torch.Tensor
     spans: tuple[MemorySpan, ...]
     tasks: tuple[str, ...] = ()
 
@@ -131,6 +133,7 @@ class RowPacker:
         row_tokens: Most decoder rows of a packed row.
         markers: Ids that are never a label.
         memory_tokens: Most encoder tokens of a packed row; no limit by default.
+        length_discount: Each of an example's n labels weighs n^-length_discount.
         too_long: Examples so far that fit into no row and were left out.
     """
 
@@ -138,6 +141,7 @@ class RowPacker:
     row_tokens: int
     markers: MarkerIds
     memory_tokens: int | None = None
+    length_discount: float = 0.0
     too_long: int = 0
     _waiting: Draw | None = None
 
@@ -166,7 +170,7 @@ class RowPacker:
                 continue
             if self._exceeds(rows + num_rows, memory + num_memory):
                 self._waiting = draw
-                return pack(chosen, self.markers)
+                return pack(chosen, self.markers, self.length_discount)
             chosen.append((draw, example))
             rows, memory = rows + num_rows, memory + num_memory
 
@@ -190,12 +194,15 @@ def packed_length(example: TokenizedExample, chunk_size: int) -> int:
     return len(example.decoder_ids) + sum(num_latents(len(span), chunk_size) - 1 for span in example.spans)
 
 
-def pack(chosen: Sequence[tuple[Draw, TokenizedExample]], markers: MarkerIds) -> PackedRow:
+def pack(
+    chosen: Sequence[tuple[Draw, TokenizedExample]], markers: MarkerIds, length_discount: float = 0.0
+) -> PackedRow:
     """Lay examples end to end, equal lengths side by side so that they share one attention call."""
     chosen = sorted(chosen, key=lambda item: packed_length(item[1], item[0].chunk_size))
     ids: list[np.ndarray] = []
     label_rows: list[np.ndarray] = []
     labels: list[np.ndarray] = []
+    weights: list[np.ndarray] = []
     spans: list[MemorySpan] = []
     lengths: list[int] = []
     start = 0
@@ -205,6 +212,7 @@ def pack(chosen: Sequence[tuple[Draw, TokenizedExample]], markers: MarkerIds) ->
         wanted = wanted[~np.isin(widened[wanted], (markers.start, markers.end, markers.memory))]
         label_rows.append(start + wanted - 1)
         labels.append(widened[wanted])
+        weights.append(np.full(len(wanted), max(1, len(wanted)) ** -length_discount))
         spans += [
             MemorySpan(text="", token_ids=tokens.tolist(), start=start + a, stop=start + b, chunk_size=draw.chunk_size)
             for tokens, (a, b) in zip(example.spans, places, strict=True)
@@ -218,6 +226,7 @@ def pack(chosen: Sequence[tuple[Draw, TokenizedExample]], markers: MarkerIds) ->
         lengths=tuple(lengths),
         label_rows=_tensor(label_rows),
         labels=_tensor(labels),
+        label_weights=torch.from_numpy(np.concatenate(weights).astype(np.float32)),
         spans=tuple(spans),
         tasks=tuple(draw.task for draw, _ in chosen),
     )

@@ -12,7 +12,7 @@ from utils.errors import DatasetError
 from utils.files import read_jsonl
 from utils.model.processor import IGNORED_LABEL, Processor
 from utils.training.data.cache import TokenCache
-from utils.training.objective import TrainedPair
+from utils.training.objective import TrainedPair, loss_units
 from utils.training.packing import Draw, ExampleStream, RowPacker, pack, packed_length
 from utils.training.toy import build_toy_pair
 
@@ -95,6 +95,19 @@ def test_packed_loss_and_gradients_are_those_of_one_example_at_a_time(caches: di
     assert "marker_rows.delta" in packed_gradients
     for name, gradient in packed_gradients.items():
         torch.testing.assert_close(gradient, single_gradients[name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_length_discount_of_one_counts_examples_alike(caches: dict[str, TokenCache]) -> None:
+    model, tokenizers = build_toy_pair()
+    torch.nn.init.normal_(model.memory_encoder.adapter.fc1.bias)
+    pair = TrainedPair(model, tokenizers.markers)
+    chosen = [(Draw(task, 0, 2), cache[0]) for task, cache in caches.items()]
+    rows = [pack([item], tokenizers.markers) for item in chosen]
+    assert len({row.num_labels for row in rows}) > 1
+    means = [pair(row) / row.num_labels for row in rows]
+    packed = pack(chosen, tokenizers.markers, length_discount=1.0)
+    assert loss_units(packed, align=False) == pytest.approx(len(chosen))
+    torch.testing.assert_close(pair(packed), torch.stack(means).sum(), rtol=1e-5, atol=1e-5)
 
 
 def test_the_packed_loss_is_the_model_s_own(toy_data: Path, caches: dict[str, TokenCache]) -> None:

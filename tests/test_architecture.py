@@ -14,10 +14,10 @@ from utils.files import PROJECT_ROOT
 # function also what stands beside it on its floor. A name that ends in `.` is a folder: its modules may import each
 # other. A new module must find its place here and in docs/architecture.md.
 FLOORS: dict[int, tuple[str, ...]] = {
-    0: ("utils.errors", "utils.files", "utils.cli", "utils.model.markers", "utils.model.config"),
+    0: ("utils.errors", "utils.files", "utils.intervals", "utils.cli", "utils.model.markers", "utils.model.config"),
     1: ("utils.model.prompt", "utils.inference.prompt_embeds"),
     2: ("utils.model.packed_attention", "utils.model.code_chunker", "utils.model.adapter", "utils.model.splice"),
-    3: ("utils.model.processor", "utils.model.code_llava_model"),
+    3: ("utils.model.processor", "utils.model.code_llava_model", "utils.model.cost"),
     4: (
         "utils.inference.checkpoint",
         "utils.inference.saving",

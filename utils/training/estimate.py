@@ -1,7 +1,6 @@
 """What a run will cost, before it runs: parameters and FLOPs counted, memory reckoned, time measured on two steps.
 
-A floating-point operation is a multiplication or an addition. A token costs 2 per weight forward; backward costs 2 per
-weight for the gradient of activations and 2 per weight that learns; computing activations again costs 2 more.
+Operations are those of `utils.model.cost`, whose counts are tested against torch's.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from utils.model.cost import PairCost, layer_matrices
+from utils.model.prompt import num_latents
 from utils.training.config import StageConfig, TrainConfig
 from utils.training.loop import Trainer
 from utils.training.packing import PackedRow
@@ -93,31 +94,42 @@ def _estimate_stage(trainer: Trainer, number: int) -> dict[str, Any]:
         "decoder_rows": sum(len(row.input_ids) for row in flat) / len(steps),
         "memory_tokens": sum(row.memory_tokens for row in flat) / len(steps),
         "labels": sum(row.num_labels for row in flat) / len(steps),
-        "flops": _flops(trainer, stage, flat) / len(steps),
+        "flops": step_flops(trainer, stage, flat) / len(steps),
         "memory_bytes": _memory_bytes(trainer, stage, flat, learning),
         "seconds": mean_seconds,
         "hours": mean_seconds * stage.steps / 3600,
     }
 
 
-def _flops(trainer: Trainer, stage: StageConfig, rows: list[PackedRow]) -> float:
+def step_flops(trainer: Trainer, stage: StageConfig, rows: list[PackedRow]) -> int:
+    """Operations of a forward and a backward pass over packed rows, with what the stage trains."""
     pair = trainer.pair
+    encoder = pair.memory_encoder.chunker.encoder
+    cost = PairCost.of(pair.memory_encoder, pair.decoder)
+    spans = [span for row in rows for span in row.spans]
     align = stage.preset == "align"
-    encoder, decoder = pair.memory_encoder.chunker.encoder, pair.decoder
-    memory = sum(row.memory_tokens for row in rows)
-    latents = memory if align else sum(span.num_latents for row in rows for span in row.spans)
-    again = 1 if trainer.config.gradient_checkpointing else 0
-    encoder_learns = 0 if align or "encoder" not in stage.learning_rates else 1
-    total = memory * (2 + (2 + 2 * again) * encoder_learns) * _size(encoder) + memory * encoder_learns * 2 * _learns(
-        encoder
-    )
-    total += latents * 6 * sum(p.numel() for p in pair.memory_encoder.adapter.parameters())
+    # Aligning gives each memory token a latent of its own.
+    sizes = [(len(span.token_ids), 1 if align else span.chunk_size) for span in spans]
+    windows = [rows for length, size in sizes for rows in cost.window_lengths([length], size)]
+    latents = [num_latents(length, size) for length, size in sizes]
+    again = trainer.config.gradient_checkpointing
+    causal = cost.config.causal
+    adapter = cost.adapter
+    total = adapter.training_flops(latents, causal=False, learning_weights=adapter.matrix_weights)
+    if align or "encoder" not in stage.learning_rates:
+        total += cost.encoder.forward_flops(windows, causal=causal)
+    else:
+        learning = _learning_matrices(encoder)
+        total += cost.encoder.training_flops(windows, causal=causal, learning_weights=learning, recompute=again)
     if align:
         return total
-    head = decoder.get_output_embeddings().weight.numel()
-    body = sum(len(row.input_ids) for row in rows)
-    total += body * ((4 + 2 * again) * _size(decoder) + 2 * _learns(decoder))
-    return total + sum(row.num_labels for row in rows) * 4 * head
+    return total + cost.decoder.training_flops(
+        [length for row in rows for length in row.lengths],
+        causal=True,
+        learning_weights=_learning_matrices(pair.decoder),
+        recompute=again,
+        logits=sum(row.num_labels for row in rows),
+    )
 
 
 def _memory_bytes(trainer: Trainer, stage: StageConfig, rows: list[PackedRow], learning: int) -> float:
@@ -138,13 +150,5 @@ def _memory_bytes(trainer: Trainer, stage: StageConfig, rows: list[PackedRow], l
     return weights + learning * _LEARNING_BYTES + activations
 
 
-def _size(model: Any) -> int:
-    """Weights of a model's layers, without its table and head."""
-    table = model.get_input_embeddings().weight
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    outside = {id(table), id(head.weight) if head is not None else id(table)}
-    return sum(p.numel() for p in model.parameters() if id(p) not in outside)
-
-
-def _learns(model: Any) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+def _learning_matrices(model: Any) -> int:
+    return sum(parameter.numel() for parameter in layer_matrices(model) if parameter.requires_grad)

@@ -1,0 +1,42 @@
+"""The operations that an estimate promises, beside torch's count of the steps themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from utils.training.config import TrainConfig
+from utils.training.estimate import step_flops
+from utils.training.loop import Trainer
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("number", [0, 1], ids=["align", "decoder"])
+def test_flops(run_config: Callable[..., TrainConfig], number: int, gradient_checkpointing: bool) -> None:
+    config = run_config(gradient_checkpointing=gradient_checkpointing)
+    trainer = Trainer(config, device="cpu")
+    stage = config.stages[number]
+    wrapped, optimizer = trainer.prepare(stage)
+    for group in optimizer.param_groups:
+        group["peak"] = 0.0
+    rows = trainer.step_rows(trainer.packer(number), stage)
+    with FlopCounterMode(display=False) as counter:
+        trainer.optimize(wrapped, optimizer, stage, rows, step=1)
+    # The counter counts the whole square of attention, and counts marker rows, which are too few to reckon with.
+    assert step_flops(trainer, stage, rows) == pytest.approx(counter.get_total_flops(), rel=0.04)
+
+
+def test_attention_counts(run_config: Callable[..., TrainConfig]) -> None:
+    """Examples of a packed row do not see each other: two short ones cost less than one of both lengths."""
+    config: Any = run_config()
+    trainer = Trainer(config, device="cpu")
+    stage = config.stages[1]
+    rows = trainer.step_rows(trainer.packer(1), stage)
+    row = max(rows, key=lambda row: len(row.lengths))
+    assert len(row.lengths) > 1
+    joined = dataclasses.replace(row, lengths=(sum(row.lengths),))
+    assert step_flops(trainer, stage, [joined]) > step_flops(trainer, stage, [row])

@@ -5,13 +5,12 @@
 
 Pure functions of strings and numbers; nothing here knows files, lengths or models.
 
-Source: RULER (arXiv 2404.06654); Wilson, "Probable inference" (JASA 1927); Efron's percentile bootstrap.
+Source: RULER (arXiv 2404.06654).
 """
 
 from __future__ import annotations
 
 import math
-import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +19,11 @@ from typing import Literal
 
 from ruler.registry import Metric
 from utils.errors import DatasetError
+from utils.intervals import bootstrap, wilson
 
 # RULER's yardstick: what Llama-2-7B scores at 4k. A length counts as usable from here on.
 THRESHOLD = 85.6
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f]")
-_Z95 = 1.959963984540054
-_RESAMPLES = 2000
 
 
 def postprocess(prediction: str) -> str:
@@ -88,9 +86,7 @@ def interval(values: Sequence[float], *, seed: int = 0) -> Interval | None:
     if all(value in (0.0, 1.0) for value in values):
         low, high = wilson(sum(values), len(values))
         return Interval(low=round(100 * low, 2), high=round(100 * high, 2), method="wilson")
-    rng = random.Random(seed)
-    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(_RESAMPLES))
-    low, high = means[int(0.025 * _RESAMPLES)], means[int(0.975 * _RESAMPLES) - 1]
+    low, high = bootstrap(values, seed)
     return Interval(low=round(100 * low, 2), high=round(100 * high, 2), method="bootstrap")
 
 
@@ -114,15 +110,6 @@ def interval_of_task_mean(values_of_tasks: Sequence[Sequence[float]]) -> Interva
     low = mean - math.hypot(*(centre - sure.low for centre, sure in parts)) / len(parts)
     high = mean + math.hypot(*(sure.high - centre for centre, sure in parts)) / len(parts)
     return Interval(low=round(max(0.0, low), 2), high=round(min(100.0, high), 2), method="mover")
-
-
-def wilson(successes: float, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a proportion, as fractions; it stays sensible at 0 and at 1."""
-    rate, z2 = successes / trials, _Z95**2
-    centre = rate + z2 / (2 * trials)
-    spread = _Z95 * math.sqrt(rate * (1 - rate) / trials + z2 / (4 * trials**2))
-    scale = 1 + z2 / trials
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 def effective_length(scores: Mapping[int, float], threshold: float = THRESHOLD) -> int | None:

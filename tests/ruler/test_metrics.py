@@ -10,7 +10,6 @@ from ruler.metrics import (
     official_score,
     postprocess,
     sample_value,
-    wilson,
 )
 from utils.errors import DatasetError
 
@@ -50,14 +49,6 @@ def test_empty_references_are_an_error():
 def test_official_score_rounds_like_the_reference():
     assert official_score([1 / 3, 1 / 3, 1 / 3]) == 33.33
     assert official_score([]) == 0.0
-
-
-def test_wilson_against_published_values():
-    low, high = wilson(8, 10)
-    assert low == pytest.approx(0.4902, abs=1e-4)
-    assert high == pytest.approx(0.9433, abs=1e-4)
-    assert wilson(0, 5)[0] == 0.0
-    assert wilson(5, 5)[1] == pytest.approx(1.0)
 
 
 def test_interval_picks_its_method_and_holds_the_mean():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -26,13 +27,24 @@ def vllm_python() -> Path:
     return python
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextlib.contextmanager
 def running(model: Path, log: Path, *flags: str, name: str = "tiny") -> Iterator[str]:
     """Serve a decoder folder in float32 with prompt embeddings; yields the address."""
+    port = free_port()
+    with started(model, log, port, *flags, name=name):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def started(model: Path, log: Path, port: int, *flags: str, name: str = "tiny") -> Iterator[subprocess.Popen[bytes]]:
+    """As `running`, on a given port; yields the server's process, which leads a process group of its own."""
     python = vllm_python()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", name,
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "4096",
@@ -42,18 +54,25 @@ def running(model: Path, log: Path, *flags: str, name: str = "tiny") -> Iterator
     environment["PATH"] = f"{python.parent}:{environment['PATH']}"
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [str(part) for part in command], stdout=stream, stderr=subprocess.STDOUT, env=environment
-        )
+            [str(part) for part in command], stdout=stream, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
         try:
             _wait_until_healthy(f"http://127.0.0.1:{port}/health", process, log)
-            yield f"http://127.0.0.1:{port}"
+            yield process
         finally:
             process.terminate()
             try:
                 process.wait(30)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                kill(process)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the server and its engine processes."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def local_answer(decoder: Any, compressor: Any, prompt: Any, max_tokens: int) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from utils.errors import CheckpointError, ConfigError
 from utils.files import atomic_folder, read_json, write_json
 from utils.training.config import TrainConfig
+from utils.training.sharding import full, part_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +37,19 @@ def save_checkpoint(
     progress: Mapping[str, Any],
     trained: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer | None,
+    *,
+    write: bool = True,
 ) -> Path:
     """Write a checkpoint and drop the oldest ones.
+
+    Sharded parameters are gathered, which every process must take part in.
 
     Args:
         config: The run's settings, stored with it.
         progress: JSON values; `global_step` names the folder.
         trained: Name → parameter.
         optimizer: The current stage's; None between stages.
+        write: False on processes that only take part in the gathering.
 
     Raises:
         CheckpointError: The disk is full or not writable; earlier checkpoints are as they were.
@@ -51,13 +57,15 @@ def save_checkpoint(
     root = Path(config.output) / FOLDER
     target = root / f"step_{progress['global_step']:08d}"
     names = {id(parameter): name for name, parameter in trained.items()}
-    moments = {_RNG: torch.get_rng_state()}
-    for parameter, state in (optimizer.state if optimizer else {}).items():
-        moments |= {f"{names[id(parameter)]}|{key}": _plain(value) for key, value in state.items()}
+    states = [(names[id(parameter)], state) for parameter, state in (optimizer.state if optimizer else {}).items()]
+    tensors = _gather(trained.items(), write)
+    moments = _gather(((f"{name}|{key}", value) for name, state in states for key, value in state.items()), write)
+    if not write:
+        return target
     try:
         with atomic_folder(target) as folder:
-            save_file({name: _plain(p) for name, p in trained.items()}, folder / TRAINED)
-            save_file(moments, folder / OPTIMIZER)
+            save_file(tensors, folder / TRAINED)
+            save_file({_RNG: torch.get_rng_state(), **moments}, folder / OPTIMIZER)
             write_json(folder / PROGRESS, {**progress, "config": config.what_is_trained()})
     except (OSError, SafetensorError) as error:
         kept = newest_checkpoint(config.output)
@@ -116,14 +124,14 @@ def restore(
             raise CheckpointError(f"{folder / TRAINED}: {differing} is missing or unknown: the pair is another one")
         with torch.no_grad():
             for name, parameter in trained.items():
-                parameter.copy_(state[name])
+                parameter.copy_(part_of(state[name], parameter))
         return
     moments = _load(folder / OPTIMIZER)
     torch.set_rng_state(moments.pop(_RNG))
     for key, value in moments.items():
         name, _, field = key.rpartition("|")
         parameter = trained[name]
-        optimizer.state[parameter][field] = value if field == "step" else value.to(parameter.device)
+        optimizer.state[parameter][field] = value if field == "step" else part_of(value, parameter)
 
 
 def _all(output: str | Path) -> list[Path]:
@@ -140,8 +148,14 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         ) from None
 
 
-def _plain(value: Any) -> torch.Tensor:
-    return torch.as_tensor(value).detach().cpu().contiguous()
+def _gather(named: Iterable[tuple[str, Any]], keep: bool) -> dict[str, torch.Tensor]:
+    """Whole tensors on the CPU, by name; nothing on a process that does not keep them."""
+    gathered = {}
+    for name, value in named:
+        whole = full(torch.as_tensor(value).detach())
+        if keep:
+            gathered[name] = whole.cpu().contiguous()
+    return gathered
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

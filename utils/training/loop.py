@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from utils.errors import ConfigError
@@ -33,6 +34,7 @@ from utils.training.objective import TrainedPair, check_alignable, loss_units
 from utils.training.packing import ExampleStream, PackedRow, RowPacker
 from utils.training.pairs import load_pair
 from utils.training.parts import add_lora, parameter_groups, set_precision, trained_names
+from utils.training.sharding import full, shard, wants_sharding, without_sync
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +113,9 @@ class Trainer:
         if config.gradient_checkpointing:
             for part in (self.pair.decoder, self.pair.memory_encoder.chunker.encoder):
                 _checkpoint_activations(part)
+        self.sharded = wants_sharding() and self.accelerator.num_processes > 1
+        if self.sharded:
+            shard(self.pair, self.accelerator.device)
         self.pair.to(self.accelerator.device).train()
         self.trained = trained_names(self.pair, config)
         self.progress = Progress()
@@ -170,6 +175,8 @@ class Trainer:
         """The pair and an optimiser for a stage, wrapped for the processes there are."""
         groups = parameter_groups(self.pair, self.config, stage)
         optimizer = torch.optim.AdamW(groups, betas=_BETAS, fused=True)
+        if self.sharded:
+            return self.pair, optimizer
         return self.accelerator.prepare_model(self.pair, evaluation_mode=False), optimizer
 
     def optimize(
@@ -187,7 +194,7 @@ class Trainer:
         loss = torch.zeros((), device=self.accelerator.device)
         for number, row in enumerate(mine):
             last = number == len(mine) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(wrapped):
+            with contextlib.nullcontext() if last else without_sync(self.accelerator, wrapped):
                 with self._autocast():
                     part = wrapped(row, align) / total
                 # Distributed wrappers average gradients where a sum is wanted.
@@ -195,7 +202,8 @@ class Trainer:
             loss += part.detach()
         loss = self.accelerator.reduce(loss, "sum")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, stage.clip_norm)
+        norm = full(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        clip_grads_with_norm_(parameters, stage.clip_norm, norm)
         finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss))
         if finite:
             for group in optimizer.param_groups:
@@ -294,8 +302,10 @@ class Trainer:
             )
 
     def _save(self, optimizer: torch.optim.Optimizer | None) -> None:
-        if self.accelerator.is_main_process:
-            save_checkpoint(self.config, dataclasses.asdict(self.progress), self.trained, optimizer)
+        main = self.accelerator.is_main_process
+        if main or self.sharded:
+            save_checkpoint(self.config, dataclasses.asdict(self.progress), self.trained, optimizer, write=main)
+        if main:
             self.metrics.draw()
         self.accelerator.wait_for_everyone()
 

@@ -101,7 +101,8 @@ class TrainedPair(nn.Module):
             logits = head(hidden)
             if tied:
                 self.marker_rows.add_to_logits(hidden, logits)
-            return F.cross_entropy(logits.float(), labels, reduction="none") @ weights
+            # Not a matrix product, which autocast would take in bfloat16.
+            return (F.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
 
         if len(labels_n) <= _HEAD_ROWS:
             return part(hidden_nD, labels_n, weights_n)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,20 @@ import pytest
 
 from tests.support import fake_server
 from tests.support.fake_server import stream
+from tests.support.vllm_server import free_port
 from utils.model.markers import MEMORY_END, MEMORY_START
-
-BODY: dict[str, Any] = {
-    "model": "tiny", "stream": True,
-    "messages": [{"role": "user", "content": f"{MEMORY_START}def f(): pass{MEMORY_END}"}],
-}  # fmt: skip
 
 
 @pytest.mark.slow
-def test_sigterm_lets_a_stream_finish(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+@pytest.mark.parametrize("clients", [1, 40])
+def test_sigterm_lets_streams_finish(checkpoints: dict[str, Path], tmp_path: Path, clients: int) -> None:
+    port = free_port()
     with fake_server.running() as backend:
         backend.part_separator = "\n"
         goes_on = threading.Event()
 
         def slow_end(handler: Any) -> None:
-            goes_on.wait(20)
+            goes_on.wait(60)
             end = {"choices": [{"index": 0, "finish_reason": "stop", "delta": {"content": "end"}}]}
             handler.wfile.write(f"data: {json.dumps(end)}\n\ndata: [DONE]\n\n".encode())
 
@@ -47,16 +43,26 @@ def test_sigterm_lets_a_stream_finish(checkpoints: dict[str, Path], tmp_path: Pa
         try:
             url = f"http://127.0.0.1:{port}"
             _wait_until_up(url, process)
-            backend.script = [stream("begin ", then=slow_end)]
-            with httpx.stream("POST", f"{url}/v1/chat/completions", json=BODY, timeout=20) as answer:
-                lines = answer.iter_lines()
-                assert "begin" in next(lines)
+            backend.default_action = stream("begin ", then=slow_end)
+            begun = threading.Barrier(clients + 1)
+
+            def follow(number: int) -> str:
+                with httpx.stream("POST", f"{url}/v1/chat/completions", json=body(number), timeout=60) as answer:
+                    lines = answer.iter_lines()
+                    first = next(lines)
+                    begun.wait(60)
+                    return first + "".join(lines)
+
+            with ThreadPoolExecutor(clients) as pool:
+                answers = [pool.submit(follow, number) for number in range(clients)]
+                begun.wait(60)
                 process.send_signal(signal.SIGTERM)
-                time.sleep(0.3)
+                _wait_until_refused(port)
                 goes_on.set()
-                rest = "".join(lines)
-            assert '"end"' in rest
-            assert "[DONE]" in rest
+                for answer in answers:
+                    assert "begin" in answer.result(60)
+                    assert '"end"' in answer.result()
+                    assert answer.result().endswith("[DONE]")
             assert process.wait(20) in (0, -signal.SIGTERM)
         finally:
             process.kill()
@@ -65,8 +71,25 @@ def test_sigterm_lets_a_stream_finish(checkpoints: dict[str, Path], tmp_path: Pa
     assert "Traceback" not in errors
 
 
+def body(number: int) -> dict[str, Any]:
+    content = f"{MEMORY_START}def f_{number}(): pass{MEMORY_END}"
+    return {"model": "tiny", "stream": True, "messages": [{"role": "user", "content": content}]}
+
+
+def _wait_until_refused(port: int) -> None:
+    """A server that shuts down takes no new connections, but goes on with those it has."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except ConnectionRefusedError:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the gateway still takes connections")
+
+
 def _wait_until_up(url: str, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline and process.poll() is None:
         try:
             if httpx.get(f"{url}/healthz").status_code == 200:

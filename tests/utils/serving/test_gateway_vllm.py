@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from tests.support import gateway_server, vllm_server
 from tests.support.vllm_server import local_answer
 from utils.inference.compressor import Compressor
 from utils.model.markers import MEMORY_END, MEMORY_START
@@ -21,8 +25,6 @@ NEW_TOKENS = 12
 
 @pytest.fixture(scope="module")
 def gateway(compressor: Compressor, vllm_url: str) -> Iterator[str]:
-    from tests.support import gateway_server
-
     with gateway_server.running(compressor, vllm_url) as url:
         yield url
 
@@ -60,23 +62,63 @@ def test_a_second_request_costs_no_encoding_and_hits_the_backends_prefix_cache(g
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= 128
 
 
-def test_many_clients_get_their_own_answers(gateway: str, compressor: Compressor, decoder: Any) -> None:
-    numbers = range(40)
+def test_a_minute_of_a_hundred_clients_each_with_its_own_secret(
+    gateway: str, compressor: Compressor, decoder: Any
+) -> None:
+    answers: dict[int, set[str]] = {number: set() for number in range(100)}
+    deadline = time.monotonic() + 60
 
-    async def ask_all() -> list[str]:
+    async def ask_all() -> int:
         async with openai.AsyncOpenAI(base_url=f"{gateway}/v1", api_key="x", max_retries=0, timeout=500) as client:
 
-            async def ask(number: int) -> str:
+            async def keep_asking(number: int) -> int:
                 messages: Any = [{"role": "user", "content": prompt_text(1, first=number)}]
-                got = await client.chat.completions.create(
-                    model="tiny", messages=messages, max_tokens=NEW_TOKENS, temperature=0
-                )
-                return got.choices[0].message.content or ""
+                count = 0
+                while not count or time.monotonic() < deadline:
+                    got = await client.chat.completions.create(
+                        model="tiny", messages=messages, max_tokens=NEW_TOKENS, temperature=0
+                    )
+                    answers[number].add(got.choices[0].message.content or "")
+                    count += 1
+                return count
 
-            return list(await asyncio.gather(*(ask(number) for number in numbers)))
+            return sum(await asyncio.gather(*(keep_asking(number) for number in answers)))
 
-    answers = asyncio.run(ask_all())
-    assert len(set(answers)) > 1
-    for number in numbers:
+    asked = asyncio.run(ask_all())
+    assert asked >= 200, f"only {asked} answers in a minute"
+    assert len(set.union(*answers.values())) > 10
+    for number, said in answers.items():
         messages = [{"role": "user", "content": prompt_text(1, first=number)}]
-        assert answers[number] == local_answer(decoder, compressor, compressor.parse_chat(messages), NEW_TOKENS), number
+        assert said == {local_answer(decoder, compressor, compressor.parse_chat(messages), NEW_TOKENS)}, number
+
+
+def test_a_server_that_is_killed_in_a_stream_and_started_again(
+    default_checkpoint: Path, compressor: Compressor, decoder: Any, tmp_path: Path
+) -> None:
+    port = vllm_server.free_port()
+    body: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": prompt_text(1, first=7)}]}
+    long = {**body, "stream": True, "max_tokens": 2000, "ignore_eos": True}
+    with (
+        gateway_server.running(compressor, f"http://127.0.0.1:{port}") as url,
+        httpx.Client(base_url=url, timeout=300) as client,
+    ):
+        with (
+            vllm_server.started(default_checkpoint / "llm", tmp_path / "first.log", port) as process,
+            client.stream("POST", "/v1/chat/completions", json=long) as answer,
+        ):
+            lines = answer.iter_lines()
+            seen = [next(lines) for _ in range(20)]
+            vllm_server.kill(process)
+            seen += list(lines)
+        events = [line[6:] for line in seen if line.startswith("data: ")]
+        assert events[-1] != "[DONE]"
+        assert "error" in json.loads(events[-1])
+        refused = client.post("/v1/chat/completions", json=body)
+        assert refused.status_code == 502
+        assert "not running" in refused.text or "cannot be reached" in refused.text, refused.text
+        with vllm_server.started(default_checkpoint / "llm", tmp_path / "second.log", port):
+            fields = {"max_tokens": NEW_TOKENS, "temperature": 0}
+            again = client.post("/v1/chat/completions", json={**body, **fields}).json()
+    assert again["code_llava"]["cached_tokens"] == again["code_llava"]["memory_tokens"]
+    expected = local_answer(decoder, compressor, compressor.parse_chat(body["messages"]), NEW_TOKENS)
+    assert again["choices"][0]["message"]["content"] == expected

@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.files import atomic_path
 from utils.training.evaluation.evaluator import FULL, MEMORY, TRUNCATED, perplexity
-from utils.training.evaluation.scores import Interval, bootstrap, wilson
+from utils.training.evaluation.scores import Interval, mean, share
 
 # Task → the metrics that describe it, the first one being drawn.
 _REPEATED = ("edit_similarity", "exact")
@@ -90,9 +90,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def _interval(group: Sequence[dict[str, Any]], metric: str, seed: int) -> Interval:
     if metric == "perplexity":
         # The mean is taken over the logarithm: one odd example must not decide it.
-        nll = bootstrap([record["nll"] for record in group], seed)
+        nll = mean([record["nll"] for record in group], seed)
         values = {name: perplexity(getattr(nll, name)) for name in ("mean", "low", "high")}
         return Interval(**values, count=nll.count)
     if metric == "edit_similarity":
-        return bootstrap([record[metric] for record in group], seed)
-    return wilson(sum(record[metric] for record in group), len(group))
+        return mean([record[metric] for record in group], seed)
+    return share([record[metric] for record in group])

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from random import Random
+from statistics import fmean
 
 import numpy as np
 
-_Z = 1.959964  # of a 95 % interval
-_RESAMPLES = 1000
+from utils.intervals import bootstrap, wilson
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,21 +46,13 @@ def edit_similarity(answer: str, wanted: str) -> float:
     return 1.0 - int(row[-1]) / max(len(a), len(b))
 
 
-def wilson(successes: int, count: int) -> Interval:
-    """Share of successes with Wilson's 95 % interval.
-
-    Source: E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", 1927.
-    """
-    share = successes / count
-    scale = 1 + _Z**2 / count
-    middle = (share + _Z**2 / (2 * count)) / scale
-    half = _Z * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2)) / scale
-    return Interval(mean=share, low=max(0.0, middle - half), high=min(1.0, middle + half), count=count)
+def share(values: Sequence[bool]) -> Interval:
+    """Share of what is true, with Wilson's interval."""
+    low, high = wilson(sum(values), len(values))
+    return Interval(mean=fmean(values), low=low, high=high, count=len(values))
 
 
-def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
-    """Mean of values with a bootstrap 95 % interval (percentiles of resampled means)."""
-    random = Random(seed)
-    means = sorted(sum(random.choices(values, k=len(values))) / len(values) for _ in range(_RESAMPLES))
-    low, high = means[round(0.025 * _RESAMPLES)], means[round(0.975 * _RESAMPLES) - 1]
-    return Interval(mean=sum(values) / len(values), low=low, high=high, count=len(values))
+def mean(values: Sequence[float], seed: int = 0) -> Interval:
+    """Mean of values, with a bootstrap interval."""
+    low, high = bootstrap(values, seed)
+    return Interval(mean=fmean(values), low=low, high=high, count=len(values))

@@ -103,9 +103,10 @@ def window_key(namespace: bytes, left: Sequence[int], core: Sequence[int], right
 class LatentCache:
     """A content-addressed store of latents; safe for many threads and processes."""
 
-    def __init__(self, store: LatentStore, limit_bytes: int) -> None:
+    def __init__(self, store: LatentStore, limit_bytes: int, strict: bool = False) -> None:
         self._store = store
         self._limit_bytes = limit_bytes
+        self._strict = strict
         self._closed = False
         self._hits = self._misses = self._corrupt = 0
         self._touched: set[bytes] = set()
@@ -113,12 +114,15 @@ class LatentCache:
         self._warned: set[str] = set()
 
     @classmethod
-    def open(cls, path: str | Path | None = None, size_limit_bytes: int = DEFAULT_LIMIT_BYTES) -> LatentCache:
+    def open(
+        cls, path: str | Path | None = None, size_limit_bytes: int = DEFAULT_LIMIT_BYTES, *, strict: bool = False
+    ) -> LatentCache:
         """Open or make the cache.
 
         Args:
             path: Cache folder on a local disk; `default_cache_dir()` without it.
             size_limit_bytes: Entries beyond it evict those used longest ago.
+            strict: Latents that cannot be stored are a `ConfigError`, for a job whose result the cache is.
 
         Raises:
             ConfigError: The folder cannot be written, or the limit is out of range.
@@ -127,7 +131,7 @@ class LatentCache:
             raise ConfigError(f"cache size limit is {size_limit_bytes} bytes, expected 1 to {MAX_LIMIT_BYTES}")
         folder = Path(path) if path is not None else default_cache_dir()
         try:
-            return cls(LatentStore.shared(folder), size_limit_bytes)
+            return cls(LatentStore.shared(folder), size_limit_bytes, strict)
         except (OSError, lmdb.Error) as error:
             raise ConfigError(
                 f"the latent cache {folder} cannot be used: {error}: name another folder with --cache-dir or "
@@ -173,10 +177,10 @@ class LatentCache:
         try:
             left_out = self._store.write(items, self._limit_bytes)
         except (lmdb.Error, OSError) as error:
-            self._warn_once("the latent cache %s cannot be written (%s): not caching", self._store.root, error)
+            self._not_stored("the latent cache %s cannot be written (%s): not caching", self._store.root, error)
             return
         if left_out:
-            self._warn_once(
+            self._not_stored(
                 "%d of %d windows were not cached: together they pass the limit of %d bytes",
                 left_out, len(items), self._limit_bytes,
             )  # fmt: skip
@@ -236,6 +240,11 @@ class LatentCache:
             self._store.touch(touched)
         except (lmdb.Error, OSError) as error:
             self._warn_once("the latent cache %s cannot note uses (%s)", self._store.root, error)
+
+    def _not_stored(self, message: str, *values: Any) -> None:
+        if self._strict:
+            raise ConfigError(message % values)
+        self._warn_once(message, *values)
 
     def _warn_once(self, message: str, *values: Any) -> None:
         if message not in self._warned:

@@ -1,0 +1,114 @@
+"""Encode a corpus's parcels with Ray Data: actors on one machine or a cluster, parcels streamed to whoever is free.
+
+Ray is an optional extra (`uv sync --extra ray`). A parcel is a row; an actor writes its shard and answers with counts.
+An actor that dies is replaced and its parcel done again, under the same name. On a cluster every machine needs this
+project, the corpus, the checkpoint and the output folder under the same paths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from utils.errors import CodeLlavaError, ConfigError
+from utils.inference.corpus_crew import WorkCounts
+from utils.inference.corpus_encoder import CorpusJob, CorpusWorker
+
+
+class _Encoder:
+    """One actor."""
+
+    def __init__(self, job: CorpusJob, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._worker = CorpusWorker(job)
+
+    def __call__(self, parcels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        counts = sum(self._worker.encode(parcels["parcel"].tolist()), WorkCounts())
+        return {name: np.array([value]) for name, value in dataclasses.asdict(counts).items()}
+
+
+def encode_with_ray(
+    job: CorpusJob, *, workers: int | None = None, threads: int | None = None, address: str | None = None
+) -> Iterator[WorkCounts]:
+    """Encode all parcels of a job.
+
+    Args:
+        job: What to encode; its device "auto" and "cuda" give each worker a GPU where the cluster has some.
+        workers: Actors; None: one a GPU, one in all without GPUs.
+        threads: CPU threads of each; None: an even share of the cores.
+        address: A running cluster; None: one on this machine, for this call.
+
+    Yields:
+        What was done, parcel by parcel.
+
+    Raises:
+        ConfigError: Ray is not installed, or cannot be reached, or has fewer devices than workers.
+        CodeLlavaError: What a worker raised.
+    """
+    ray = _import_ray()
+    try:
+        ray.init(address=address, num_cpus=workers if address is None else None, **_quiet())
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"--ray-address {address}: {error}") from None
+    try:
+        yield from _encode(ray, job, workers, threads)
+    except ray.exceptions.RayError as error:
+        raise _own_error(error) from error
+    finally:
+        ray.shutdown()
+
+
+def _encode(ray: Any, job: CorpusJob, workers: int | None, threads: int | None) -> Iterator[WorkCounts]:
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0)) if job.device in ("auto", "cuda") else 0
+    workers = workers or gpus or 1
+    if gpus and workers > gpus:
+        raise ConfigError(f"--workers {workers}: the cluster has {gpus} GPUs, one a worker")
+    cores = os.cpu_count() or 1
+    threads = threads or max(1, cores // workers)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    rows = [{"parcel": number} for number in range(job.num_parcels)]
+    counted = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _Encoder,
+        fn_constructor_kwargs={"job": job, "threads": threads},
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(workers, len(rows))),
+        num_gpus=1 if gpus else None,
+    )
+    for row in counted.iter_rows():
+        yield WorkCounts(**{name: int(value) for name, value in row.items()})
+
+
+def _import_ray() -> Any:
+    # Ray would upload the working folder for a driver that `uv run` started, and report its use to its makers.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise ConfigError("--engine ray needs Ray, which is not installed: run `uv sync --extra ray`") from None
+    return ray
+
+
+def _quiet() -> dict[str, Any]:
+    return {"include_dashboard": False, "configure_logging": True, "logging_level": logging.WARNING}
+
+
+def _own_error(error: BaseException) -> CodeLlavaError:
+    """The error of ours inside Ray's; else what Ray says, shortened."""
+    cause: BaseException | None = error
+    while cause is not None:
+        inner = getattr(cause, "cause", None) or cause.__cause__
+        if isinstance(inner, CodeLlavaError):
+            return type(inner)(str(inner))
+        cause = inner if isinstance(inner, BaseException) else None
+    return CodeLlavaError(f"Ray ended the work: {str(error).strip().splitlines()[-1]}; run the same command again")

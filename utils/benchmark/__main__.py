@@ -1,26 +1,34 @@
 """`python -m utils.benchmark NAME`: measured beside ideal; a table, and one JSON line last.
 
-Compare the ratios inside one run, not seconds between runs: machines are shared and noisy.
+Compare the ratios inside one run, not seconds between runs: machines are shared and noisy. A benchmark is a module with
+`DESCRIPTION`, `QUICK` (smaller defaults), `add_arguments(parser)`, `run(args)` and, where it draws, `figures(result)`.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 
 from utils.cli import EXIT_OK, make_parser, print_json, run_command
-from utils.files import write_text
 
-BENCHMARKS = ("encode", "cache", "gateway")
+BENCHMARKS = ("encode", "ttft", "memory", "cache", "load", "generate", "ruler", "gateway", "all")
+_QUICK_FLAG = "--quick"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Flags of the command: one subcommand a benchmark."""
+def build_parser(quick: bool = False) -> argparse.ArgumentParser:
+    """Flags of the command: one subcommand a benchmark.
+
+    Args:
+        quick: With the smaller defaults.
+    """
     parser = make_parser(
         "Measure speed beside its limit.",
         examples="""\
   uv run python -m utils.benchmark encode
-  uv run python -m utils.benchmark encode --tokens 4096 --spans 1 50 --repeats 3 --dtype float32""",
+  uv run python -m utils.benchmark encode --tokens 4096 --spans 1 50 --repeats 3 --dtype float32
+  uv run python -m utils.benchmark ttft --tokens 1024 --also-tokens 2048 4096 --output artifacts/ttft
+  uv run python -m utils.benchmark all --quick""",
         prog="python -m utils.benchmark",
     )
     subcommands = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
@@ -28,24 +36,30 @@ def build_parser() -> argparse.ArgumentParser:
         module = importlib.import_module(f"utils.benchmark.{name}")
         sub = subcommands.add_parser(name, help=module.DESCRIPTION, description=module.DESCRIPTION)
         module.add_arguments(sub)
-        sub.add_argument("--output", help="also write table and JSON to this markdown file")
+        sub.add_argument(_QUICK_FLAG, action="store_true", help="small sizes: does it work, not how fast it is")
+        if name != "all":
+            sub.add_argument("--output", help="also write result.json, table.md and pictures to this folder")
+        if quick:
+            sub.set_defaults(**module.QUICK)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
-    return run_command(build_parser(), _run, argv)
+    argv = sys.argv[1:] if argv is None else argv
+    return run_command(build_parser(_QUICK_FLAG in argv), _run, argv)
 
 
 def _run(args: argparse.Namespace) -> int:
-    import json
-
-    table, result = importlib.import_module(f"utils.benchmark.{args.benchmark}").run(args)
+    module = importlib.import_module(f"utils.benchmark.{args.benchmark}")
+    table, result = module.run(args)
     print(table)
+    if args.output and args.benchmark != "all":
+        from utils.benchmark.results import write_results
+
+        pictures = module.figures(result) if hasattr(module, "figures") else {}
+        write_results(args.output, args.benchmark, table, result, pictures)
     print_json(result)
-    if args.output:
-        details = json.dumps(result, indent=1, ensure_ascii=False)
-        write_text(args.output, f"# {args.benchmark}\n\n{table}\n\n```json\n{details}\n```\n")
     return EXIT_OK
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from utils.benchmark.encode import source_tokens
+from utils.benchmark.material import SEED, cut_into_texts, load_settings, marked, source_tokens
 from utils.benchmark.measure import Timing, machine, markdown_table, median_ratio, time_interleaved
-from utils.errors import ConfigError
 from utils.inference.flags import add_checkpoint_flags
-from utils.model.markers import MEMORY_END, MEMORY_START
+
+if TYPE_CHECKING:
+    from utils.inference.prompt_embeds import CompressionStats
 
 DESCRIPTION = "cached prompts to embeddings, beside encoding them"
+QUICK = {"tokens": 1024, "spans": 3, "repeats": 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,16 +40,11 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from utils.inference.compressor import Compressor
     from utils.inference.latent_cache import LatentCache
 
-    if not 1 <= args.spans <= args.tokens:
-        raise ConfigError(f"--spans {args.spans}: expected 1 to {args.tokens}, one token a span at least")
-    settings = {
-        "chunk_size": args.chunk_size, "device": args.device, "dtype": args.dtype,
-        "attn_implementation": args.attn_implementation, "batch_tokens": args.batch_tokens,
-    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, LatentCache.open(folder) as cache:
-        encoding = Compressor.load(args.checkpoint, **settings)
-        cached = Compressor.load(args.checkpoint, **settings, cache=cache)
-        text = _prompt_text(encoding.processor.tokenizers.encoder, args.tokens, args.spans)
+        encoding = Compressor.load(args.checkpoint, **load_settings(args))
+        cached = Compressor.load(args.checkpoint, **load_settings(args), cache=cache)
+        tokenizer = encoding.processor.tokenizers.encoder
+        text = marked(cut_into_texts(tokenizer, source_tokens(tokenizer, args.tokens), args.spans))
         prompt = encoding.parse_raw(text)
         jobs: dict[str, Callable[[], Any]] = {
             "encoded": lambda: encoding.compress([prompt]),
@@ -56,18 +53,11 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         }
         timings = time_interleaved(jobs, args.repeats)
         again = cached.compress([prompt])[0].stats
-    return _report(args, timings, again.memory_tokens, again.cached_tokens)
-
-
-def _prompt_text(tokenizer: Any, num_tokens: int, num_spans: int) -> str:
-    tokens = source_tokens(tokenizer, num_tokens)
-    size = -(-num_tokens // num_spans)
-    parts = [tokenizer.decode(tokens[at : at + size]) for at in range(0, num_tokens, size)]
-    return "\n".join(f"{MEMORY_START}{part}{MEMORY_END}" for part in parts)
+    return _report(args, timings, again, encoding.files.config.to_json())
 
 
 def _report(
-    args: argparse.Namespace, timings: dict[str, Timing], memory_tokens: int, cached_tokens: int
+    args: argparse.Namespace, timings: dict[str, Timing], stats: CompressionStats, config: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
     encoded = timings["encoded"]
     rows = [
@@ -76,10 +66,12 @@ def _report(
     ]
     result = {
         "benchmark": "cache",
-        "memory_tokens": memory_tokens,
-        "cached_tokens": cached_tokens,
+        "memory_tokens": stats.memory_tokens,
+        "cached_tokens": stats.cached_tokens,
         "spans": args.spans,
         "dtype": args.dtype,
+        "config": config,
+        "seed": SEED,
         "runs_s": {name: timing.runs_s for name, timing in timings.items()},
         "times_faster": round(median_ratio(encoded, timings["cached"]), 1),
         "machine": machine(),

@@ -13,12 +13,14 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from utils.benchmark.material import load_settings
 from utils.benchmark.measure import machine, markdown_table
 from utils.errors import ConfigError
 from utils.inference.flags import add_checkpoint_flags
 from utils.model.markers import MEMORY_END, MEMORY_START
 
 DESCRIPTION = "latency that a gateway adds, at several numbers of clients"
+QUICK = {"clients": [1], "requests": 1, "lines": 4}
 Ask = Callable[[int], Awaitable[Any]]
 
 
@@ -56,10 +58,7 @@ async def _measure(args: argparse.Namespace) -> dict[tuple[int, str], list[float
     from utils.inference.vllm_client import VllmClient
 
     most = max(args.clients)
-    compressor = Compressor.load(
-        args.checkpoint, chunk_size=args.chunk_size, device=args.device, dtype=args.dtype,
-        attn_implementation=args.attn_implementation, batch_tokens=args.batch_tokens,
-    )  # fmt: skip
+    compressor = Compressor.load(args.checkpoint, **load_settings(args))
     texts = [_prompt_text(number, args.lines) for number in range(most)]
     embeds = compressor.compress([compressor.parse_raw(text) for text in texts])
     runs: dict[tuple[int, str], list[float]] = {}

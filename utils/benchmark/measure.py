@@ -20,7 +20,7 @@ from utils.files import provenance
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Wall-clock seconds of one job's runs."""
+    """Wall-clock seconds of one job's runs, in the order of the rounds."""
 
     runs_s: tuple[float, ...]
 
@@ -53,6 +53,26 @@ def time_interleaved(jobs: Mapping[str, Callable[[], Any]], repeats: int, warmup
             job()
             runs[name].append(time.perf_counter() - began)
     return {name: Timing(runs_s=tuple(values)) for name, values in runs.items()}
+
+
+def finished(job: Callable[[], Any], device: Any) -> Callable[[], Any]:
+    """The job together with the device work that it started."""
+    if device.type != "cuda":
+        return job
+
+    def waited() -> None:
+        job()
+        synchronize(device)
+
+    return waited
+
+
+def synchronize(device: Any) -> None:
+    """Wait for a torch device; the CPU has nothing outstanding."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
 
 
 def median_ratio(numerator: Timing, denominator: Timing) -> float:

@@ -178,6 +178,22 @@ def complete(
     ]
 
 
+def batches_by_length(prompts: Sequence[MemoryPrompt], batch_size: int, window: int = 8) -> list[list[int]]:
+    """Indices of prompts in batches of similar lengths, so that little padding is prefilled.
+
+    Args:
+        prompts: In their own order.
+        batch_size: Prompts of a batch.
+        window: Batches among which prompts change places: no result waits for longer than that.
+    """
+    batches = []
+    for begin in range(0, len(prompts), window * batch_size):
+        here = range(begin, min(begin + window * batch_size, len(prompts)))
+        order = sorted(here, key=lambda index: len(prompts[index].input_ids))
+        batches += [sorted(order[at : at + batch_size]) for at in range(0, len(order), batch_size)]
+    return batches
+
+
 def build_messages(code: str, prompt: str) -> list[dict[str, str]]:
     """One user turn in which the code, wrapped in the memory markers, stands for each `<|memory|>` or at the end."""
     wrapped = f"{MEMORY_START}{code}{MEMORY_END}"
@@ -273,16 +289,19 @@ def _answers(args: argparse.Namespace, examples: Sequence[dict[str, str]]) -> It
     prompts = [processor.parse_chat(build_messages(e["code"], e["prompt"])) for e in examples]
     model.check_room(prompts, args.max_tokens)
     torch.manual_seed(args.seed)
+    # Batches are of similar lengths, results come in the order of the examples.
+    waiting: dict[int, dict[str, Any]] = {}
+    turn = 0
     with tqdm(total=len(prompts), unit="prompt", disable=len(prompts) <= args.batch_size) as bar:
-        for at in range(0, len(prompts), args.batch_size):
-            batch = prompts[at : at + args.batch_size]
+        for batch in batches_by_length(prompts, args.batch_size):
             began = time.perf_counter()
-            completions = complete(model, tokenizer, batch, max_tokens=args.max_tokens, temperature=args.temperature)
+            chosen = [prompts[index] for index in batch]
+            completions = complete(model, tokenizer, chosen, max_tokens=args.max_tokens, temperature=args.temperature)
             seconds = time.perf_counter() - began
-            for offset, (prompt, completion) in enumerate(zip(batch, completions, strict=True)):
-                yield {
-                    "index": at + offset,
-                    "prompt": examples[at + offset]["prompt"],
+            for index, prompt, completion in zip(batch, chosen, completions, strict=True):
+                waiting[index] = {
+                    "index": index,
+                    "prompt": examples[index]["prompt"],
                     "text": completion.text,
                     "finish_reason": completion.finish_reason,
                     "memory_tokens": prompt.memory_tokens,
@@ -295,6 +314,9 @@ def _answers(args: argparse.Namespace, examples: Sequence[dict[str, str]]) -> It
                     "seed": args.seed,
                 }
             bar.update(len(batch))
+            while turn in waiting:
+                yield waiting.pop(turn)
+                turn += 1
 
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:

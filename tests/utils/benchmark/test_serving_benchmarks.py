@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
-
-import pytest
+from typing import Any
 
 from tests.support import fake_server, gateway_server
-from utils.benchmark import __main__ as command
 from utils.inference.compressor import Compressor
 from utils.inference.latent_cache import LatentCache
 
-
-def result_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> dict:
-    assert command.main(argv) == 0
-    return dict(json.loads(capsys.readouterr().out.splitlines()[-1]))
+Run = Callable[..., dict[str, Any]]
 
 
-def test_cache(checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_cache(checkpoints: dict[str, Path], result_of: Run) -> None:
     flags = ["--checkpoint", str(checkpoints["lclm"]), "--device", "cpu", "--tokens", "800", "--spans", "3"]
-    result = result_of(["cache", *flags, "--repeats", "1"], capsys)
+    result = result_of("cache", *flags, "--repeats", 1)
     assert result["cached_tokens"] == result["memory_tokens"] == 800
     assert result["times_faster"] > 1
 
 
-def test_gateway(checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gateway(checkpoints: dict[str, Path], tmp_path: Path, result_of: Run) -> None:
     folder = str(checkpoints["lclm"])
     with fake_server.running() as backend, LatentCache.open(tmp_path) as cache:
         with gateway_server.running(Compressor.load(folder, device="cpu", cache=cache), backend.url) as url:
             flags = ["--checkpoint", folder, "--device", "cpu", "--gateway-url", url, "--backend-url", backend.url]
-            result = result_of(["gateway", *flags, "--clients", "1", "3", "--requests", "2", "--lines", "4"], capsys)
+            result = result_of("gateway", *flags, "--clients", 1, 3, "--requests", 2, "--lines", 4)
         ways = {name: figures["requests"] for name, figures in result["latency"].items()}
         assert ways == {
             "1 clients, direct": 2,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from tests.support.tiny import DECODER_WIDTH, MAX_POSITIONS, make_model, tokenizers
 from utils.errors import ConfigError, PromptError
@@ -136,6 +137,30 @@ def test_a_prompt_without_room_is_refused_with_both_counts(model: CodeLLaVAModel
     model.check_room([long], MAX_POSITIONS - 500)
     with pytest.raises(PromptError, match=r"prompt 1 needs 500 rows \+ 20 new tokens, .* has 512 positions"):
         model.generate([PROMPTS[0], long], max_new_tokens=20)
+
+
+def test_generation_streams_and_reads_the_prompt_once(model: CodeLLaVAModel) -> None:
+    rows: list[int] = []
+    pieces: list[int] = []
+
+    class Watch(BaseStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            pieces.extend(value.flatten().tolist())
+
+        def end(self) -> None:
+            pieces.append(-1)
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        given = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        rows.append(given.shape[1])
+
+    hook = model.decoder.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+    (answer,) = model.generate(PROMPTS[:1], max_new_tokens=5, min_new_tokens=5, streamer=Watch())
+    hook.remove()
+    assert pieces == [*answer, -1]
+    assert len(answer) == 5
+    # The prompt's keys and values are kept: each further token is one row.
+    assert rows == [len(PROMPTS[0].input_ids), 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(

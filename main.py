@@ -24,6 +24,7 @@ COMMANDS = (
     ("-m utils.inference.inference", "answer prompts about code from a checkpoint"),
     ("-m utils.inference.latent_cache", "show, prune, verify or clear the latent cache"),
     ("-m utils.inference.describe", "check and describe a checkpoint"),
+    ("-m utils.inference.convert", "trainers' states and LCLM's layout into checkpoints, and back"),
     ("-m utils.serving.gateway", "OpenAI-compatible server that compresses, with a page"),
     ("-m utils.training.train", "train a pair in stages, resumably"),
     ("-m utils.training.data", "make training data from Python sources"),

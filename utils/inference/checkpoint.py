@@ -127,7 +127,7 @@ def find_checkpoint(path_or_id: str | Path | None = None, chunk_size: int | None
         ConfigError: The checkpoint cannot serve this chunk size, or does not say its own and none was given.
     """
     root = _local_folder(path_or_id)
-    newest = _newest_child(root)
+    newest = newest_child(root)
     if newest is not None:
         logger.info("using the newest checkpoint of %s: %s", root, newest.name)
         root = newest
@@ -224,7 +224,8 @@ def _local_folder(path_or_id: str | Path | None) -> Path:
         ) from None
 
 
-def _newest_child(root: Path) -> Path | None:
+def newest_child(root: Path) -> Path | None:
+    """The `checkpoint_<int>…` of the largest number in a run's folder; None in a checkpoint itself."""
     numbered = [(int(m.group(1)), p) for p in root.iterdir() if p.is_dir() and (m := _RUN_CHILD.fullmatch(p.name))]
     if not numbered or any((root / layout.decoder).is_dir() for layout in LAYOUTS):
         return None

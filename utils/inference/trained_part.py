@@ -103,12 +103,7 @@ def merge_trained_state(
     unused = set()
     with torch.no_grad():
         for name, tensor in state.items():
-            if name == MARKER_DELTA:
-                table = model.decoder.get_input_embeddings().weight
-                for row, marker in zip(tensor, marker_ids, strict=True):
-                    table[marker] += row.to(table)
-                continue
-            if ".lora_B." in name:
+            if name == MARKER_DELTA or ".lora_B." in name:
                 continue
             lora = _LORA_A.fullmatch(name)
             target = parameters.get(f"{lora['layer']}.weight" if lora else name)
@@ -119,11 +114,19 @@ def merge_trained_state(
             if lora:
                 scale = next(s for prefix, s in lora_scales.items() if name.startswith(prefix))
                 b = state[name.replace(".lora_A.", ".lora_B.")].to(value)
-                value = target.float() + scale * (b @ value)
+                # The state may also hold the matrix that it changes, as whole-model states do.
+                value = state.get(f"{lora['layer']}.weight", target).to(value) + scale * (b @ value)
+            elif f"{name.removesuffix('.weight')}.lora_A.default.weight" in state:
+                continue
             if value.shape != target.shape:
                 expected, got = list(target.shape), list(value.shape)
                 raise CheckpointError(f"trained tensor {name}: expected shape {expected}, got {got}")
             target.copy_(value)
+        # Last, for the table itself may be part of the state.
+        if MARKER_DELTA in state:
+            table = model.decoder.get_input_embeddings().weight
+            for row, marker in zip(state[MARKER_DELTA], marker_ids, strict=True):
+                table[marker] += row.to(table)
     return unused
 
 

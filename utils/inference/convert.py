@@ -1,0 +1,228 @@
+"""Turn what trainers write into a checkpoint, and one layout into the other: `python -m utils.inference.convert`.
+
+    convert("runs/pair/checkpoint_3", "pairs/new", base="pairs/start")      # DeepSpeed, FSDP, .bin, safetensors
+    convert("pairs/new", "pairs/new-lclm", layout=LCLM)                      # a checkpoint in the other layout
+
+A trainer's state is tensors only; `base`, the checkpoint that training started from, gives configurations and
+tokenizers. Every tensor of the state must have its place in the pair, and every parameter of the pair its tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from utils.cli import EXIT_OK, make_parser, print_json, run_command
+from utils.errors import CheckpointError
+from utils.inference.checkpoint import ADAPTER_WEIGHTS, LAYOUTS, Layout, newest_child
+from utils.inference.flags import DTYPE_NAMES
+
+if TYPE_CHECKING:
+    from utils.inference.trainer_merge import StateOptions
+
+_BIN_PARTS = {
+    "pytorch_model.bin": "model.safetensors",
+    "pytorch_model.bin.index.json": "model.safetensors",
+    "adapter_model.bin": ADAPTER_WEIGHTS,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+        output: The checkpoint that it wrote.
+        layout: Its layout's name.
+        source: What was read.
+        format: "checkpoint", or the format of a trainer's state.
+        tensors: Tensors read from a state; 0 for a checkpoint.
+        lora_layers: Layers that a LoRA pair of the state was merged into.
+        from_base: Parameters that the state lacks and the base gave.
+    """
+
+    output: str
+    layout: str
+    source: str
+    format: str = "checkpoint"
+    tensors: int = 0
+    lora_layers: int = 0
+    from_base: int = 0
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    layout: Layout = LAYOUTS[0],
+    dtype: str | None = None,
+    chunk_size: int | None = None,
+    options: StateOptions | None = None,
+    overwrite: bool = False,
+) -> Conversion:
+    """Write a checkpoint from a trainer's state or from another checkpoint.
+
+    Args:
+        source: A trainer's folder or weight file; without `base` a checkpoint, its parts in safetensors or `.bin`.
+        output: The new checkpoint's folder; it appears whole or not at all.
+        base: Checkpoint that the training started from: its configurations and tokenizers are taken.
+        layout: The layout to write.
+        dtype: "float32", "bfloat16", "float16"; None: as the base (the source, without one) is stored.
+        chunk_size: Encoder tokens per latent; None for the checkpoint's own.
+        options: How a state is read; needs `base`.
+        overwrite: Replace an existing output.
+
+    Raises:
+        CheckpointError: The source cannot be read or does not fit the base, or the output exists.
+        ConfigError: The checkpoint cannot serve the chunk size, or does not say its own and none was given.
+    """
+    from utils.inference.inference import load_model
+    from utils.inference.saving import save_checkpoint
+    from utils.inference.trainer_merge import put_state
+    from utils.inference.weights import without_progress_bars
+
+    _check_output(Path(output), Path(source), overwrite)
+    result = Conversion(output=str(output), layout=layout.name, source=str(source))
+    if base is None:
+        _check_is_checkpoint(source)
+    with _with_safetensors(source if base is None else base, Path(output)) as root:
+        model, _, processor = load_model(root, device="cpu", chunk_size=chunk_size, dtype=dtype)
+        if base is not None:
+            markers = processor.tokenizers.markers
+            counts = put_state(model, source, (markers.start, markers.end), options)
+            result = dataclasses.replace(result, **dataclasses.asdict(counts))
+        with without_progress_bars():
+            save_checkpoint(output, model, processor.tokenizers, layout)
+    return result
+
+
+def _check_output(output: Path, source: Path, overwrite: bool) -> None:
+    if output.exists() and output.resolve() == source.resolve():
+        raise CheckpointError(f"{output} is the source itself: choose another folder")
+    if output.exists() and not overwrite:
+        raise CheckpointError(f"{output} exists: choose another folder, or pass --overwrite to replace it")
+
+
+def _check_is_checkpoint(source: str | Path) -> None:
+    """A trainer's state cannot stand alone: say what it needs rather than which folders it lacks."""
+    path = Path(source)
+    folder = newest_child(path) or path if path.is_dir() else path
+    if not folder.exists() or any((folder / layout.decoder).is_dir() for layout in LAYOUTS):
+        return
+    from utils.inference.trainer_state import find_state
+
+    found = find_state(path)
+    raise CheckpointError(
+        f"{found.path} is a {found.format} state: tensors without configurations and tokenizers. Pass --base with the "
+        "checkpoint that training started from"
+    )
+
+
+@contextlib.contextmanager
+def _with_safetensors(root: str | Path, output: Path) -> Iterator[str | Path]:
+    """A checkpoint as it is, or a passing copy of it whose parts in `.bin` files have become safetensors."""
+    folder = Path(root)
+    if folder.is_dir():
+        folder = newest_child(folder) or folder
+    parts = [folder / name for layout in LAYOUTS for name in (layout.decoder, layout.encoder)]
+    old = [
+        (part, name)
+        for part in parts
+        for name, new in _BIN_PARTS.items()
+        if (part / name).is_file() and not any(part.glob(f"{Path(new).stem}*.safetensors"))
+    ]
+    if not old:
+        yield root
+        return
+    from safetensors.torch import save_file
+
+    from utils.inference.trainer_state import BIN, StateFiles, read_state
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent) as temporary:
+        copy = Path(temporary) / folder.name
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.bin", "*.bin.index.json"))
+        for part, name in old:
+            state = read_state(StateFiles(format=BIN, path=part / name))
+            # Tied tensors share their memory, which safetensors does not store.
+            tensors = {key: tensor.clone().contiguous() for key, tensor in state.items()}
+            save_file(tensors, copy / part.name / _BIN_PARTS[name], metadata={"format": "pt"})
+        yield copy
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of the command."""
+    parser = make_parser(
+        "Write a checkpoint from a trainer's state (DeepSpeed, FSDP, .bin, safetensors) or in another layout.",
+        examples="""\
+  uv run python -m utils.inference.convert pairs/mine pairs/mine-lclm --layout lclm
+  uv run python -m utils.inference.convert runs/a/checkpoint_3 pairs/a --base pairs/start
+  uv run python -m utils.inference.convert runs/a/lora pairs/a --base pairs/start --decoder-lora-alpha 64""",
+        prog="python -m utils.inference.convert",
+    )
+    parser.add_argument("source", help="a trainer's checkpoint folder or weight file; or a checkpoint, without --base")
+    parser.add_argument("output", help="folder of the new checkpoint")
+    parser.add_argument("--base", help="checkpoint (folder or hub id) that the training started from")
+    parser.add_argument(
+        "--layout", choices=[x.name for x in LAYOUTS], default=LAYOUTS[0].name, help="default: %(default)s"
+    )
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="auto", help="default auto: as the base is stored")
+    parser.add_argument("--chunk-size", "--chunk_size", type=int, help="encoder tokens per latent; default: its own")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    group = parser.add_argument_group("state")
+    formats = ("auto", "deepspeed", "fsdp", "safetensors", "bin")
+    group.add_argument("--format", choices=formats, default="auto", help="default auto: the one that is there")
+    for part in ("encoder", "decoder"):
+        group.add_argument(f"--{part}-lora-alpha", type=float, metavar="A", help=f"of the {part}'s LoRA weights")
+    group.add_argument(
+        "--frozen-from-base", action="store_true", help="parameters that the state lacks are the base's, and counted"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    return run_command(build_parser(), _run, argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from utils.inference.trainer_merge import StateOptions
+
+    alphas = {"encoder": args.encoder_lora_alpha, "decoder": args.decoder_lora_alpha}
+    options = StateOptions(
+        format=args.format,
+        lora_alpha={part: alpha for part, alpha in alphas.items() if alpha is not None},
+        frozen_from_base=args.frozen_from_base,
+    )
+    result = convert(
+        args.source,
+        args.output,
+        base=args.base,
+        layout=next(layout for layout in LAYOUTS if layout.name == args.layout),
+        dtype=args.dtype,
+        chunk_size=args.chunk_size,
+        options=options,
+        overwrite=args.overwrite,
+    )
+    if args.json:
+        print_json(dataclasses.asdict(result))
+        return EXIT_OK
+    text = f"{result.output} ({result.layout} layout) from {result.source} ({result.format})\n"
+    if args.base is not None:
+        text += f"{result.tensors} tensors, {result.lora_layers} LoRA layers merged, {result.from_base} from the base\n"
+    sys.stdout.write(text)
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

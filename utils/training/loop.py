@@ -96,6 +96,7 @@ class Trainer:
         config = self.config
         if config.threads:
             torch.set_num_threads(config.threads)
+        sharding = wants_sharding()
         self.accelerator = Accelerator(cpu=self.device == "cpu")
         _check_shares(config, self.accelerator.num_processes)
         model, self.tokenizers = load_pair(config.pair, config.seed)
@@ -113,7 +114,7 @@ class Trainer:
         if config.gradient_checkpointing:
             for part in (self.pair.decoder, self.pair.memory_encoder.chunker.encoder):
                 _checkpoint_activations(part)
-        self.sharded = wants_sharding() and self.accelerator.num_processes > 1
+        self.sharded = sharding and self.accelerator.num_processes > 1
         if self.sharded:
             shard(self.pair, self.accelerator.device)
         self.pair.to(self.accelerator.device).train()

@@ -34,8 +34,20 @@ def wants_sharding() -> bool:
     """Whether this process was launched with an FSDP configuration.
 
     accelerate itself takes no notice of one on CPUs, hence the look at what its launcher sets.
+
+    Raises:
+        ConfigError: The configuration asks for DeepSpeed.
     """
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError(
+            "the launch configuration asks for DeepSpeed, whose engine takes optimiser and backward pass from the "
+            "trainer: use utils/training/configs/accelerate_fsdp2.yaml, which shards the same things"
+        )
+    return _is_set("ACCELERATE_USE_FSDP")
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
 
 
 def shard(pair: TrainedPair, device: torch.device) -> None:

@@ -14,7 +14,8 @@ from utils.errors import ConfigError
 from utils.files import PROJECT_ROOT
 from utils.training.config import PRESETS, StageConfig, load_config, parse_config
 
-CONFIGS = sorted((PROJECT_ROOT / "utils/training/configs").glob("*.yaml"))
+# The others beside them are accelerate's.
+CONFIGS = sorted((PROJECT_ROOT / "utils/training/configs").glob("[!a]*.yaml"))
 Values = Callable[..., dict[str, Any]]
 
 

@@ -104,6 +104,12 @@ def test_fsdp1_is_refused(run_values: Values, gloo: None, monkeypatch: pytest.Mo
         shard(trainer.pair, torch.device("cpu"))
 
 
+def test_deepspeed_is_refused(run_values: Values, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match=r"asks for DeepSpeed, .* use utils/training/configs/accelerate_fsdp2.yaml"):
+        Trainer(parse_config(run_values()), device="cpu")
+
+
 def test_rows_must_be_shared_evenly(run_values: Values) -> None:
     with pytest.raises(ConfigError, match=r"stages\[0\].rows is 1, which 2 processes cannot share evenly"):
         _check_shares(parse_config(run_values()), 2)

@@ -22,6 +22,7 @@ COMMANDS = (
     ("general/step1_raw_text.py", "compress a text prompt, or whole source files"),
     ("general/generation_test.py", "send an embeddings file to a vLLM server"),
     ("-m utils.inference.inference", "answer prompts about code from a checkpoint"),
+    ("-m utils.inference.encode_corpus", "encode a folder or a JSONL file ahead of its use"),
     ("-m utils.inference.latent_cache", "show, prune, verify or clear the latent cache"),
     ("-m utils.inference.describe", "check and describe a checkpoint"),
     ("-m utils.inference.convert", "trainers' states and LCLM's layout into checkpoints, and back"),

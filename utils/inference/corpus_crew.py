@@ -153,7 +153,8 @@ class Crew:
             threads: How many; None: its share of the cores where there are several processes, else torch's own.
         """
         if threads is None and self.size > 1:
-            threads = max(1, len(os.sched_getaffinity(0)) // self.local_size)
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            threads = max(1, cores // self.local_size)
         if threads is not None:
             torch.set_num_threads(threads)
             # The tokenizer's; read when it is first used.

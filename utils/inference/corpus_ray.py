@@ -54,7 +54,8 @@ def encode_with_ray(
     """
     ray = _import_ray()
     try:
-        ray.init(address=address, num_cpus=workers if address is None else None, **_quiet())
+        # One core more than actors: Ray warns of a cluster without room for anything else.
+        ray.init(address=address, num_cpus=workers + 1 if workers and address is None else None, **_quiet())
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"--ray-address {address}: {error}") from None
     try:
@@ -96,6 +97,8 @@ def _import_ray() -> Any:
         import ray.data
     except ImportError:
         raise ConfigError("--engine ray needs Ray, which is not installed: run `uv sync --extra ray`") from None
+    # Its plan and its way of showing progress are not what this command is asked for.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     return ray
 
 

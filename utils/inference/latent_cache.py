@@ -243,7 +243,7 @@ class LatentCache:
 
     def _not_stored(self, message: str, *values: Any) -> None:
         if self._strict:
-            raise ConfigError(message % values)
+            raise ConfigError(f"{message % values}; make room, or name another --cache-dir, and run it again")
         self._warn_once(message, *values)
 
     def _warn_once(self, message: str, *values: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import resource
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from typing import Any
 import filelock
 import pytest
 import torch
+from tqdm import tqdm
 
 from utils.errors import ConfigError, DatasetError
 from utils.inference import corpus_run, encode_corpus
@@ -19,6 +22,7 @@ from utils.inference.compressor import Compressor
 from utils.inference.corpus_crew import Crew, WorkCounts
 from utils.inference.corpus_encoder import CorpusWorker, in_background
 from utils.inference.corpus_reader import EncodedCorpus
+from utils.inference.corpus_source import FolderSource
 from utils.inference.latent_cache import LatentCache
 from utils.inference.latent_store import LatentStore
 
@@ -309,6 +313,17 @@ def test_processes_share_parcels_and_counts() -> None:
     assert crews[0].is_working
     crews[0].leave()
     assert not crews[0].is_working
+
+
+def test_progress_is_in_bytes_and_tokens() -> None:
+    screen = io.StringIO()
+    with tqdm(total=100, unit="B", unit_scale=True, file=screen, ascii=True, mininterval=0) as bar:
+        show = corpus_run._shower(bar, corpus_run.CorpusRun(source=FolderSource("."), output="out"))
+        show(WorkCounts(text_bytes=25, tokens=10))
+        show(WorkCounts(text_bytes=50, tokens=20))
+        bar.refresh()
+    assert "50.0/100" in screen.getvalue()
+    assert re.search(r"<\d\d:\d\d.*, \d+ tokens/s", screen.getvalue())
 
 
 def test_accelerate_that_starts_one_process_is_told(

@@ -14,6 +14,7 @@ from typing import Any
 import filelock
 import pytest
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from utils.errors import ConfigError, DatasetError
@@ -22,7 +23,8 @@ from utils.inference.compressor import Compressor
 from utils.inference.corpus_crew import Crew, WorkCounts
 from utils.inference.corpus_encoder import CorpusWorker, in_background
 from utils.inference.corpus_reader import EncodedCorpus
-from utils.inference.corpus_source import FolderSource
+from utils.inference.corpus_shards import new_shard, shard_documents
+from utils.inference.corpus_source import Document, FolderSource
 from utils.inference.latent_cache import LatentCache
 from utils.inference.latent_store import LatentStore
 
@@ -102,6 +104,34 @@ def test_latents_are_those_of_prompts(
     sums = {"memory_tokens": sum(r.num_tokens for r in rows), "num_latents": sum(r.num_latents for r in rows)}
     assert summary.items() >= {**sums, "documents": 6, "empty": 1, "missing": 0, "problems": 0}.items()
     assert summary["shards"] == len(shards(tmp_path / "out")) > 1
+
+
+def test_shards_are_plain_safetensors_in_the_encoders_dtype(
+    encode: Encode, corpus: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    encode(corpus, "--dtype", "bfloat16")
+    compressor = Compressor.load(checkpoints["lclm"], device="cpu", dtype="bfloat16")
+    with EncodedCorpus.open(tmp_path / "out") as encoded:
+        row = encoded.document("d.py")
+        rows_ND = load_file(tmp_path / "out" / row.shard)["latents"][row.first_row : row.stop_row]
+        assert rows_ND.dtype == torch.bfloat16
+        assert torch.equal(rows_ND, encoded.latents("d.py"))
+    torch.testing.assert_close(rows_ND, prompt_latents(compressor, TEXTS["d.py"]), atol=0.05, rtol=0.05)
+
+
+def test_a_shard_of_texts_without_tokens(tmp_path: Path) -> None:
+    document = Document(id='a "quoted" é', sha256="0" * 64, text_bytes=3)
+    with new_shard(tmp_path, [document], {"settings": "s"}) as shard:
+        shard.add(document, None, 0)
+    (path,) = tmp_path.iterdir()
+    (found,) = shard_documents(path, {"settings": "s"})
+    assert (found.id, found.shard, found.num_latents, found.num_tokens) == (document.id, path.name, 0, 0)
+    with pytest.raises(DatasetError, match="is of another run"):
+        list(shard_documents(path, {"settings": "t"}))
+    path.unlink()
+    with new_shard(tmp_path, [document], {"settings": "s"}):
+        pass  # every document vanished
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_span_takes_its_latents_from_the_corpus(

@@ -150,7 +150,10 @@ def _with_safetensors(root: str | Path, output: Path) -> Iterator[str | Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent) as temporary:
         copy = Path(temporary) / folder.name
-        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.bin", "*.bin.index.json"))
+        rewritten = {part for part, _ in old}
+        shutil.copytree(
+            folder, copy, ignore=lambda place, names: [n for n in names if Path(place) in rewritten and ".bin" in n]
+        )
         for part, name in old:
             state = read_state(StateFiles(format=BIN, path=part / name))
             # Tied tensors share their memory, which safetensors does not store.

@@ -81,8 +81,12 @@ def put_state(
     buffers = {name for name, _ in model.named_buffers()}
     left_over = [original for original, name in names.items() if name not in places | buffers]
     _refuse("have no place in the pair", left_over, found.path)
-    lost = [f"{layer}.weight" for layer in scales if f"{layer}.weight" not in parameters]
+    changed_by_lora = [f"{layer}.weight" for layer in scales]
+    lost = [name for name in changed_by_lora if name not in parameters]
     _refuse("that LoRA weights change are not in the pair", lost, found.path)
+    tied = [name for name in changed_by_lora if sum(p is parameters[name] for p in parameters.values()) > 1]
+    advice = "; untie them in the base's config.json (tie_word_embeddings)"
+    _refuse("that LoRA weights change are tied to others, which would change too", tied, found.path, advice)
     missing = _missing(parameters, state)
     if not options.frozen_from_base:
         advice = "; pass --frozen-from-base if they were left out because they did not learn"

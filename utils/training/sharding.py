@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from utils.errors import ConfigError
@@ -56,11 +56,13 @@ def shard(pair: TrainedPair, device: torch.device) -> None:
     Everything outside the layers – tables, head, norms, adapter, marker rows – is one unit, gathered for a whole pass.
 
     Raises:
-        ConfigError: The launch configuration asks for FSDP1, or a model cannot be cut into equal passes.
+        ConfigError: The launch configuration asks for FSDP1 or offloading, or a model cannot be cut into equal passes.
     """
     plugin = FullyShardedDataParallelPlugin()
     if plugin.fsdp_version != 2:
         raise ConfigError("the launch configuration asks for FSDP1: set fsdp_version: 2 in its fsdp_config")
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ConfigError("the launch configuration offloads to the CPU, which is not supported: drop that line of it")
     chunker = pair.memory_encoder.chunker
     if not chunker.packed:
         name = type(chunker.encoder).__name__
@@ -70,10 +72,7 @@ def shard(pair: TrainedPair, device: torch.device) -> None:
     settings: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),)),
         "reshard_after_forward": plugin.reshard_after_forward,
-        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
     }
-    if plugin.cpu_offload:
-        settings["offload_policy"] = plugin.cpu_offload
     for model in (chunker.encoder, pair.decoder):
         for layer in _layers(model):
             fully_shard(layer, **settings)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.tiny import make_model, tokenizers
 from utils.errors import CheckpointError
 from utils.files import PROJECT_ROOT
-from utils.inference.checkpoint import CODE_LLAVA, LAYOUTS, LCLM, find_checkpoint
+from utils.inference.checkpoint import CODE_LLAVA, LAYOUTS, LCLM, find_checkpoint, is_peft_folder
 from utils.inference.convert import convert, main
 from utils.inference.inference import load_model
 from utils.inference.saving import save_checkpoint
@@ -92,10 +92,16 @@ def _tied(root: Path) -> bool:
 
 def test_a_checkpoint_with_bin_parts_becomes_safetensors(base: Path, tmp_path: Path) -> None:
     before = parameters(load_model(base, device="cpu")[0])
-    for part in ("llm", "embedder"):
-        state = load_file(base / part / "model.safetensors")
+    states = {part: load_file(base / part / "model.safetensors") for part in ("llm", "embedder")}
+    for part in states:
         (base / part / "model.safetensors").unlink()
-        torch.save(state, base / part / "pytorch_model.bin")
+    torch.save(states["llm"], base / "llm" / "pytorch_model.bin")
+    # Two shards and their index.
+    names = sorted(states["embedder"])
+    places = {name: f"pytorch_model-0000{1 + number % 2}-of-00002.bin" for number, name in enumerate(names)}
+    for file in set(places.values()):
+        torch.save({n: states["embedder"][n] for n in names if places[n] == file}, base / "embedder" / file)
+    (base / "embedder" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
     with pytest.raises(CheckpointError, match=r"no model.safetensors"):
         find_checkpoint(base)
     convert(base, tmp_path / "new")
@@ -223,6 +229,31 @@ def test_lora_of_peft_is_merged(base: Path, tmp_path: Path) -> None:
     assert not torch.equal(converted[changed], parameters(load_model(base, device="cpu")[0])[changed])
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::UserWarning:peft")
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_lora_folder_is_merged(suffix: str, base: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    decoder = load_model(base, device="cpu")[0].decoder
+    shutil.copytree(base / "llm", base / "llm-base")
+    for name in ("model.safetensors", "config.json"):
+        (base / "llm" / name).unlink()
+    tuned = get_peft_model(decoder, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    tuned.save_pretrained(base / "llm")
+    settings = json.loads((base / "llm" / "adapter_config.json").read_text())
+    (base / "llm" / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "../llm-base"}))
+    if suffix == ".bin":
+        torch.save(load_file(base / "llm" / "adapter_model.safetensors"), base / "llm" / "adapter_model.bin")
+        (base / "llm" / "adapter_model.safetensors").unlink()
+    convert(base, tmp_path / "new", layout=LCLM)
+    assert not is_peft_folder(tmp_path / "new" / "decoder")
+    merged = {f"decoder.{name}": p for name, p in tuned.merge_and_unload().named_parameters()}
+    got = parameters(load_model(tmp_path / "new", device="cpu")[0])
+    torch.testing.assert_close({name: got[name] for name in merged}, merged, rtol=1e-6, atol=1e-7)
+    changed = load_file(base / "llm-base" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    assert not torch.equal(got["decoder.model.layers.0.self_attn.q_proj.weight"], changed)
+
+
 def test_lora_without_its_scale(base: Path, trained: CodeLLaVAModel, tmp_path: Path) -> None:
     layer = "decoder.model.layers.0.self_attn.q_proj"
     state = parameters(trained) | {f"{layer}.lora_A.weight": torch.ones(2, 32)}
@@ -233,6 +264,16 @@ def test_lora_without_its_scale(base: Path, trained: CodeLLaVAModel, tmp_path: P
         convert(
             tmp_path / "model.safetensors", tmp_path / "new", base=base, options=StateOptions(lora_alpha={"decoder": 2})
         )
+
+
+def test_lora_of_what_cannot_be_merged(base: Path, trained: CodeLLaVAModel, tmp_path: Path) -> None:
+    options = StateOptions(lora_alpha={"decoder": 2})
+    messages = {"lm_head": "1 tensors that LoRA weights change are tied to others", "gone": "are not in the pair"}
+    for layer, message in messages.items():
+        lora = {f"decoder.{layer}.lora_{ab}.default.weight": torch.ones(2, 2) for ab in "AB"}
+        save_file(parameters(trained) | lora, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=message):
+            convert(tmp_path / "model.safetensors", tmp_path / "new", base=base, options=options)
 
 
 def test_two_lora_adapters_are_refused() -> None:
@@ -444,6 +485,10 @@ def test_fsdp_shards_of_two_processes(toy_base: Path, tmp_path: Path) -> None:
     folder = write_states(tmp_path, "dcp", "accelerate")
     for kind in ("dcp", "accelerate"):
         check_state(folder, kind, toy_base, tmp_path / "new")
+    # So does what the trainer keeps in its own checkpoints, which is the trained parameters only.
+    options = StateOptions(lora_alpha={"decoder": 8}, frozen_from_base=True)
+    convert(folder / "dcp.safetensors", tmp_path / "own", base=toy_base, options=options)
+    assert_is(tmp_path / "own", parameters(load_model(tmp_path / "new" / "dcp", device="cpu")[0]))
     # A half copied folder.
     next((folder / "dcp").glob("__1_*")).unlink()
     with pytest.raises(CheckpointError, match=r"no whole torch\.distributed checkpoint"):

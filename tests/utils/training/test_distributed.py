@@ -62,6 +62,15 @@ def launch(kind: str, values: dict[str, Any], *more: str) -> Path:
     return output
 
 
+def until_step_4(run: Path, copy: Path) -> Path:
+    """A copy of a run that ended after 4 steps, two of them in its last stage."""
+    shutil.copytree(run, copy)
+    for late in sorted((copy / "checkpoints").glob("step_*"))[4:]:
+        shutil.rmtree(late)
+    assert {path.name for path in (copy / "checkpoints").iterdir()} == {f"step_{n:08d}" for n in range(1, 5)}
+    return copy
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_are_one(kind: str, run_values: Values, tmp_path: Path) -> None:
@@ -80,12 +89,12 @@ def test_two_processes_are_one(kind: str, run_values: Values, tmp_path: Path) ->
     if kind == "ddp":
         return
     # Gathered and sharded again, optimiser included: from a checkpoint within a stage the same numbers come out.
-    resumed = tmp_path / "resumed"
-    shutil.copytree(two, resumed)
-    for late in sorted((resumed / "checkpoints").iterdir())[4:]:
-        shutil.rmtree(late)
-    launch(kind, {**values, "output": str(resumed)}, "--no-export")
+    resumed = launch(kind, {**values, "output": str(until_step_4(two, tmp_path / "resumed"))}, "--no-export")
     torch.testing.assert_close(trained(resumed), trained(two), rtol=0, atol=0)
+    # One process goes on where two were.
+    alone = until_step_4(two, tmp_path / "alone")
+    assert Trainer(parse_config({**values, "output": str(alone)}), device="cpu").run() == "done"
+    torch.testing.assert_close(trained(alone), trained(one), rtol=1e-4, atol=1e-4)
 
 
 def test_parameters_are_sharded_under_their_names(run_values: Values, gloo: None) -> None:
@@ -97,8 +106,11 @@ def test_parameters_are_sharded_under_their_names(run_values: Values, gloo: None
     assert {type(p).__name__ for p in parameters.values()} == {"DTensor"}
 
 
-def test_fsdp1_is_refused(run_values: Values, gloo: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_supported_is_refused(run_values: Values, gloo: None, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(parse_config(run_values()), device="cpu")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    with pytest.raises(ConfigError, match="offloads to the CPU, which is not supported"):
+        shard(trainer.pair, torch.device("cpu"))
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(ConfigError, match="asks for FSDP1: set fsdp_version: 2"):
         shard(trainer.pair, torch.device("cpu"))

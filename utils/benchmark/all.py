@@ -22,7 +22,11 @@ DESCRIPTION = "all of them into one folder; gateway only where its address is gi
 QUICK: dict[str, Any] = {}
 _NAMES = ("encode", "ttft", "memory", "cache", "load", "generate", "ruler")
 # About ten minutes on two cores in all.
-_FLAGS = {"encode": ["--repeats", "3", "--bare-batches", "1", "2", "4"], "load": ["--repeats", "3"]}
+_FLAGS = {
+    "encode": ["--repeats", "3", "--bare-batches", "1", "2", "4"],
+    "memory": ["--tokens", "16384", "65536", "131072"],
+    "load": ["--repeats", "3"],
+}
 _PASSED_ON = ("checkpoint", "chunk_size", "device", "dtype", "attn_implementation", "batch_tokens")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,9 +181,9 @@ def test_all_passes_its_flags_on(tiny: list[str], tmp_path: Path, monkeypatch: p
         folder = Path(command[-1])
         write_text(folder / "table.md", "")
         write_json(folder / "result.json", {})
-        return type("Done", (), {"returncode": 0})
+        return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(all_benchmarks.subprocess, "run", start)
+    monkeypatch.setattr(all_benchmarks, "subprocess", SimpleNamespace(run=start, DEVNULL=None))
     words = ["all", *tiny, "--dtype", "float32", "--gateway-url", "http://a", "--backend-url", "http://b"]
     all_benchmarks.run(build_parser().parse_args([*words, "--output", str(tmp_path)]))
     assert [command[0] for command in commands] == [

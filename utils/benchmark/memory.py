@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             row["tokens"],
             f"{row['loaded_bytes'] / _MIB:.0f}",
             f"{row['peak_bytes'] / _MIB:.0f}",
-            f"{(row['peak_bytes'] - row['loaded_bytes']) / _MIB:.0f}",
-            f"{row['latent_bytes'] / _MIB:.0f}",
+            f"{(row['peak_bytes'] - row['loaded_bytes']) / _MIB:.1f}",
+            f"{row['latent_bytes'] / _MIB:.1f}",
             f"{row['ratio']:.2f}",
             f"{row['seconds']:.1f}",
         )

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.errors import CodeLlavaError, ConfigError
+from utils.errors import CodeLlavaError, ConfigError, first_line
 from utils.inference.corpus_crew import WorkCounts
 from utils.inference.corpus_encoder import CorpusJob, CorpusWorker
 
@@ -27,11 +27,20 @@ class _Encoder:
         import torch
 
         torch.set_num_threads(threads)
-        self._worker = CorpusWorker(job)
+        self._job = job
+        self._worker: CorpusWorker | None = None
 
     def __call__(self, parcels: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        counts = sum(self._worker.encode(parcels["parcel"].tolist()), WorkCounts())
-        return {name: np.array([value]) for name, value in dataclasses.asdict(counts).items()}
+        counts, problem = WorkCounts(), ""
+        try:
+            self._worker = self._worker or CorpusWorker(self._job)
+            counts = sum(self._worker.encode(parcels["parcel"].tolist()), counts)
+        except CodeLlavaError as error:
+            # As a value: Ray would wrap it, try again, and print its traceback.
+            problem = str(error)
+        return {name: np.array([value]) for name, value in dataclasses.asdict(counts).items()} | {
+            "problem": np.array([problem])
+        }
 
 
 def encode_with_ray(
@@ -56,23 +65,28 @@ def encode_with_ray(
     try:
         # One core more than actors: Ray warns of a cluster without room for anything else.
         ray.init(address=address, num_cpus=workers + 1 if workers and address is None else None, **_quiet())
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"--ray-address {address}: {error}") from None
+    except Exception as error:
+        # Ray raises the bare class when a busy machine does not let its processes start in time.
+        where = f"--ray-address {address} cannot be used" if address else "Ray cannot start on this machine"
+        raise ConfigError(f"{where}: {first_line(error)}") from None
     try:
-        yield from _encode(ray, job, workers, threads)
+        yield from _encode(ray, job, workers, threads, on_cluster=address is not None)
     except ray.exceptions.RayError as error:
-        raise _own_error(error) from error
+        last = str(error).strip().splitlines()[-1]
+        raise CodeLlavaError(f"Ray ended the work: {last}; run the same command again") from error
     finally:
         ray.shutdown()
 
 
-def _encode(ray: Any, job: CorpusJob, workers: int | None, threads: int | None) -> Iterator[WorkCounts]:
+def _encode(
+    ray: Any, job: CorpusJob, workers: int | None, threads: int | None, on_cluster: bool
+) -> Iterator[WorkCounts]:
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0)) if job.device in ("auto", "cuda") else 0
     workers = workers or gpus or 1
     if gpus and workers > gpus:
         raise ConfigError(f"--workers {workers}: the cluster has {gpus} GPUs, one a worker")
-    cores = os.cpu_count() or 1
+    cores = int(resources.get("CPU", 1)) if on_cluster else os.cpu_count() or 1
     threads = threads or max(1, cores // workers)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -82,9 +96,12 @@ def _encode(ray: Any, job: CorpusJob, workers: int | None, threads: int | None) 
         fn_constructor_kwargs={"job": job, "threads": threads},
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(workers, len(rows))),
+        num_cpus=threads if on_cluster else None,
         num_gpus=1 if gpus else None,
     )
     for row in counted.iter_rows():
+        if problem := row.pop("problem"):
+            raise CodeLlavaError(problem)
         yield WorkCounts(**{name: int(value) for name, value in row.items()})
 
 
@@ -104,14 +121,3 @@ def _import_ray() -> Any:
 
 def _quiet() -> dict[str, Any]:
     return {"include_dashboard": False, "configure_logging": True, "logging_level": logging.WARNING}
-
-
-def _own_error(error: BaseException) -> CodeLlavaError:
-    """The error of ours inside Ray's; else what Ray says, shortened."""
-    cause: BaseException | None = error
-    while cause is not None:
-        inner = getattr(cause, "cause", None) or cause.__cause__
-        if isinstance(inner, CodeLlavaError):
-            return type(inner)(str(inner))
-        cause = inner if isinstance(inner, BaseException) else None
-    return CodeLlavaError(f"Ray ended the work: {str(error).strip().splitlines()[-1]}; run the same command again")

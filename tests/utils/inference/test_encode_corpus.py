@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,9 +21,12 @@ from tqdm import tqdm
 
 from utils.errors import ConfigError, DatasetError
 from utils.inference import corpus_run, encode_corpus
+from utils.inference.checkpoint import find_checkpoint
 from utils.inference.compressor import Compressor
 from utils.inference.corpus_crew import Crew, WorkCounts
 from utils.inference.corpus_encoder import CorpusWorker, in_background
+from utils.inference.corpus_plan import CorpusPlan
+from utils.inference.corpus_ray import _Encoder
 from utils.inference.corpus_reader import EncodedCorpus
 from utils.inference.corpus_shards import new_shard, shard_documents
 from utils.inference.corpus_source import Document, FolderSource
@@ -343,6 +348,19 @@ def test_processes_share_parcels_and_counts() -> None:
     assert crews[0].is_working
     crews[0].leave()
     assert not crews[0].is_working
+
+
+def test_a_ray_worker_hands_errors_over_as_values(checkpoints: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    run = corpus_run.CorpusRun(source=FolderSource(str(corpus)), device="cpu", cache_dir=str(tmp_path / "cache"))
+    with CorpusPlan.create(tmp_path / "plan") as plan:
+        plan.scan(run.source)
+        num_parcels, _ = plan.cut(1 << 20)
+        job = corpus_run._job(run, find_checkpoint(checkpoints["lclm"]), plan, num_parcels, None)
+        batch = {"parcel": np.array([0])}
+        done = _Encoder(job, 1)(batch)
+        assert (done["problem"].tolist(), done["documents"].tolist()) == ([""], [5])
+        failed = _Encoder(dataclasses.replace(job, cache_dir="/proc/no"), 1)(batch)
+        assert failed["problem"][0].startswith("the latent cache /proc/no cannot be used")
 
 
 def test_progress_is_in_bytes_and_tokens() -> None:

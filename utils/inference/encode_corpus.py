@@ -20,7 +20,7 @@ from utils.inference.flags import add_checkpoint_flags
 from utils.inference.latent_cache import parse_size
 
 if TYPE_CHECKING:
-    from utils.inference.corpus_source import FolderSource, JsonlSource
+    from utils.inference.corpus.source import FolderSource, JsonlSource
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,8 +87,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.prune and not args.output:
         raise ConfigError("--prune is for --output: the latent cache makes room by itself")
 
-    from utils.inference.corpus_crew import Crew
-    from utils.inference.corpus_run import CorpusRun, follow, lead
+    from utils.inference.corpus.crew import Crew
+    from utils.inference.corpus.run import CorpusRun, follow, lead
 
     run = CorpusRun(
         source=source,
@@ -121,7 +121,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _source(args: argparse.Namespace) -> FolderSource | JsonlSource:
-    from utils.inference.corpus_source import FolderSource, JsonlSource
+    from utils.inference.corpus.source import FolderSource, JsonlSource
 
     path = Path(args.corpus).expanduser()
     if path.is_dir():

@@ -20,16 +20,17 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from utils.errors import ConfigError, DatasetError
-from utils.inference import corpus_run, encode_corpus
+from utils.inference import encode_corpus
 from utils.inference.checkpoint import find_checkpoint
 from utils.inference.compressor import Compressor
-from utils.inference.corpus_crew import Crew, WorkCounts
-from utils.inference.corpus_encoder import CorpusWorker, in_background
-from utils.inference.corpus_plan import CorpusPlan
-from utils.inference.corpus_ray import _Encoder
-from utils.inference.corpus_reader import EncodedCorpus
-from utils.inference.corpus_shards import new_shard, shard_documents
-from utils.inference.corpus_source import Document, FolderSource
+from utils.inference.corpus import run as corpus_run
+from utils.inference.corpus.crew import Crew, WorkCounts
+from utils.inference.corpus.encoder import CorpusWorker, in_background
+from utils.inference.corpus.plan import CorpusPlan
+from utils.inference.corpus.ray import _Encoder
+from utils.inference.corpus.reader import EncodedCorpus
+from utils.inference.corpus.shards import new_shard, shard_documents
+from utils.inference.corpus.source import Document, FolderSource
 from utils.inference.latent_cache import LatentCache
 from utils.inference.latent_store import LatentStore
 
@@ -351,11 +352,11 @@ def test_processes_share_parcels_and_counts() -> None:
 
 
 def test_a_ray_worker_hands_errors_over_as_values(checkpoints: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
-    run = corpus_run.CorpusRun(source=FolderSource(str(corpus)), device="cpu", cache_dir=str(tmp_path / "cache"))
+    wanted = corpus_run.CorpusRun(source=FolderSource(str(corpus)), device="cpu", cache_dir=str(tmp_path / "cache"))
     with CorpusPlan.create(tmp_path / "plan") as plan:
-        plan.scan(run.source)
+        plan.scan(wanted.source)
         num_parcels, _ = plan.cut(1 << 20)
-        job = corpus_run._job(run, find_checkpoint(checkpoints["lclm"]), plan, num_parcels, None)
+        job = corpus_run._job(wanted, find_checkpoint(checkpoints["lclm"]), plan, num_parcels, None)
         batch = {"parcel": np.array([0])}
         done = _Encoder(job, 1)(batch)
         assert (done["problem"].tolist(), done["documents"].tolist()) == ([""], [5])

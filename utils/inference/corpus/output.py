@@ -20,7 +20,7 @@ from typing import Any
 
 from utils.errors import ConfigError, DatasetError
 from utils.files import atomic_path, provenance, read_json, write_json
-from utils.inference.corpus_plan import CorpusPlan, FinishedDocument, explain_database
+from utils.inference.corpus.plan import CorpusPlan, FinishedDocument, explain_database
 
 ABOUT_FILE = "corpus.json"
 INDEX_FILE = "index.sqlite"
@@ -107,7 +107,7 @@ class CorpusOutput:
 
     def finished(self) -> Iterator[FinishedDocument]:
         """The documents of all shards on disk."""
-        from utils.inference.corpus_shards import shard_documents
+        from utils.inference.corpus.shards import shard_documents
 
         for path in sorted(self.root.glob("latents-*.safetensors")):
             yield from shard_documents(path, self.about)

@@ -25,11 +25,11 @@ from tqdm import tqdm
 from utils.errors import ConfigError, DatasetError
 from utils.files import write_jsonl
 from utils.inference.checkpoint import CheckpointFiles, find_checkpoint
-from utils.inference.corpus_crew import Crew, WorkCounts
-from utils.inference.corpus_encoder import CorpusJob, CorpusWorker
-from utils.inference.corpus_output import PLAN_FILE, CorpusCounts, CorpusOutput
-from utils.inference.corpus_plan import CorpusPlan
-from utils.inference.corpus_source import FolderSource, JsonlSource
+from utils.inference.corpus.crew import Crew, WorkCounts
+from utils.inference.corpus.encoder import CorpusJob, CorpusWorker
+from utils.inference.corpus.output import PLAN_FILE, CorpusCounts, CorpusOutput
+from utils.inference.corpus.plan import CorpusPlan
+from utils.inference.corpus.source import FolderSource, JsonlSource
 from utils.inference.latent_cache import DEFAULT_LIMIT_BYTES
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def lead(run: CorpusRun, crew: Crew) -> dict[str, Any]:
 def _work(job: CorpusJob, run: CorpusRun, crew: Crew, show: Callable[[WorkCounts], None]) -> WorkCounts:
     """Encode until no parcel is left; the leader then waits for the others."""
     if run.engine == "ray":
-        from utils.inference.corpus_ray import encode_with_ray
+        from utils.inference.corpus.ray import encode_with_ray
 
         done = WorkCounts()
         for counts in encode_with_ray(job, workers=run.workers, threads=run.threads, address=run.ray_address):

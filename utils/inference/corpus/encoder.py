@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from utils.inference.checkpoint import find_checkpoint
-from utils.inference.corpus_crew import WorkCounts
-from utils.inference.corpus_plan import parcel_documents
-from utils.inference.corpus_shards import Shard, new_shard
-from utils.inference.corpus_source import Document, UnusableTextError, source_from_json
+from utils.inference.corpus.crew import WorkCounts
+from utils.inference.corpus.plan import parcel_documents
+from utils.inference.corpus.shards import Shard, new_shard
+from utils.inference.corpus.source import Document, UnusableTextError, source_from_json
 from utils.inference.latent_cache import LatentCache
 from utils.inference.span_encoder import SpanEncoder
 from utils.inference.weights import load_memory_encoder

@@ -13,8 +13,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from utils.inference.corpus_plan import MAX_DOCUMENTS, CorpusPlan, FinishedDocument, parcel_documents
-from utils.inference.corpus_source import (
+from utils.inference.corpus.plan import MAX_DOCUMENTS, CorpusPlan, FinishedDocument, parcel_documents
+from utils.inference.corpus.source import (
     Document,
     FolderSource,
     JsonlSource,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import DatasetError
-from utils.inference.corpus_source import Document, Problem, Source
+from utils.inference.corpus.source import Document, Problem, Source
 
 # Of one parcel; keeps a shard's table of documents small.
 MAX_DOCUMENTS = 4096

@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from utils.errors import ConfigError, DatasetError
 from utils.files import read_json, sha256_bytes
 from utils.inference.checkpoint import CheckpointFiles
-from utils.inference.corpus_output import ABOUT_FILE, INDEX_FILE, open_index
-from utils.inference.corpus_plan import explain_database
-from utils.inference.corpus_shards import TENSOR_NAME
+from utils.inference.corpus.output import ABOUT_FILE, INDEX_FILE, open_index
+from utils.inference.corpus.plan import explain_database
+from utils.inference.corpus.shards import TENSOR_NAME
 from utils.model.prompt import MemorySpan
 
 _COLUMNS = ("id", "num_tokens", "num_latents", "shard", "first_row", "stop_row", "chunk_size", "sha256")

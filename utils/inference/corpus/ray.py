@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from utils.errors import CodeLlavaError, ConfigError, first_line
-from utils.inference.corpus_crew import WorkCounts
-from utils.inference.corpus_encoder import CorpusJob, CorpusWorker
+from utils.inference.corpus.crew import WorkCounts
+from utils.inference.corpus.encoder import CorpusJob, CorpusWorker
 
 
 class _Encoder:

@@ -18,7 +18,7 @@ import pytest
 
 from utils.files import PROJECT_ROOT
 from utils.inference import encode_corpus
-from utils.inference.corpus_reader import EncodedCorpus
+from utils.inference.corpus.reader import EncodedCorpus
 
 pytestmark = pytest.mark.slow
 MODULE = "utils.inference.encode_corpus"

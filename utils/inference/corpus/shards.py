@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 
 from utils.errors import DatasetError
 from utils.files import atomic_path, sha256_bytes
-from utils.inference.corpus_plan import FinishedDocument
-from utils.inference.corpus_source import Document
+from utils.inference.corpus.plan import FinishedDocument
+from utils.inference.corpus.source import Document
 
 TENSOR_NAME = "latents"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -1,4 +1,4 @@
-"""All benchmarks one after another, each in a process of its own, into one dated folder.
+"""All benchmarks of inference one after another, each in a process of its own, into one dated folder.
 
 A benchmark whose result is in the folder already is not run again: an interrupted run goes on with the same --output.
 """
@@ -18,7 +18,7 @@ from utils.errors import CodeLlavaError
 from utils.files import PROJECT_ROOT, read_json, write_json, write_text
 from utils.inference.flags import add_checkpoint_flags
 
-DESCRIPTION = "all of them into one folder; gateway only where its address is given"
+DESCRIPTION = "all but training into one folder; gateway only where its address is given"
 QUICK: dict[str, Any] = {}
 _NAMES = ("encode", "ttft", "memory", "cache", "load", "generate", "ruler")
 # About ten minutes on two cores in all.

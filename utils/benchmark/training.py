@@ -1,0 +1,187 @@
+"""Training of a pair beside the HF Trainer on plain text: the same decoder, rows, LoRA, precision and machine.
+
+A pair's step does more than a decoder's (it encodes its memory) and less (only answers have a loss), so operations a
+second are what compares: `utils.model.cost` counts both. Stages and HF Trainer take turns, always in fresh processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from typing import Any
+
+from utils.benchmark.measure import machine, markdown_table
+from utils.benchmark.processes import forget_peak, in_a_fresh_process, peak_bytes
+from utils.errors import ConfigError
+
+DESCRIPTION = "training steps beside the HF Trainer on plain text"
+QUICK = {"config": "utils/training/configs/toy.yaml", "steps": 2, "repeats": 1}
+HF_TRAINER = "HF Trainer, plain text"
+_MIB = 2**20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this benchmark's flags."""
+    default = "utils/training/configs/cpu_default.yaml"
+    parser.add_argument("--config", default=default, help=f"YAML file of the run; default {default}")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="default auto: a GPU if there is one")
+    parser.add_argument("--steps", type=int, default=4, help="counted steps of a process, after one more; default 4")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds; default 3")
+
+
+def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Measure.
+
+    Returns:
+        A table for people, and everything as one JSON-ready value.
+    """
+    from utils.training.config import load_config
+
+    if min(args.steps, args.repeats) < 1:
+        raise ConfigError("--steps and --repeats must be at least 1")
+    config = load_config(args.config)
+    names = [f"stage {number} ({stage.preset})" for number, stage in enumerate(config.stages)]
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in [*names, HF_TRAINER]}
+    for _ in range(args.repeats):
+        for number, name in enumerate(names):
+            runs[name].append(in_a_fresh_process(train_pair, args.config, args.device, number, args.steps))
+        runs[HF_TRAINER].append(in_a_fresh_process(train_with_hf, args.config, args.device, args.steps))
+    rows, result = [], {}
+    for name, mine in runs.items():
+        pairs = list(zip(mine, runs[HF_TRAINER], strict=True))
+        figures = {
+            "tokens_per_s": statistics.median(r["tokens"] / r["seconds"] for r in mine),
+            "gflop_per_s": statistics.median(r["flops"] / r["seconds"] for r in mine) / 1e9,
+            "of_hf_trainer": statistics.median(
+                (a["flops"] / a["seconds"]) / (b["flops"] / b["seconds"]) for a, b in pairs
+            ),
+            "peak_mib": statistics.median(r["peak_bytes"] for r in mine) / _MIB,
+            "peak_of_hf_trainer": statistics.median(a["peak_bytes"] / b["peak_bytes"] for a, b in pairs),
+        }
+        result[name] = {key: round(value, 3) for key, value in figures.items()} | {"runs": mine}
+        rows.append(
+            (
+                name,
+                f"{figures['tokens_per_s']:.0f}",
+                f"{figures['gflop_per_s']:.0f}",
+                f"{figures['of_hf_trainer']:.2f}",
+                f"{figures['peak_mib']:.0f}",
+                f"{figures['peak_of_hf_trainer']:.2f}",
+            )
+        )
+    header = ("training", "tokens/s", "GFLOP/s", "× HF Trainer", "peak MiB", "× HF Trainer's")
+    settings = {"config": args.config, "steps": args.steps, "repeats": args.repeats, "precision": config.precision}
+    return markdown_table(header, rows), {"benchmark": "training", **settings, "stages": result, "machine": machine()}
+
+
+def train_pair(path: str, device: str, number: int, steps: int) -> dict[str, Any]:
+    """Some steps of a stage, from the weights that the run begins with.
+
+    Returns:
+        `seconds`, `tokens` (decoder rows and memory tokens) and `flops` of the counted steps, `peak_bytes` of all.
+    """
+    import dataclasses
+
+    from utils.training.config import load_config
+    from utils.training.estimate import step_flops
+    from utils.training.loop import Trainer
+
+    with tempfile.TemporaryDirectory() as output:
+        trainer = Trainer(dataclasses.replace(load_config(path), output=output), device=device)
+        stage = trainer.config.stages[number]
+        packer = trainer.packer(number)
+        wrapped, optimizer = trainer.prepare(stage)
+        forget_peak()
+        seconds, rows = 0.0, []
+        for step in range(1 + steps):
+            began = time.perf_counter()
+            mine = trainer.step_rows(packer, stage)
+            # Reading the loss waits for the device.
+            trainer.optimize(wrapped, optimizer, stage, mine, step)
+            if step:
+                seconds += time.perf_counter() - began
+                rows += mine
+        return {
+            "seconds": seconds,
+            "tokens": sum(len(row.input_ids) + row.memory_tokens for row in rows),
+            "flops": step_flops(trainer, stage, rows),
+            "peak_bytes": peak_bytes(trainer.accelerator.device),
+        }
+
+
+def train_with_hf(path: str, device: str, steps: int) -> dict[str, Any]:
+    """As `train_pair`, with the HF Trainer: the run's decoder on full rows of plain tokens, all of them with a loss.
+
+    Tokens are random: what a step costs does not depend on them.
+    """
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from utils.model.cost import TransformerCost, layer_matrices
+    from utils.training.config import load_config
+    from utils.training.pairs import load_pair
+
+    config = load_config(path)
+    stage = config.stages[-1]
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    decoder: Any = load_pair(config.pair, config.seed)[0].decoder
+    bfloat16 = config.precision == "bfloat16"
+    decoder.to(torch.bfloat16 if bfloat16 else torch.float32)
+    if config.decoder_tuning.method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        tuning = config.decoder_tuning
+        lora = LoraConfig(r=tuning.rank, lora_alpha=int(tuning.alpha), target_modules="all-linear")
+        decoder = get_peft_model(decoder, lora)
+    learning = sum(p.numel() for p in layer_matrices(decoder) if p.requires_grad)
+    for parameter in decoder.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    vocabulary = decoder.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, ((1 + steps) * stage.rows, stage.row_tokens))
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *arguments: Any, **values: Any) -> None:
+            times.append(time.perf_counter())
+
+        def on_train_end(self, *arguments: Any, **values: Any) -> None:
+            times.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as output:
+        settings = TrainingArguments(
+            output_dir=output,
+            max_steps=1 + steps,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=stage.rows,
+            gradient_checkpointing=config.gradient_checkpointing,
+            learning_rate=1e-5,
+            bf16=bfloat16,
+            use_cpu=device == "cpu" or not torch.cuda.is_available(),
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=config.seed,
+        )
+        trainer = Trainer(model=decoder, args=settings, train_dataset=rows, callbacks=[Clock()])
+        forget_peak()
+        trainer.train()
+    cost = TransformerCost.of(decoder)
+    lengths = [stage.row_tokens] * steps * stage.rows
+    return {
+        "seconds": times[-1] - times[1],
+        "tokens": sum(lengths),
+        "flops": cost.training_flops(
+            lengths,
+            causal=True,
+            learning_weights=learning,
+            recompute=config.gradient_checkpointing,
+            logits=sum(lengths),
+        ),
+        "peak_bytes": peak_bytes(trainer.args.device),
+    }

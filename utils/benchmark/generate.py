@@ -100,16 +100,11 @@ def _ours(model: CodeLLaVAModel, batches: Batches, new_tokens: int) -> tuple[Bat
 def _transformers(model: CodeLLaVAModel, batches: Batches, new_tokens: int) -> Callable[[], Any]:
     """The decoder's own `generate` on rows that are ready."""
     import torch
-    from torch import nn
 
-    padded = []
+    from utils.model.code_llava_model import pad_left
+
     with torch.inference_mode():
-        for batch in batches:
-            rows = model.embed_prompts(batch)
-            longest = max(map(len, rows))
-            embeds = torch.stack([nn.functional.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
-            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=embeds.device)
-            padded.append((embeds, mask))
+        padded = [pad_left(model.embed_prompts(batch)) for batch in batches]
 
     def job() -> None:
         with torch.inference_mode():

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from utils.benchmark.material import (
     QUESTION,
@@ -32,7 +31,7 @@ from utils.inference.latent_cache import LatentCache
 from utils.inference.prompt_embeds import encode_wire
 from utils.inference.vllm_client import VllmClient
 from utils.inference.weights import load_decoder
-from utils.model.code_llava_model import check_prompt_fits
+from utils.model.code_llava_model import check_prompt_fits, pad_left
 from utils.model.config import CompressionConfig
 from utils.model.cost import PairCost
 from utils.model.prompt import MemoryPrompt
@@ -179,8 +178,7 @@ class Subject:
                 if self.has_server:
                     self._ask_all(rows)
                 else:
-                    longest = max(map(len, rows))
-                    embeds_BTD = torch.stack([nn.functional.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
+                    embeds_BTD, _ = pad_left(rows)
                     mask = _left_mask([len(row) for row in rows], self.device)
                     self._first_tokens(mask, inputs_embeds=embeds_BTD.to(self.device))
             if self.has_server:

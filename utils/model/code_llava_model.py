@@ -200,18 +200,13 @@ class CodeLLaVAModel(nn.Module):
             return []
         self.check_room(prompts, max_new_tokens)
         embeds = self.embed_prompts(prompts)
-        lengths = [embed.shape[0] for embed in embeds]
-        longest = max(lengths)
-        embeds_BTD = torch.stack([nn.functional.pad(e, (0, 0, longest - len(e), 0)) for e in embeds])
-        mask_BT = torch.zeros(len(embeds), longest, dtype=torch.long, device=embeds_BTD.device)
-        for row, length in enumerate(lengths):
-            mask_BT[row, longest - length :] = 1
+        embeds_BTD, mask_BT = pad_left(embeds)
         arguments = {"do_sample": False, **sampling}
         penalty = arguments.pop("repetition_penalty", None) or self.decoder.generation_config.repetition_penalty or 1.0
         # transformers' own would skip as many new tokens as a row has padding: embeddings come without padded ids.
         penalties = [RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else []
         with explain_out_of_memory(
-            f"generating for {len(prompts)} prompts of up to {longest} rows", "lower --batch-size"
+            f"generating for {len(prompts)} prompts of up to {embeds_BTD.shape[1]} rows", "lower --batch-size"
         ):
             ids = self.decoder.generate(
                 inputs_embeds=embeds_BTD,
@@ -240,6 +235,23 @@ class CodeLLaVAModel(nn.Module):
             if token in self.eos_token_ids:
                 return ids[:index]
         return ids
+
+
+def pad_left(embeds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts as one batch that ends together, as generation wants it.
+
+    Args:
+        embeds: One [T, D] tensor a prompt, of any T.
+
+    Returns:
+        Rows [B, T, D] with zeros before the shorter prompts, and the mask [B, T], long: 1 where a prompt's row is.
+    """
+    longest = max(map(len, embeds))
+    embeds_BTD = torch.stack([nn.functional.pad(embed, (0, 0, longest - len(embed), 0)) for embed in embeds])
+    mask_BT = torch.zeros(embeds_BTD.shape[:2], dtype=torch.long, device=embeds_BTD.device)
+    for row, embed in enumerate(embeds):
+        mask_BT[row, longest - len(embed) :] = 1
+    return embeds_BTD, mask_BT
 
 
 def check_prompt_fits(num_rows: int, decoder_config: Any, max_new_tokens: int = 0, name: str = "the prompt") -> None:

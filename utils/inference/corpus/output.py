@@ -20,7 +20,7 @@ from typing import Any
 
 from utils.errors import ConfigError, DatasetError
 from utils.files import atomic_path, provenance, read_json, write_json
-from utils.inference.corpus.plan import CorpusPlan, FinishedDocument, explain_database
+from utils.inference.corpus.plan import CorpusPlan, FinishedDocument, explain_database, open_read_only
 
 ABOUT_FILE = "corpus.json"
 INDEX_FILE = "index.sqlite"
@@ -117,7 +117,7 @@ class CorpusOutput:
         path = self.root / INDEX_FILE
         if not path.is_file():
             return False
-        with explain_database(path), contextlib.closing(open_index(path)) as db:
+        with explain_database(path), contextlib.closing(open_read_only(path)) as db:
             known = dict(db.execute("SELECT name, value FROM about"))
             shards = [name for (name,) in db.execute("SELECT DISTINCT shard FROM documents WHERE num_latents > 0")]
         if not all((self.root / name).is_file() for name in shards):
@@ -141,7 +141,7 @@ class CorpusOutput:
 
     def read_counts(self) -> CorpusCounts:
         """What the index says it holds."""
-        with explain_database(self.root / INDEX_FILE), contextlib.closing(open_index(self.root / INDEX_FILE)) as db:
+        with explain_database(self.root / INDEX_FILE), contextlib.closing(open_read_only(self.root / INDEX_FILE)) as db:
             known = dict(db.execute("SELECT name, value FROM about"))
         return CorpusCounts(**{name: known[name] for name in CorpusCounts.__slots__})
 
@@ -157,11 +157,6 @@ def about_shards(settings: Mapping[str, Any]) -> dict[str, str]:
     """The metadata of every shard of a run: a fingerprint of its settings, and its chunk size for people."""
     text = json.dumps(settings, sort_keys=True)
     return {"settings": hashlib.sha256(text.encode()).hexdigest(), "chunk_size": str(settings["chunk_size"])}
-
-
-def open_index(path: Path) -> sqlite3.Connection:
-    """An index for reading, from any number of processes and without locks."""
-    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -269,8 +269,7 @@ class _Run:
 
 def parcel_documents(path: Path, number: int) -> list[Document]:
     """The documents of one parcel, in the corpus's order; any process may ask once the plan is cut."""
-    address = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
-    with explain_database(path), contextlib.closing(sqlite3.connect(address, uri=True)) as db:
+    with explain_database(path), contextlib.closing(open_read_only(path)) as db:
         rows = db.execute(
             "SELECT work.id, sha256, text_bytes, offset, size, line FROM parcels JOIN work USING (parcel) "
             "WHERE number = ? ORDER BY work.rowid",
@@ -282,6 +281,11 @@ def parcel_documents(path: Path, number: int) -> list[Document]:
 def empty_document(document: Document) -> FinishedDocument:
     """An empty text has no latents and needs no shard."""
     return FinishedDocument(id=document.id, sha256=document.sha256, shard="", first_row=0, num_latents=0, num_tokens=0)
+
+
+def open_read_only(path: Path) -> sqlite3.Connection:
+    """A database that nobody writes any more, for any number of processes and without locks."""
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
 
 
 @contextlib.contextmanager

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from utils.errors import ConfigError, DatasetError
 from utils.files import read_json, sha256_bytes
 from utils.inference.checkpoint import CheckpointFiles
-from utils.inference.corpus.output import ABOUT_FILE, INDEX_FILE, open_index
-from utils.inference.corpus.plan import explain_database
+from utils.inference.corpus.output import ABOUT_FILE, INDEX_FILE
+from utils.inference.corpus.plan import explain_database, open_read_only
 from utils.inference.corpus.shards import TENSOR_NAME
 from utils.model.prompt import MemorySpan
 
@@ -61,7 +61,7 @@ class EncodedCorpus:
     def __init__(self, root: Path, settings: dict[str, Any]) -> None:
         self.root = root
         self.settings = settings
-        self._db = open_index(root / INDEX_FILE)
+        self._db = open_read_only(root / INDEX_FILE)
         # The shard of the last document stays open: neighbours in the corpus share it.
         self._shard: tuple[str, Any] = ("", None)
 
@@ -84,9 +84,7 @@ class EncodedCorpus:
 
     def __iter__(self) -> Iterator[EncodedDocument]:
         """All documents in the corpus's order."""
-        with explain_database(self.root / INDEX_FILE):
-            for row in self._db.execute(f"SELECT {', '.join(_COLUMNS)} FROM documents ORDER BY position"):
-                yield EncodedDocument(**dict(zip(_COLUMNS, row, strict=True)))
+        return self._documents("ORDER BY position")
 
     def __contains__(self, id: object) -> bool:
         return self._one("SELECT 1 FROM documents WHERE id = ?", id) is not None
@@ -97,10 +95,10 @@ class EncodedCorpus:
         Raises:
             DatasetError: There is none with this id.
         """
-        row = self._one(f"SELECT {', '.join(_COLUMNS)} FROM documents WHERE id = ?", id)
-        if row is None:
+        document = next(self._documents("WHERE id = ?", id), None)
+        if document is None:
             raise DatasetError(f"{self.root} has no document {id!r}: iterate over it for its ids")
-        return EncodedDocument(**dict(zip(_COLUMNS, row, strict=True)))
+        return document
 
     def latents(self, id: str) -> torch.Tensor:
         """Latents [n, D] of a document, on the CPU in the dtype they were encoded in; [0, 0] for an empty text.
@@ -116,12 +114,9 @@ class EncodedCorpus:
         Raises:
             DatasetError: No document has this text, or it was encoded at another chunk size.
         """
-        row = self._one(
-            f"SELECT {', '.join(_COLUMNS)} FROM documents WHERE sha256 = ? LIMIT 1", sha256_bytes(span.text.encode())
-        )
-        if row is None:
+        document = next(self._documents("WHERE sha256 = ? LIMIT 1", sha256_bytes(span.text.encode())), None)
+        if document is None:
             raise DatasetError(f"{self.root} has no document with this span's text ({span.text[:40]!r}…): encode it")
-        document = EncodedDocument(**dict(zip(_COLUMNS, row, strict=True)))
         if document.chunk_size != span.chunk_size or document.num_tokens != len(span.token_ids):
             raise DatasetError(
                 f"{document.id} was encoded as {document.num_tokens} tokens at chunk size {document.chunk_size}, the "
@@ -164,6 +159,11 @@ class EncodedCorpus:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _documents(self, which: str, *values: Any) -> Iterator[EncodedDocument]:
+        with explain_database(self.root / INDEX_FILE):
+            for row in self._db.execute(f"SELECT {', '.join(_COLUMNS)} FROM documents {which}", values):
+                yield EncodedDocument(**dict(zip(_COLUMNS, row, strict=True)))
 
     def _one(self, query: str, *values: Any) -> Any:
         with explain_database(self.root / INDEX_FILE):

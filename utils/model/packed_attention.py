@@ -13,8 +13,9 @@ Shape legend: T packed tokens, h query heads, g key/value heads, K head width, b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -103,10 +104,12 @@ def packed_attention_forward(
     assert attention_mask is None
     assert query.shape[0] == 1
     pieces = []
-    for start, count, length in segments.runs:
-        stop = start + count * length
-        # [1, h, b·l, K] → [b, h, l, K]: views, nothing is copied
-        q, k, v = (x[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
+    # Split, not sliced run by run: the gradient of a slice is a whole row of zeros.
+    sizes = [count * length for _, count, length in segments.runs]
+    parts = zip(*(x.squeeze(0).split(sizes, dim=1) for x in (query, key, value)), strict=True)
+    for (_, count, length), part in zip(segments.runs, parts, strict=True):
+        # [h, b·l, K] → [b, h, l, K]: views, nothing is copied
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in part)
         mask = None
         if sliding_window is not None and length > sliding_window:
             offsets = torch.arange(length, device=q.device)
@@ -161,17 +164,60 @@ def _plain_attention(
         [b, h, l, K].
     """
     assert dropout_p == 0
-    batch, heads, length, width = query.shape
-    groups = key.shape[1]
-    assert enable_gqa == (groups != heads)
-    scores = query.reshape(batch, groups, -1, width) @ key.transpose(-1, -2)
-    scores = scores.view(batch, heads, length, length).float() * (width**-0.5 if scale is None else scale)
+    assert enable_gqa == (key.shape[1] != query.shape[1])
+    length, width = query.shape[-2:]
+    hidden = None
     if is_causal:
-        attn_mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, float("-inf"))
-    weights = scores.softmax(dim=-1).to(value.dtype)
-    return (weights.view(batch, groups, -1, length) @ value).view(batch, heads, length, width)
+        # A power of two, so that few masks serve all lengths.
+        hidden = _later_keys(1 << (length - 1).bit_length())[:length, :length]
+    elif attn_mask is not None:
+        hidden = ~attn_mask
+    return _attend(query, key, value, hidden, width**-0.5 if scale is None else scale)
+
+
+class _Attention(torch.autograd.Function):
+    """Attention and its gradient in as few passes over the scores as torch has operations for, all in one dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        hidden_ll: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        batch, heads, length, width = query.shape
+        groups = key.shape[1]
+        # [b, g, h/g·l, K]: the query heads of a group side by side
+        grouped = (query * scale).reshape(batch, groups, -1, width)
+        scores = grouped @ key.transpose(-1, -2)
+        if hidden_ll is not None:
+            scores.view(batch, heads, length, length).masked_fill_(hidden_ll, float("-inf"))
+        weights = scores.softmax(dim=-1)
+        ctx.save_for_backward(grouped, key, value, weights)
+        ctx.scale = scale
+        return (weights @ value).view(query.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grouped, key, value, weights = ctx.saved_tensors
+        (dout,) = gradients
+        dgrouped_out = dout.reshape(grouped.shape)
+        dvalue = weights.transpose(-1, -2) @ dgrouped_out
+        dweights = dgrouped_out @ value.transpose(-1, -2)
+        dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
+        dquery = ((dscores @ key) * ctx.scale).view(dout.shape)
+        return dquery, dscores.transpose(-1, -2) @ grouped, dvalue, None, None
+
+
+_attend: Callable[..., torch.Tensor] = _Attention.apply
+
+
+@lru_cache(maxsize=4)
+def _later_keys(length: int) -> torch.Tensor:
+    """[l, l], true where a key comes after the query."""
+    return torch.ones(length, length, dtype=torch.bool).triu(1)
 
 
 AttentionInterface.register(PACKED, packed_attention_forward)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from utils.errors import CheckpointError, ConfigError
 from utils.files import atomic_folder, read_json, write_json
-from utils.training.config import TrainConfig
+from utils.training.config import UNPACKER, TrainConfig
 from utils.training.sharding import full, part_of
 
 logger = logging.getLogger(__name__)
@@ -101,12 +101,12 @@ def read_progress(folder: Path, config: TrainConfig) -> dict[str, Any]:
 
 
 def load_trained(folder: Path) -> dict[str, torch.Tensor]:
-    """The trained parameters of a checkpoint.
+    """The trained parameters of a checkpoint that belong to the pair: without the unpacker's.
 
     Raises:
         CheckpointError: The file is missing or damaged.
     """
-    return _load(folder / TRAINED)
+    return {name: t for name, t in _load(folder / TRAINED).items() if not name.startswith(f"{UNPACKER}.")}
 
 
 def restore(
@@ -118,7 +118,7 @@ def restore(
         CheckpointError: Tensors are missing, unknown or of another shape.
     """
     if optimizer is None:
-        state = load_trained(folder)
+        state = _load(folder / TRAINED)
         if set(state) != set(trained):
             differing = sorted(set(state) ^ set(trained))[0]
             raise CheckpointError(f"{folder / TRAINED}: {differing} is missing or unknown: the pair is another one")

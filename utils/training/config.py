@@ -29,7 +29,8 @@ import yaml
 
 from utils.errors import ConfigError
 
-PARTS = ("adapter", "markers", "encoder", "decoder")
+UNPACKER = "unpacker"
+PARTS = ("adapter", "markers", "encoder", "decoder", UNPACKER)
 METHODS = ("full", "lora")
 PRECISIONS = ("float32", "bfloat16")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -130,9 +131,11 @@ class StageConfig:
         row_tokens: Decoder rows of one packed row.
         memory_tokens: Encoder tokens of one packed row; no limit of its own by default.
         rows: Packed rows of one optimiser step, over all processes.
-        length_discount: Each of an example's n labels weighs n^-length_discount in the loss. 0 counts tokens alike, and
-            a text that is repeated drowns the answer to a question; 1 counts examples alike; 0.5 lies between
+        length_discount: Each of an answer's n labels weighs n^-length_discount in the loss. 0 counts tokens alike, and
+            a text that is repeated drowns the answer to a question; 1 counts answers alike; 0.5 lies between
             (InternVL 2.5's square averaging, arXiv 2412.05271).
+        unpack_weight: Weight of the unpack loss (`unpacking.py`) beside the next-token loss; needs a learning rate for the
+            part `unpacker`, and nothing else does.
         warmup_steps: Linear rise of the learning rate; then a cosine.
         final_rate: What the cosine falls to, as a part of the peak.
         weight_decay: AdamW's, on matrices only.
@@ -148,6 +151,7 @@ class StageConfig:
     memory_tokens: int | None = None
     rows: int = 1
     length_discount: float = 0.0
+    unpack_weight: float = 0.0
     warmup_steps: int = 20
     final_rate: float = 0.1
     weight_decay: float = 0.01
@@ -164,6 +168,11 @@ class StageConfig:
             _check_choice("learning_rates", part, PARTS)
         if not self.learning_rates:
             raise ConfigError("learning_rates: name at least one part that learns")
+        if self.unpack_weight < 0 or (self.unpack_weight > 0) != (UNPACKER in self.learning_rates):
+            raise ConfigError(
+                f"unpack_weight is {self.unpack_weight} and learning_rates name {', '.join(self.learning_rates)}: give the "
+                f"{UNPACKER} a learning rate where the weight is above 0, and only there"
+            )
         if self.preset == "align" and (set(self.learning_rates) != {"adapter"} or set(self.chunk_sizes) != {1}):
             raise ConfigError("the align stage trains the adapter only, at chunk size 1: set neither otherwise")
 

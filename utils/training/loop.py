@@ -35,6 +35,7 @@ from utils.training.packing import ExampleStream, PackedRow, RowPacker
 from utils.training.pairs import load_pair
 from utils.training.parts import add_lora, parameter_groups, set_precision, trained_names
 from utils.training.sharding import full, shard, wants_sharding, without_sync
+from utils.training.unpacking import unpacked_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,8 @@ class Trainer:
         processor = Processor(tokenizers=self.tokenizers, chunk_size=model.config.chunk_size)
         with self.accelerator.main_process_first():
             self.caches = open_caches(config, processor)
-        self.pair = TrainedPair(model, self.tokenizers.markers)
+        unpack = any(stage.unpack_weight for stage in config.stages)
+        self.pair = TrainedPair(model, self.tokenizers.markers, unpack=unpack)
         torch.manual_seed(config.seed)
         add_lora(self.pair, config)
         set_precision(self.pair, config)
@@ -186,32 +188,37 @@ class Trainer:
         """One optimiser step; a gradient that is not finite leaves the weights as they are.
 
         Returns:
-            `loss` a label (or memory token), `grad_norm`, and `skipped`, 1 if the step was left out.
+            `loss` a label (or memory token), `grad_norm`, and `skipped`, 1 if the step was left out; with an unpack
+            weight `unpack_loss`, a memory token that it covers.
         """
-        align = stage.preset == "align"
+        align, unpack = stage.preset == "align", stage.unpack_weight > 0
         total = sum(loss_units(row, align) for row in rows)
+        unpacked = max(1, sum(unpacked_tokens(row.spans) for row in rows))
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         mine = rows[rank::world]
-        loss = torch.zeros((), device=self.accelerator.device)
+        losses = torch.zeros(2 if unpack else 1, device=self.accelerator.device)
+        units = torch.tensor([total, unpacked][: len(losses)], device=losses.device)
+        weights = torch.tensor([1.0, stage.unpack_weight][: len(losses)], device=losses.device)
         for number, row in enumerate(mine):
             last = number == len(mine) - 1
             with contextlib.nullcontext() if last else without_sync(self.accelerator, wrapped):
                 with self._autocast():
-                    part = wrapped(row, align) / total
+                    parts = wrapped(row, align, unpack).reshape(-1) / units
                 # Distributed wrappers average gradients where a sum is wanted.
-                self.accelerator.backward(part * world)
-            loss += part.detach()
-        loss = self.accelerator.reduce(loss, "sum")
+                self.accelerator.backward((parts * weights).sum() * world)
+            losses += parts.detach()
+        losses = self.accelerator.reduce(losses, "sum")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = full(get_total_norm([p.grad for p in parameters if p.grad is not None]))
         clip_grads_with_norm_(parameters, stage.clip_norm, norm)
-        finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss))
+        finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(losses).all())
         if finite:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate_factor(step, stage)
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return {"loss": float(loss), "grad_norm": float(norm), "skipped": float(not finite)}
+        named = dict(zip(("loss", "unpack_loss"), losses.tolist(), strict=False))
+        return {**named, "grad_norm": float(norm), "skipped": float(not finite)}
 
     def _autocast(self) -> Any:
         device = self.accelerator.device.type

@@ -1,6 +1,7 @@
-"""What is minimised: the packed next-token loss, and the alignment of latents with the decoder's own embeddings.
+"""What is minimised: the packed next-token loss, the alignment of latents with the decoder's own embeddings, and the
+unpack loss (`unpacking.py`) beside the first.
 
-`TrainedPair` computes both behind one `forward`, as distributed wrappers want it. Losses are sums over a row; the loop
+`TrainedPair` computes them behind one `forward`, as distributed wrappers want it. Losses are sums over a row; the loop
 divides by what the whole step has, on all processes, so that the split of a step into rows changes nothing.
 Shape legend: T decoder rows of a packed row, n rows with a label, N latents, D decoder width.
 """
@@ -22,6 +23,7 @@ from utils.model.markers import MarkerIds
 from utils.model.packed_attention import supports_packed_attention, use_packed_attention
 from utils.model.splice import splice_latents
 from utils.training.packing import PackedRow
+from utils.training.unpacking import Unpacker
 
 # Label rows whose logits exist at the same time; a vocabulary is large.
 _HEAD_ROWS = 2048
@@ -58,30 +60,45 @@ class TrainedPair(nn.Module):
     Args:
         model: The pair; its parts become parts of this module under the same names.
         markers: Ids of the marker tokens.
+        unpack: Whether to have an unpacker, for the unpack loss.
 
     Raises:
         ConfigError: The decoder cannot run packed rows.
     """
 
-    def __init__(self, model: CodeLLaVAModel, markers: MarkerIds) -> None:
+    def __init__(self, model: CodeLLaVAModel, markers: MarkerIds, *, unpack: bool = False) -> None:
         super().__init__()
         if not supports_packed_attention(model.decoder):
             raise ConfigError(f"{type(model.decoder).__name__} cannot run packed rows, which training needs")
         self.memory_encoder = model.memory_encoder
         self.decoder = model.decoder
-        self.marker_rows = MarkerRows(markers, model.decoder.get_input_embeddings().weight.shape[1])
+        width = model.decoder.get_input_embeddings().weight.shape[1]
+        self.marker_rows = MarkerRows(markers, width)
+        self.unpacker = Unpacker(width, self._encoder_table().shape[1]) if unpack else None
         use_packed_attention(self.decoder)
 
-    def forward(self, row: PackedRow, align: bool = False) -> torch.Tensor:
-        """The summed loss of a packed row: over its labels, or with `align` over its memory tokens."""
-        return self._align_loss(row) if align else self._next_token_loss(row)
+    def forward(self, row: PackedRow, align: bool = False, unpack: bool = False) -> torch.Tensor:
+        """The summed loss of a packed row: over its labels, or with `align` over its memory tokens.
 
-    def _next_token_loss(self, row: PackedRow) -> torch.Tensor:
+        With `unpack` [2]: that, and the unpack loss summed over the memory tokens that it covers.
+        """
+        if align:
+            return self._align_loss(row)
+        latents = self.memory_encoder(row.spans)
+        loss = self._next_token_loss(row, latents)
+        if not unpack:
+            return loss
+        assert self.unpacker is not None
+        return torch.stack([loss, self.unpacker(latents, row.spans, self._encoder_table())])
+
+    def _encoder_table(self) -> torch.Tensor:
+        return self.memory_encoder.chunker.encoder.get_input_embeddings().weight
+
+    def _next_token_loss(self, row: PackedRow, latents: list[torch.Tensor]) -> torch.Tensor:
         table = self.decoder.get_input_embeddings()
         device = table.weight.device
         ids_T = row.input_ids.to(device)
         embeds_TD = self.marker_rows(ids_T, table(ids_T))
-        latents = self.memory_encoder(row.spans)
         embeds_TD = splice_latents(embeds_TD, latents, [(span.start, span.stop) for span in row.spans])
         hidden_TD = self.decoder.get_decoder()(
             inputs_embeds=embeds_TD[None],

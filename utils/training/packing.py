@@ -133,7 +133,7 @@ class RowPacker:
         row_tokens: Most decoder rows of a packed row.
         markers: Ids that are never a label.
         memory_tokens: Most encoder tokens of a packed row; no limit by default.
-        length_discount: Each of an example's n labels weighs n^-length_discount.
+        length_discount: Each of an answer's n labels weighs n^-length_discount.
         too_long: Examples so far that fit into no row and were left out.
     """
 
@@ -207,12 +207,13 @@ def pack(
     lengths: list[int] = []
     start = 0
     for draw, example in chosen:
-        widened, target_start, places = _widen(example, draw.chunk_size, markers.memory)
-        wanted = np.arange(max(target_start, 1), len(widened))
-        wanted = wanted[~np.isin(widened[wanted], (markers.start, markers.end, markers.memory))]
-        label_rows.append(start + wanted - 1)
-        labels.append(widened[wanted])
-        weights.append(np.full(len(wanted), max(1, len(wanted)) ** -length_discount))
+        widened, targets, places = _widen(example, draw.chunk_size, markers.memory)
+        for first, stop in targets:
+            wanted = np.arange(first, stop)
+            wanted = wanted[~np.isin(widened[wanted], (markers.start, markers.end, markers.memory))]
+            label_rows.append(start + wanted - 1)
+            labels.append(widened[wanted])
+            weights.append(np.full(len(wanted), max(1, len(wanted)) ** -length_discount))
         spans += [
             MemorySpan(text="", token_ids=tokens.tolist(), start=start + a, stop=start + b, chunk_size=draw.chunk_size)
             for tokens, (a, b) in zip(example.spans, places, strict=True)
@@ -232,14 +233,15 @@ def pack(
     )
 
 
-def _widen(example: TokenizedExample, chunk_size: int, placeholder: int) -> tuple[np.ndarray, int, list[Any]]:
-    """Repeat each placeholder once a latent; the target's start and the spans' places move along."""
+def _widen(example: TokenizedExample, chunk_size: int, placeholder: int) -> tuple[np.ndarray, list[Any], list[Any]]:
+    """Repeat each placeholder once a latent; the places of targets and spans move along."""
     ids = np.asarray(example.decoder_ids)
     at = np.flatnonzero(ids == placeholder)
     counts = np.ones(len(ids), dtype=np.int64)
     counts[at] = [num_latents(len(span), chunk_size) for span in example.spans]
     begins = np.concatenate([[0], np.cumsum(counts)])
-    return np.repeat(ids, counts), int(begins[example.target_start]), [(begins[a], begins[a + 1]) for a in at]
+    targets = [(int(begins[first]), int(begins[stop])) for first, stop in example.targets]
+    return np.repeat(ids, counts), targets, [(begins[a], begins[a + 1]) for a in at]
 
 
 def _tensor(parts: Sequence[np.ndarray]) -> torch.Tensor:

@@ -1,11 +1,9 @@
-"""The four parts of a pair that can learn, found by module identity: which learn, how fast, and how to keep them.
+"""The parts of a pair that can learn, found by module identity: which learn, how fast, and how to keep them.
 
-    add_lora(pair, config)                       # once: LoRA where the configuration says so
-    groups = parameter_groups(pair, stage)       # per stage: freezes the rest, gives the optimiser's groups
-    state = trained_state(pair)                  # what training can change, and nothing else
-    apply_trained_state(model, state, lora)      # into a pair as it was before: LoRA merged, marker rows added
-
-LoRA: Hu et al., arXiv 2106.09685.
+add_lora(pair, config)                       # once: LoRA where the configuration says so
+groups = parameter_groups(pair, stage)       # per stage: freezes the rest, gives the optimiser's groups
+state = trained_state(pair)                  # what training can change, and nothing else
+apply_trained_state(model, state, lora)      # into a pair as it was before: LoRA merged, marker rows added
 """
 
 from __future__ import annotations
@@ -21,7 +19,8 @@ from utils.errors import CheckpointError
 from utils.inference.trained_part import merge_trained_state
 from utils.model.code_llava_model import CodeLLaVAModel
 from utils.model.markers import MarkerIds
-from utils.training.config import StageConfig, TrainConfig, TuningConfig
+from utils.training import lora
+from utils.training.config import UNPACKER, StageConfig, TrainConfig, TuningConfig
 from utils.training.objective import TrainedPair
 
 _LORA = re.compile(r"\.lora_[AB]\.")
@@ -30,15 +29,8 @@ _LORA = re.compile(r"\.lora_[AB]\.")
 def add_lora(pair: TrainedPair, config: TrainConfig) -> None:
     """Put LoRA weights beside all linear layers of the models that learn that way; at first they change nothing."""
     for model, tuning in _models(pair, config):
-        if tuning.method != "lora":
-            continue
-        from peft import LoraConfig, inject_adapter_in_model
-
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        targets = sorted({name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head})
-        inject_adapter_in_model(
-            LoraConfig(r=tuning.rank, lora_alpha=tuning.alpha, target_modules=targets, lora_dropout=0.0), model
-        )
+        if tuning.method == "lora":
+            lora.add_lora(model, tuning.rank, tuning.alpha)
 
 
 def _models(pair: TrainedPair, config: TrainConfig) -> Iterator[tuple[Any, TuningConfig]]:
@@ -60,6 +52,7 @@ def learnable(pair: TrainedPair, config: TrainConfig) -> dict[str, list[tuple[st
     parts = {
         "adapter": named(pair.memory_encoder.adapter.parameters()),
         "markers": named(pair.marker_rows.parameters()),
+        UNPACKER: named(pair.unpacker.parameters()) if pair.unpacker is not None else [],
     }
     for part, (model, tuning) in zip(("encoder", "decoder"), _models(pair, config), strict=True):
         if tuning.method == "lora":

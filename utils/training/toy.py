@@ -22,7 +22,8 @@ END = "<|end|>"
 UNKNOWN = "<|unknown|>"
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'][0] + ':' + message['content'] + '\\n' }}{% endfor %}"
+    "{% for message in messages %}{{ message['role'][0] + ':' + message['content'] }}"
+    "{{ ('<|end|>' if message['role'] == 'assistant' else '') + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
 )
 CONFIG = CompressionConfig(chunk_size=2, window=64, pooling="mean")

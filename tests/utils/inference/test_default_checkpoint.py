@@ -125,7 +125,12 @@ def test_it_answers() -> None:
     prompt = processor.parse_chat([{"role": "user", "content": "What is the capital of France?"}])
     answer = tokenizer.decode(model.generate([prompt], max_new_tokens=24)[0])
     assert "Paris" in answer
-    # New rows of the table are the mean of the old ones, so a load is the same every time.
+
+
+@pytest.mark.slow
+def test_new_rows_of_the_table_are_one_mean() -> None:
+    # Not drawn at random, so that every load gives the same table; training then changes the two around a span.
+    model, _, processor = load_model(assemble_default_checkpoint(trained=False), device="cpu")
     marks = processor.tokenizers.markers
     rows = model.decoder.get_input_embeddings().weight[[marks.start, marks.end, marks.memory]]
     assert torch.equal(rows[0], rows[1])

@@ -47,6 +47,14 @@ def test_a_stage_starts_from_its_preset_and_the_file_wins(run_values: Values) ->
         ({"stages": [{"preset": "adapter", "chunk_sizes": {1: 1}}]}, "key steps is missing"),
         ({"stages": [{"preset": "adapter", "steps": 1, "chunk_sizes": {1: -1}}]}, "weights must not be negative"),
         ({"stages": [{"preset": "align", "steps": 1, "chunk_sizes": {4: 1}}]}, "adapter only, at chunk size 1"),
+        (
+            {"stages": [{"preset": "adapter", "steps": 1, "chunk_sizes": {4: 1}, "unpack_weight": 1}]},
+            "give the unpacker",
+        ),
+        (
+            {"stages": [{"preset": "adapter", "steps": 1, "chunk_sizes": {4: 1}, "learning_rates": {"unpacker": 1}}]},
+            "unpack_weight is 0.0",
+        ),
         ({"data": {"folder": "x", "memory_tokens": [9, 3]}}, "expected \\[shortest, longest\\]"),
         ({"data": {"folder": "x", "memory_tokens": [9]}}, "expected 2 values, got 1"),
     ],

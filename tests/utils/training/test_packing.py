@@ -97,6 +97,20 @@ def test_packed_loss_and_gradients_are_those_of_one_example_at_a_time(caches: di
         torch.testing.assert_close(gradient, single_gradients[name], rtol=1e-5, atol=1e-5)
 
 
+def test_a_length_discount_counts_by_answer(caches: dict[str, TokenCache], tmp_path: Path) -> None:
+    _, tokenizers = build_toy_pair()
+    processor = Processor(tokenizers=tokenizers, chunk_size=2)
+    source = tmp_path / "chat.jsonl"
+    source.write_text("")
+    turns = [("<|memory_start|>abcd<|memory_end|>?", "a"), ("and?", "bcdefgh")]
+    messages = [{"role": r, "content": x} for turn in turns for r, x in zip(("user", "assistant"), turn, strict=True)]
+    cache = TokenCache.build(tmp_path / "chat", source, [{"messages": messages}], processor)
+    packed = pack([(Draw("chat", 0, 2), cache[0])], tokenizers.markers, length_discount=1.0)
+    # An answer's labels are its letters and the end token.
+    assert packed.label_weights.tolist() == pytest.approx([1 / 2] * 2 + [1 / 8] * 8)
+    assert tokenizers.decoder.decode(packed.labels, skip_special_tokens=True) == "abcdefgh"
+
+
 def test_a_length_discount_of_one_counts_examples_alike(caches: dict[str, TokenCache]) -> None:
     model, tokenizers = build_toy_pair()
     torch.nn.init.normal_(model.memory_encoder.adapter.fc1.bias)

@@ -4,13 +4,13 @@
     cache = TokenCache.open("data/lookup")
     cache[7].decoder_ids        # each span a single placeholder: the chunk size is chosen when rows are packed
 
-A folder holds three plain arrays and `meta.json`. Shape legend: n examples, s spans.
+A folder holds three plain arrays and `meta.json`. Shape legend: n examples, s spans, m targets.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from tqdm import tqdm
 from utils.errors import DatasetError, PromptError
 from utils.files import atomic_folder, read_json, sha256_bytes, sha256_file, write_json
 from utils.model.processor import Processor
+from utils.model.prompt import MemorySpan
 
 _META, _DECODER, _ENCODER, _INDEX = "meta.json", "decoder.i32", "encoder.i32", "index.npz"
-_VERSION = 1
+_VERSION = 2
 # A span as long as any: parsed with this chunk size it becomes one placeholder.
 ONE_PLACEHOLDER = 1 << 40
 
@@ -35,12 +36,13 @@ class TokenizedExample:
     Attributes:
         decoder_ids: [T] int32, each memory span as a single placeholder.
         spans: Encoder tokens of each span, int32.
-        target_start: First decoder row that the loss is taken on; placeholders and markers never count.
+        targets: Half-open ranges of decoder rows that the loss is taken on, one an answer; placeholders and markers in
+            them never count.
     """
 
     decoder_ids: np.ndarray
     spans: tuple[np.ndarray, ...]
-    target_start: int
+    targets: tuple[tuple[int, int], ...]
 
 
 class TokenCache:
@@ -54,10 +56,11 @@ class TokenCache:
             self._decoder_offsets = index["decoder_offsets"]  # [n + 1]
             self._span_offsets = index["span_offsets"]  # [n + 1]
             self._encoder_offsets = index["encoder_offsets"]  # [s + 1]
-            self._target_starts = index["target_starts"]  # [n]
+            self._target_offsets = index["target_offsets"]  # [n + 1]
+            self._targets = index["targets"]  # [m, 2]
 
     def __len__(self) -> int:
-        return len(self._target_starts)
+        return len(self._target_offsets) - 1
 
     def __getitem__(self, number: int) -> TokenizedExample:
         first, stop = self._decoder_offsets[number : number + 2]
@@ -65,7 +68,9 @@ class TokenCache:
         return TokenizedExample(
             decoder_ids=self._decoder[first:stop],
             spans=tuple(self._encoder[self._encoder_offsets[s] : self._encoder_offsets[s + 1]] for s in spans),
-            target_start=int(self._target_starts[number]),
+            targets=tuple(
+                (int(a), int(b)) for a, b in self._targets[slice(*self._target_offsets[number : number + 2])]
+            ),
         )
 
     @classmethod
@@ -92,13 +97,14 @@ class TokenCache:
         Args:
             folder: Where to; an existing cache is replaced.
             source: The file behind the rows, for messages and the check of `is_current`.
-            rows: `{"messages", "target"}` or `{"text"}`, with memory markers.
+            rows: Of the shapes that `tokenize_row` takes, with memory markers.
             processor: Tokenizers and limits.
 
         Raises:
             DatasetError: A row of another shape, without a span, or with wrong markers; the message names it.
         """
-        decoder_offsets, span_offsets, encoder_offsets, target_starts = [0], [0], [0], []
+        decoder_offsets, span_offsets, encoder_offsets, target_offsets = [0], [0], [0], [0]
+        targets: list[tuple[int, int]] = []
         with atomic_folder(folder) as temporary:
             with (temporary / _DECODER).open("wb") as decoder, (temporary / _ENCODER).open("wb") as encoder:
                 bar = tqdm(rows, desc=f"tokenising {Path(source).name}", unit="example", disable=None)
@@ -110,22 +116,24 @@ class TokenCache:
                         span.tofile(encoder)
                         encoder_offsets.append(encoder_offsets[-1] + len(span))
                     span_offsets.append(len(encoder_offsets) - 1)
-                    target_starts.append(example.target_start)
-            if not target_starts:
+                    targets += example.targets
+                    target_offsets.append(len(targets))
+            if not targets:
                 raise DatasetError(f"{source}: no examples")
             np.savez(
                 temporary / _INDEX,
                 decoder_offsets=np.array(decoder_offsets, dtype=np.int64),
                 span_offsets=np.array(span_offsets, dtype=np.int64),
                 encoder_offsets=np.array(encoder_offsets, dtype=np.int64),
-                target_starts=np.array(target_starts, dtype=np.int64),
+                target_offsets=np.array(target_offsets, dtype=np.int64),
+                targets=np.array(targets, dtype=np.int64),
             )
             meta = {
                 "version": _VERSION,
-                "examples": len(target_starts),
+                "examples": len(target_offsets) - 1,
                 "memory_tokens": encoder_offsets[-1],
                 "decoder_tokens": decoder_offsets[-1],
-                "target_tokens": int(np.sum(np.diff(decoder_offsets) - np.array(target_starts))),
+                "target_tokens": sum(stop - start for start, stop in targets),
                 "key": cache_key(source, processor),
             }
             write_json(temporary / _META, meta)
@@ -133,36 +141,76 @@ class TokenCache:
 
     @classmethod
     def is_current(cls, folder: str | Path, source: str | Path, processor: Processor) -> bool:
-        """Whether a cache is there and was made from this file with these tokenizers."""
-        meta = Path(folder) / _META
-        return meta.is_file() and read_json(meta).get("key") == cache_key(source, processor)
+        """Whether a cache is there and was made by this version from this file with these tokenizers."""
+        path = Path(folder) / _META
+        if not path.is_file():
+            return False
+        meta = read_json(path)
+        return meta.get("version") == _VERSION and meta.get("key") == cache_key(source, processor)
 
 
 def tokenize_row(row: Mapping[str, Any], processor: Processor, where: str) -> TokenizedExample:
     """Tokenise one JSONL row.
 
+    Args:
+        row: `{"messages", "target"}`, with the loss on the target; `{"messages"}` that end with the assistant's, with
+            the loss on each message of the assistant; or `{"text"}`, with the loss on everything outside the memory.
+        processor: Tokenizers and limits.
+        where: File and row, for messages.
+
     Raises:
         DatasetError: Its shape or its markers are wrong, or it has no memory span.
     """
     try:
-        if isinstance(row.get("messages"), list) and isinstance(row.get("target"), str):
-            prompt = processor.parse_chat(row["messages"], ONE_PLACEHOLDER)
-            ids = [*prompt.input_ids, *processor.target_ids(row["target"])]
-            target_start = len(prompt.input_ids)
+        if isinstance(row.get("messages"), list):
+            messages = row["messages"]
+            if isinstance(row.get("target"), str):
+                turns = [len(messages)]
+                messages = [*messages, {"role": "assistant", "content": row["target"]}]
+            else:
+                turns = [at for at, message in enumerate(messages) if message.get("role") == "assistant"]
+                if not turns or turns[-1] != len(messages) - 1:
+                    raise DatasetError(f'{where}: give a "target", or let the last message be the assistant\'s')
+            spans, ids, targets = _tokenize_turns(messages, turns, processor)
         elif isinstance(row.get("text"), str):
             prompt = processor.parse_raw(row["text"], ONE_PLACEHOLDER)
-            ids, target_start = prompt.input_ids, 1
+            spans, ids, targets = prompt.spans, prompt.input_ids, [(1, len(prompt.input_ids))]
         else:
-            raise DatasetError(f'{where}: expected {{"messages", "target"}} or {{"text"}}, got the keys {sorted(row)}')
+            raise DatasetError(
+                f'{where}: expected {{"messages", "target"}}, {{"messages"}} or {{"text"}}, got the keys {sorted(row)}'
+            )
     except PromptError as error:
         raise DatasetError(f"{where}: {error}") from None
-    if not prompt.spans:
+    if not spans:
         raise DatasetError(f"{where}: no memory span; mark what is to be compressed with the memory markers")
     return TokenizedExample(
         decoder_ids=np.array(ids, dtype=np.int32),
-        spans=tuple(np.array(span.token_ids, dtype=np.int32) for span in prompt.spans),
-        target_start=target_start,
+        spans=tuple(np.array(span.token_ids, dtype=np.int32) for span in spans),
+        targets=tuple(targets),
     )
+
+
+def _tokenize_turns(
+    messages: Sequence[Mapping[str, Any]], turns: Sequence[int], processor: Processor
+) -> tuple[Sequence[MemorySpan], list[int], list[tuple[int, int]]]:
+    """A chat up to its last turn that is learnt: spans, decoder ids, and the rows of the assistant's messages `turns`.
+
+    Each turn is tokenised as a request for it would be, and then as it would be answered.
+    """
+    ids: list[int] = []
+    targets: list[tuple[int, int]] = []
+    spans: Sequence[MemorySpan] = ()
+    for at in turns:
+        prompt = processor.parse_chat(messages[:at], ONE_PLACEHOLDER)
+        if list(prompt.input_ids[: len(ids)]) != ids:
+            raise PromptError(
+                f"message {at}: the chat template, or white space around an answer, gives the messages before it other "
+                "tokens than they were answered with: remove the white space, or give each answer a row of its own"
+            )
+        ids = [*prompt.input_ids, *processor.target_ids(messages[at]["content"])]
+        targets.append((len(prompt.input_ids), len(ids)))
+        spans = prompt.spans
+    return spans, ids, targets
 
 
 def cache_key(source: str | Path, processor: Processor) -> str:

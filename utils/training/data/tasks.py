@@ -1,7 +1,8 @@
 """Training tasks: each makes one example from source files, or from nothing but a random generator.
 
     example = TASKS["lookup"](Material(random, files, SizeRange(shortest=64, longest=256)))
-    example.row()           # {"task", "messages", "target"}: loss on the target; or {"task", "text"}: loss on the text
+    example.row()           # {"task", "messages", "target"}: loss on the target; {"task", "messages"}: loss on all the
+                            # assistant says; {"task", "text"}: loss on the text
 
 Add a task: write its function and name it in `TASKS`. It returns None where the material drawn does not suit it; the
 builder then draws again.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,7 +21,7 @@ from typing import Any
 
 from utils.model.markers import MEMORY_END, MEMORY_START
 from utils.training.data.excerpts import SizeRange, cut_excerpt, draw_file, excerpt_around, excerpt_range
-from utils.training.data.lookups import QUESTIONS, find_facts, is_unambiguous
+from utils.training.data.lookups import QUESTIONS, Fact, find_facts, is_unambiguous
 from utils.training.data.sources import SourceFile
 
 _REPEAT = ("Repeat the code above, character for character.", "Write out the code again, unchanged.", "Repeat it.")
@@ -45,6 +47,7 @@ class Example:
         answer: What the decoder is to write: the target, or the text after the memory.
         source: File and licence behind it.
         kind: Finer kind of the task, for reports.
+        more: Questions and answers that follow in the same chat; evaluation asks the first question only.
     """
 
     task: str
@@ -53,6 +56,7 @@ class Example:
     answer: str
     source: str = ""
     kind: str = ""
+    more: tuple[tuple[str, str], ...] = ()
 
     def messages(self, memory: str | None = None) -> list[dict[str, str]]:
         """The chat, with the marked memory or another text in its place."""
@@ -62,6 +66,11 @@ class Example:
     def row(self) -> dict[str, Any]:
         """The JSONL form."""
         row: dict[str, Any] = {"task": self.task, "kind": self.kind, "source": self.source}
+        if self.more:
+            turns = [*self.messages(), {"role": "assistant", "content": self.answer}]
+            for question, answer in self.more:
+                turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            return row | {"messages": turns}
         if self.question:
             return row | {"messages": self.messages(), "target": self.answer}
         return row | {"text": f"{MEMORY_START}{self.memory}{MEMORY_END}{self.answer}"}
@@ -159,19 +168,69 @@ def needle(material: Material) -> Example | None:
     random = material.random
     file, code = material.draw_code()
     lines = code.splitlines()
-    names = random.sample([f"{a} {n}" for a in _ADJECTIVES for n in _NOUNS], random.randint(1, 3))
+    names = _draw_note_names(random, random.randint(1, 3))
     notes = []
     for name in names:
-        note, question = random.choice(_NOTES)
-        value = str(random.randrange(10 ** random.randint(3, 6), 10**7))
-        words = (name, value, name.upper().replace(" ", "_"))
-        notes.append((question.format(*words), value))
+        note, question, value = _draw_note(random, name)
+        notes.append((question, value))
         place = random.randint(0, len(lines))
-        indent = lines[place][: len(lines[place]) - len(lines[place].lstrip())] if place < len(lines) else ""
-        lines.insert(place, indent + note.format(*words))
+        lines.insert(place, _indent_at(lines, place) + note)
     question, value = random.choice(notes)
     memory = "\n".join(lines).strip("\n")
     return Example(task="needle", memory=memory, question=question, answer=value, source=_origin(file))
+
+
+def conversation(material: Material) -> Example | None:
+    """Ask for several things, one after another, about stretches of one to three files with a few notes in them.
+
+    The memory is encoded and read once for all its questions, so a step of training holds several times the answers that
+    the single-question tasks give it.
+    """
+    random = material.random
+    num_files = random.choices((1, 2, 3), weights=(5, 3, 2))[0]
+    files = [draw_file(random, material.files) for _ in range(num_files)]
+    if len({file.path for file in files}) < num_files:
+        return None
+    budget = material.size.draw_chars(random) // num_files
+    parts = [_draw_part(random, file, budget) for file in files]
+    lines = Counter(line.strip() for part in parts for line in part.lines)
+    # A line that another file has too has two next lines.
+    said = [(part, fact) for part in parts for fact in part.facts if lines[fact.subject[0]] <= 1]
+    once = Counter((fact.kind, fact.subject) for _, fact in said)
+    by_kind: dict[str, list[tuple[_Part, Fact]]] = {}
+    for part, fact in said:
+        if once[fact.kind, fact.subject] == 1:
+            by_kind.setdefault(fact.kind, []).append((part, fact))
+    asked: list[tuple[str, str]] = []
+    for kind in random.sample(sorted(by_kind), min(len(by_kind), 4)):
+        part, fact = random.choice(by_kind[kind])
+        part.keep_together(fact)
+        asked.append((random.choice(QUESTIONS[kind]).format(*fact.subject), fact.answer))
+    if num_files > 1:
+        names = Counter(name for part in parts for name in part.names)
+        homes = [(name, part.file.path) for part in parts for name in part.names if names[name] == 1]
+        for name, path in random.sample(homes, min(len(homes), 2)):
+            asked.append((f"Which file defines `{name}`?", path))
+    for name in _draw_note_names(random, random.randint(0, 3)):
+        note, question, value = _draw_note(random, name)
+        random.choice(parts).insert(random, note)
+        asked.append((question, value))
+    if len(asked) < 2:
+        return None
+    random.shuffle(asked)
+    (question, answer), *more = asked
+    texts = ["\n".join(part.lines).strip("\n") for part in parts]
+    if num_files > 1:
+        texts = [f"# file: {part.file.path}\n{text}" for part, text in zip(parts, texts, strict=True)]
+    return Example(
+        task="conversation",
+        memory="\n".join(texts),
+        question=question,
+        answer=answer,
+        source="; ".join(_origin(file) for file in files),
+        kind=f"{len(asked)} questions",
+        more=tuple(more),
+    )
 
 
 def variables(material: Material) -> Example | None:
@@ -228,6 +287,7 @@ TASKS: dict[str, Callable[[Material], Example | None]] = {
     "lookup": lookup,
     "which_file": which_file,
     "needle": needle,
+    "conversation": conversation,
     "variables": variables,
     "count": count,
     "copy_symbols": copy_symbols,
@@ -237,8 +297,71 @@ TASKS: dict[str, Callable[[Material], Example | None]] = {
 SYMBOL_TASKS = frozenset(("count", "copy_symbols", "find_symbol"))
 
 
+@dataclass(slots=True)
+class _Part:
+    """A stretch of a file, into which notes are put.
+
+    Attributes:
+        file: Where it is from.
+        lines: Its lines, without line ends.
+        facts: What can be asked about it, lines counted in the file.
+        names: Names it defines at the top level.
+        first: Its first line in the file.
+        closed: Places between lines that belong together, before which nothing may be put.
+    """
+
+    file: SourceFile
+    lines: list[str]
+    facts: list[Fact]
+    names: list[str]
+    first: int
+    closed: set[int] = field(default_factory=set)
+
+    def keep_together(self, fact: Fact) -> None:
+        """Put no note between two lines of which a question says that they are neighbours."""
+        if fact.last - fact.first == 1:
+            self.closed.add(fact.last - self.first)
+
+    def insert(self, random: Random, note: str) -> None:
+        """Put a note somewhere."""
+        place = random.choice(sorted(set(range(len(self.lines) + 1)) - self.closed))
+        self.lines.insert(place, _indent_at(self.lines, place) + note)
+        self.closed = {p + (p >= place) for p in self.closed}
+
+
+def _draw_part(random: Random, file: SourceFile, num_chars: int) -> _Part:
+    """A stretch of a file about something that can be asked, where there is such."""
+    lines = file.text.splitlines(keepends=True)
+    facts = _facts_of(file.text)
+    around = random.choice(facts) if facts else None
+    if around is not None and sum(map(len, lines[around.first : around.last + 1])) <= num_chars:
+        first, stop = excerpt_around(random, lines, around.first, around.last, num_chars)
+    else:
+        first, stop = excerpt_range(lines, random.randrange(len(lines)), num_chars)
+    inside = [fact for fact in facts if is_unambiguous(fact, facts, first, stop)]
+    shown = [line.rstrip("\n") for line in lines[first:stop]]
+    return _Part(file, shown, inside, _names_defined(lines[first:stop]), first)
+
+
+def _draw_note_names(random: Random, number: int) -> list[str]:
+    return random.sample([f"{a} {n}" for a in _ADJECTIVES for n in _NOUNS], number)
+
+
+def _draw_note(random: Random, name: str) -> tuple[str, str, str]:
+    """A note's line, the question about it, and its value."""
+    note, question = random.choice(_NOTES)
+    value = str(random.randrange(10 ** random.randint(3, 6), 10**7))
+    words = (name, value, name.upper().replace(" ", "_"))
+    return note.format(*words), question.format(*words), value
+
+
+def _indent_at(lines: Sequence[str], place: int) -> str:
+    """The white space that the line at a place begins with."""
+    return lines[place][: len(lines[place]) - len(lines[place].lstrip())] if place < len(lines) else ""
+
+
 @lru_cache(maxsize=4096)
-def _facts_of(text: str) -> list[Any]:
+def _facts_of(text: str) -> list[Fact]:
     return find_facts(text)
 
 

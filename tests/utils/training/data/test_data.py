@@ -120,6 +120,29 @@ def test_every_task_makes_different_examples_whose_answer_follows_from_the_memor
             assert example.answer in example.memory
 
 
+def test_a_conversation_asks_what_its_memory_still_says(files: list[SourceFile]) -> None:
+    kinds = set()
+    for example in itertools.islice(draw_examples("conversation", files, SIZE, seed=5), 60):
+        lines = [line.strip() for line in example.memory.splitlines()]
+        turns = [(example.question, example.answer), *example.more]
+        assert len({question for question, _ in turns}) == len(turns) > 1
+        row = example.row()
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * len(turns)
+        for question, answer in turns:
+            assert answer in example.memory
+            if "line" in question.split("`")[0] and "comment" not in question:
+                # Notes never stand between two lines that a question calls neighbours.
+                assert lines[lines.index(question.split("`")[1]) + 1] == answer
+                kinds.add("line")
+            elif question.startswith("Which file"):
+                home = example.memory[: example.memory.index(question.split("`")[1])]
+                assert home.rsplit("# file: ", 1)[1].split("\n")[0] == answer
+                kinds.add("file")
+            elif answer.isdigit() and f"LIMIT = {answer}" not in example.memory:
+                kinds.add("note")
+    assert kinds == {"line", "file", "note"}
+
+
 def test_training_never_sees_what_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name.lower() for name in PACKAGES} == EVALUATION_PACKAGES
 
@@ -190,15 +213,46 @@ def test_the_cache_gives_back_what_was_tokenised(toy_data: Path, tmp_path: Path)
     assert TokenCache.is_current(tmp_path / "cache", source, processor)
     for row, example in zip(rows, (cache[i] for i in range(len(cache))), strict=True):
         assert tokenizers.encoder.decode(np.concatenate(example.spans)) == row["target"]
-        target = example.decoder_ids[example.target_start : -1]
-        assert tokenizers.decoder.decode(target) == row["target"]
+        [(first, stop)] = example.targets
+        assert stop == len(example.decoder_ids)
+        assert tokenizers.decoder.decode(example.decoder_ids[first : stop - 1]) == row["target"]
         assert example.decoder_ids[-1] == tokenizers.decoder.eos_token_id
     assert cache.meta["memory_tokens"] == sum(len(row["target"]) for row in rows)
+
+
+def test_every_answer_of_a_chat_is_learnt_as_a_request_would_ask_for_it(tmp_path: Path) -> None:
+    _, tokenizers = build_toy_pair()
+    processor = Processor(tokenizers=tokenizers, chunk_size=2)
+    source = tmp_path / "mine.jsonl"
+    source.write_text("")
+    messages = [
+        {"role": "user", "content": "<|memory_start|>abcd<|memory_end|> first?"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "rest?"},
+        {"role": "assistant", "content": "bcd"},
+    ]
+    example = TokenCache.build(tmp_path / "cache", source, [{"messages": messages}], processor)[0]
+    assert tokenizers.encoder.decode(np.concatenate(example.spans)) == "abcd"
+    for (first, stop), at in zip(example.targets, (1, 3), strict=True):
+        asked = processor.parse_chat(messages[:at], 1 << 40)
+        assert example.decoder_ids[:first].tolist() == list(asked.input_ids)
+        assert example.decoder_ids[first:stop].tolist() == processor.target_ids(messages[at]["content"])
+
+
+def test_a_cache_of_an_older_version_is_made_anew(toy_data: Path, tmp_path: Path) -> None:
+    _, tokenizers = build_toy_pair()
+    processor = Processor(tokenizers=tokenizers, chunk_size=2)
+    source = toy_data / "copy_symbols.jsonl"
+    TokenCache.build(tmp_path / "cache", source, read_jsonl(source), processor)
+    meta = tmp_path / "cache" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"version": 1}))
+    assert not TokenCache.is_current(tmp_path / "cache", source, processor)
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"messages": [{"role": "user", "content": "<|memory_start|>a<|memory_end|>"}]}, 'give a "target", or let'),
         ({"text": "no memory here"}, "row 1: no memory span"),
         ({"prompt": "x"}, "row 1: expected .* got the keys"),
         ({"text": "<|memory_start|>open"}, "row 1: .*without a"),

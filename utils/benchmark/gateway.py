@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--backend-url", default="http://127.0.0.1:8000", help="default http://127.0.0.1:8000")
     group.add_argument("--clients", type=int, nargs="+", default=[1, 16], help="clients at once; default 1 16")
     group.add_argument("--requests", type=int, default=4, help="counted requests of a client and way; default 4")
+    group.add_argument(
+        "--seconds", type=float, default=0.0, help="at least so long for each number of clients, both ways in turn"
+    )
     group.add_argument("--lines", type=int, default=40, help="lines of code in a client's memory; default 40")
 
 
@@ -71,7 +74,9 @@ async def _measure(args: argparse.Namespace) -> dict[tuple[int, str], list[float
         for ask in ways.values():  # warm-up: the gateway's cache, the backend's prefix cache
             await asyncio.gather(*(ask(number) for number in range(most)))
         for clients in args.clients:
-            for _ in range(args.requests):
+            began, rounds = time.perf_counter(), 0
+            while rounds < args.requests or time.perf_counter() - began < args.seconds:
+                rounds += 1
                 for way, ask in ways.items():
                     times = await asyncio.gather(*(_seconds(ask, number) for number in range(clients)))
                     runs.setdefault((clients, way), []).extend(times)

@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 _ORDER = list(PRESETS)
 # A run may go on with other values of these: they change no number that is trained.
-_FREE_ON_RESUME = ("output", "threads", "save_minutes", "log_every", "keep_checkpoints")
+_FREE_ON_RESUME = ("output", "threads", "save_minutes", "log_every", "keep_checkpoints", "trackers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,8 +134,8 @@ class StageConfig:
         length_discount: Each of an answer's n labels weighs n^-length_discount in the loss. 0 counts tokens alike, and
             a text that is repeated drowns the answer to a question; 1 counts answers alike; 0.5 lies between
             (InternVL 2.5's square averaging, arXiv 2412.05271).
-        unpack_weight: Weight of the unpack loss (`unpacking.py`) beside the next-token loss; needs a learning rate for the
-            part `unpacker`, and nothing else does.
+        unpack_weight: Weight of the unpack loss (`unpacking.py`) beside the next-token loss; with it, and only then,
+            the part `unpacker` learns.
         warmup_steps: Linear rise of the learning rate; then a cosine.
         final_rate: What the cosine falls to, as a part of the peak.
         weight_decay: AdamW's, on matrices only.
@@ -170,8 +170,8 @@ class StageConfig:
             raise ConfigError("learning_rates: name at least one part that learns")
         if self.unpack_weight < 0 or (self.unpack_weight > 0) != (UNPACKER in self.learning_rates):
             raise ConfigError(
-                f"unpack_weight is {self.unpack_weight} and learning_rates name {', '.join(self.learning_rates)}: give the "
-                f"{UNPACKER} a learning rate where the weight is above 0, and only there"
+                f"unpack_weight is {self.unpack_weight} and learning_rates name {', '.join(self.learning_rates)}: give "
+                f"the {UNPACKER} a learning rate where the weight is above 0, and only there"
             )
         if self.preset == "align" and (set(self.learning_rates) != {"adapter"} or set(self.chunk_sizes) != {1}):
             raise ConfigError("the align stage trains the adapter only, at chunk size 1: set neither otherwise")
@@ -196,6 +196,7 @@ class TrainConfig:
         save_minutes: Time between two checkpoints.
         keep_checkpoints: How many are kept.
         log_every: Steps between two lines of metrics.
+        trackers: Where metrics go besides `metrics.jsonl`: accelerate's trackers by name, such as tensorboard.
     """
 
     name: str
@@ -212,6 +213,7 @@ class TrainConfig:
     save_minutes: float = 5.0
     keep_checkpoints: int = 2
     log_every: int = 10
+    trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_choice("precision", self.precision, PRECISIONS)

@@ -14,12 +14,15 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
@@ -98,7 +101,10 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         sharding = wants_sharding()
-        self.accelerator = Accelerator(cpu=self.device == "cpu")
+        _check_trackers(config.trackers)
+        self.accelerator = Accelerator(
+            cpu=self.device == "cpu", log_with=list(config.trackers) or None, project_dir=config.output
+        )
         _check_shares(config, self.accelerator.num_processes)
         model, self.tokenizers = load_pair(config.pair, config.seed)
         # Which chunk sizes the weights know is settled when the pair is exported.
@@ -147,11 +153,19 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_json(Path(self.config.output) / "run.json", {**self.config.what_is_trained(), **provenance()})
             self.metrics.trim(self.progress.global_step)
+        self.accelerator.init_trackers(self.config.name)
+        try:
+            return self._run_stages(resumed, None if deadline_s is None else began + deadline_s, last_stage)
+        finally:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+
+    def _run_stages(self, resumed: Path | None, deadline: float | None, last_stage: int | None) -> str:
         while self.progress.stage < len(self.config.stages):
             if last_stage is not None and self.progress.stage > last_stage:
                 return "paused"
             stage = self.config.stages[self.progress.stage]
-            left = None if deadline_s is None else deadline_s - (time.monotonic() - began)
+            left = None if deadline is None else deadline - time.monotonic()
             if not self._run_stage(stage, resumed if self.progress.step else None, left):
                 return "paused"
             resumed = None
@@ -292,22 +306,22 @@ class Trainer:
         bar.set_postfix_str(f"loss {result['loss']:.3f}, {tokens / seconds:.0f} tokens/s")
         last = self.progress.step == stage.steps
         if self.accelerator.is_main_process and (last or self.progress.step % self.config.log_every == 0):
-            self.metrics.append(
-                {
-                    "stage": self.progress.stage,
-                    "step": self.progress.step,
-                    "global_step": self.progress.global_step,
-                    **result,
-                    "rate_factor": rate_factor(self.progress.step - 1, stage),
-                    "tokens_per_s": round(tokens / seconds, 1),
-                    "labels_per_s": round(sum(row.num_labels for row in rows) / seconds, 1),
-                    "examples": sum(len(row.lengths) for row in rows),
-                    "too_long": packer.too_long,
-                    "skipped_in_all": self.progress.skipped,
-                    "labels_in_all": self.progress.labels,
-                    "seconds_in_all": round(self.progress.seconds, 1),
-                }
-            )
+            values = {
+                "stage": self.progress.stage,
+                "step": self.progress.step,
+                "global_step": self.progress.global_step,
+                **result,
+                "rate_factor": rate_factor(self.progress.step - 1, stage),
+                "tokens_per_s": round(tokens / seconds, 1),
+                "labels_per_s": round(sum(row.num_labels for row in rows) / seconds, 1),
+                "examples": sum(len(row.lengths) for row in rows),
+                "too_long": packer.too_long,
+                "skipped_in_all": self.progress.skipped,
+                "labels_in_all": self.progress.labels,
+                "seconds_in_all": round(self.progress.seconds, 1),
+            }
+            self.metrics.append(values)
+            self.accelerator.log(values, step=self.progress.global_step)
 
     def _save(self, optimizer: torch.optim.Optimizer | None) -> None:
         main = self.accelerator.is_main_process
@@ -340,6 +354,17 @@ def rate_factor(step: int, stage: StageConfig) -> float:
         return (step + 1) / stage.warmup_steps
     share = (step - stage.warmup_steps) / max(1, stage.steps - stage.warmup_steps)
     return stage.final_rate + (1 - stage.final_rate) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """accelerate itself leaves out what is not installed, without a word."""
+    for name in names:
+        if name not in get_available_trackers():
+            known = ", ".join(str(tracker) for tracker in LoggerType if str(tracker) != "all")
+            raise ConfigError(
+                f"trackers: {name} is not installed, or no tracker of accelerate's ({known}): install it, or take it "
+                "off the list"
+            )
 
 
 def _check_shares(config: TrainConfig, num_processes: int) -> None:

@@ -4,9 +4,10 @@
     x W^T + alpha / rank · (x A^T) B^T
 
 Names are peft's (`base_layer`, `lora_A.default`, `lora_B.default`), and so are the initial weights: A as torch draws a
-linear layer's, B zero. Written out as one autograd function because activations are what costs: under autocast, the usual
-composition of two linear layers copies every input to float32 and back, and scales, adds and sums in passes of their own;
-here the second product of each direction is added in place. Shape legend: T rows, i and o widths in and out, r rank.
+linear layer's, B zero. One autograd function, because passes over activations are what costs: composed of two linear
+layers under autocast, every input is copied to float32 and back, and scaling, adding and the sum of gradients each take
+a pass of their own; here the second product of each direction is added in place. Shape legend: T rows, i and o widths
+in and out, r rank.
 """
 
 from __future__ import annotations

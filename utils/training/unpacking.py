@@ -3,9 +3,9 @@
     unpacker = Unpacker(latent_width=576, table_width=576)
     loss = unpacker(latents, spans, encoder_table)          # summed over the tokens of all chunks it covers
 
-Pooling forgets order: `17` and `71` in one chunk give latents that the next-token loss tells apart only through the whole
-decoder and a few answers. Here every memory token is a label, a linear map for each place in a chunk reads it back from
-the latent, and encoder and adapter learn to keep it there. The maps are thrown away afterwards.
+Pooling forgets order: `17` and `71` in one chunk give latents that the next-token loss tells apart only through the
+whole decoder and a few answers. Here every memory token is a label: a linear map for each place in a chunk reads it
+back from the latent, and encoder and adapter learn to keep it there. The maps are thrown away afterwards.
 
 It costs nothing beside the decoder: the right token is found among the tokens of the row, not the vocabulary.
 Shape legend: N latents, D their width, c chunk size, K different tokens in the row, E width of the encoder's table.

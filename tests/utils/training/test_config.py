@@ -49,7 +49,7 @@ def test_a_stage_starts_from_its_preset_and_the_file_wins(run_values: Values) ->
         ({"stages": [{"preset": "align", "steps": 1, "chunk_sizes": {4: 1}}]}, "adapter only, at chunk size 1"),
         (
             {"stages": [{"preset": "adapter", "steps": 1, "chunk_sizes": {4: 1}, "unpack_weight": 1}]},
-            "give the unpacker",
+            "give the unpacker a",
         ),
         (
             {"stages": [{"preset": "adapter", "steps": 1, "chunk_sizes": {4: 1}, "learning_rates": {"unpacker": 1}}]},

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file
 
 from utils.errors import CheckpointError, ConfigError
@@ -139,8 +140,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     forward = TrainedPair.forward
     calls = iter(range(100))
 
-    def sometimes_infinite(self: TrainedPair, row: PackedRow, align: bool = False) -> torch.Tensor:
-        return forward(self, row, align) * (float("nan") if next(calls) == 3 else 1.0)
+    def sometimes_infinite(self: TrainedPair, row: PackedRow, *kinds: bool) -> torch.Tensor:
+        return forward(self, row, *kinds) * (float("nan") if next(calls) == 3 else 1.0)
 
     monkeypatch.setattr(TrainedPair, "forward", sometimes_infinite)
     trainer = Trainer(run_config(), device="cpu")
@@ -150,10 +151,48 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     assert "not finite" in caplog.text
 
 
+def test_trackers_get_what_the_metrics_file_gets(run_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recorder(GeneralTracker):
+        name = "recorder"
+        requires_logging_directory = False
+        main_process_only = True
+        finished = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows: list[dict[str, Any]] = []
+
+        @property
+        def tracker(self) -> Recorder:
+            return self
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            raise AssertionError
+
+        def log(self, values: dict[str, Any], step: int | None, **more: Any) -> None:
+            assert step == values["global_step"]
+            self.rows.append(values)
+
+        def finish(self) -> None:
+            self.finished = True
+
+    recorder = Recorder()
+    trainer = Trainer(run_config(), device="cpu")
+    monkeypatch.setattr(trainer.accelerator, "log_with", [recorder])
+    trainer.run()
+    assert recorder.rows == list(read_jsonl(Path(trainer.config.output) / "metrics.jsonl"))
+    assert recorder.finished
+
+
+def test_a_tracker_that_is_not_there_is_an_error(run_config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"trackers: notebook is not installed, or no tracker .*tensorboard"):
+        Trainer(run_config(trackers=["notebook"]), device="cpu")
+
+
 def test_training_that_diverges_ends_with_advice(run_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("utils.training.loop._MAX_SKIPPED_IN_A_ROW", 2)
     monkeypatch.setattr(
-        TrainedPair, "forward", lambda self, row, align=False: next(self.memory_encoder.adapter.parameters()).sum() / 0
+        TrainedPair, "forward", lambda self, row, *kinds: next(self.memory_encoder.adapter.parameters()).sum() / 0
     )
     with pytest.raises(ConfigError, match="lower the learning rates"):
         Trainer(run_config(), device="cpu").run()

@@ -183,7 +183,7 @@ def needle(material: Material) -> Example | None:
 def conversation(material: Material) -> Example | None:
     """Ask for several things, one after another, about stretches of one to three files with a few notes in them.
 
-    The memory is encoded and read once for all its questions, so a step of training holds several times the answers that
+    The memory is encoded and read once for all its questions: a step of training holds several times the answers that
     the single-question tasks give it.
     """
     random = material.random

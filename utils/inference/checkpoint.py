@@ -160,6 +160,11 @@ def weight_files(folder: Path) -> dict[str, Path]:
     single = folder / "model.safetensors"
     if single.is_file():
         return dict.fromkeys(tensor_names(single), single)
+    if any(folder.glob("pytorch_model*.bin")):
+        raise CheckpointError(
+            f"{folder}: its weights are pickled (pytorch_model*.bin): python -m utils.inference.convert writes the "
+            "checkpoint anew with safetensors"
+        )
     raise CheckpointError(
         f"{folder}: no model.safetensors or index: write the weights as safetensors (save_pretrained does)"
     )

@@ -6,6 +6,7 @@ Semantics: LCLM, "End-to-End Context Compression at Scale", arXiv 2606.09659.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,10 +52,21 @@ def _window(encoder: Any, ids: Sequence[int], at: int, config: CompressionConfig
         states = hidden[begin : min(begin + config.chunk_size, len(left) + len(core))]
         if config.pooling == "mean":
             vectors.append(states.mean(dim=0))
+        elif config.pooling == "rotary":
+            turned = torch.stack([_turned(state, place) for place, state in enumerate(states)])
+            vectors.append(torch.cat([states.mean(dim=0), turned.mean(dim=0)]))
         else:
             missing = torch.zeros(config.chunk_size - len(states), states.shape[1])
             vectors.append(torch.cat([states, missing]).flatten())
     return torch.stack(vectors)
+
+
+def _turned(state: torch.Tensor, place: int) -> torch.Tensor:
+    """A state turned by its place, as complex numbers: dimension j with dimension j + half."""
+    half = len(state) // 2
+    angles = torch.tensor([place * math.pi * (j + 0.5) / half for j in range(half)])
+    turned = torch.complex(state[:half], state[half:]) * torch.polar(torch.ones(half), angles)
+    return torch.cat([turned.real, turned.imag])
 
 
 def _hidden_states(encoder: Any, row: list[int], *, causal: bool) -> torch.Tensor:

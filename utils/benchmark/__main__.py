@@ -12,7 +12,7 @@ import sys
 
 from utils.cli import EXIT_OK, make_parser, print_json, run_command
 
-BENCHMARKS = ("encode", "ttft", "memory", "cache", "load", "generate", "training", "ruler", "gateway", "all")
+BENCHMARKS = ("encode", "ttft", "memory", "cache", "load", "generate", "pooling", "training", "ruler", "gateway", "all")
 _QUICK_FLAG = "--quick"
 
 

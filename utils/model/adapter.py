@@ -29,7 +29,7 @@ class Adapter(nn.Module):
     """Projects pooled hidden states into the decoder's embedding space.
 
     Args:
-        input_width: E: the encoder's width, times the chunk size for concat pooling.
+        input_width: E: `CodeChunker.width`.
         output_width: D, the decoder's width.
         middle_width: Width between the two linear maps; D in published checkpoints.
         config: Which kind of adapter.

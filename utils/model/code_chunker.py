@@ -9,6 +9,14 @@ each other, so packing, order and batch size change nothing but rounding. Encode
 equal window length instead: also without padding, on any attention implementation.
 
 Semantics: LCLM, "End-to-End Context Compression at Scale", arXiv 2606.09659.
+
+A mean forgets the order of what it is taken of, and an encoder cannot put it back, for it does not know where chunks
+begin. *Rotary pooling* keeps the mean and puts a second one beside it, of states that were first turned by their place
+in the chunk, as RoFormer (arXiv 2104.09864) turns queries and keys: place i turns pair j of the dimensions by
+i·π(j + ½)/(H/2). At these angles the turns of different places are orthogonal, so a linear map can take each state out
+of the sum, up to the others' noise (binding and superposition: Plate, "Holographic Reduced Representations", 1995).
+Like the mean it has no weights and serves every chunk size.
+
 Shape legend: T packed tokens, H encoder width, R chunk size, N chunks of a batch, n chunks of a window, E pooled width.
 """
 
@@ -110,6 +118,10 @@ class CodeChunker(nn.Module):
         super().__init__()
         if config.pooling == "eos" and pad_token_id is None:
             raise ConfigError("eos pooling needs a pad token in the encoder's tokenizer; it has none")
+        if config.pooling == "rotary" and encoder.config.hidden_size % 2:
+            raise ConfigError(
+                f"rotary pooling needs an encoder of even width, this one has {encoder.config.hidden_size}"
+            )
         if batch_tokens is not None and batch_tokens < 1:
             raise ConfigError(f"--batch-tokens must be at least 1, got {batch_tokens}")
         if packed and not supports_packed_attention(encoder):
@@ -126,8 +138,7 @@ class CodeChunker(nn.Module):
     @property
     def width(self) -> int:
         """E, the width of a pooled vector."""
-        factor = self.config.chunk_size if self.config.pooling == "concat" else 1
-        return int(self.encoder.config.hidden_size) * factor
+        return self.config.pooled_width(int(self.encoder.config.hidden_size))
 
     @property
     def device(self) -> torch.device:
@@ -273,7 +284,21 @@ class CodeChunker(nn.Module):
         if self.config.pooling == "concat":
             return states_NRH.flatten(1)
         divisor = self._to_device(real)[:, None]
-        return (states_NRH.sum(dim=1, dtype=torch.float32) / divisor).to(hidden_TH.dtype)
+        summed_NE = states_NRH.sum(dim=1, dtype=torch.float32)
+        if self.config.pooling == "rotary":
+            summed_NE = torch.cat([summed_NE, _rotated_sum(states_NRH)], dim=-1)
+        return (summed_NE / divisor).to(hidden_TH.dtype)
+
+
+def _rotated_sum(states_NRH: torch.Tensor) -> torch.Tensor:
+    """[N, H] float32: the states of each chunk, each turned by its place, summed."""
+    size, width = states_NRH.shape[1:]
+    pairs = torch.arange(width // 2, dtype=torch.float32, device=states_NRH.device)
+    angles = torch.arange(size, device=pairs.device)[:, None] * (torch.pi * (pairs + 0.5) / len(pairs))
+    cos, sin = angles.cos(), angles.sin()
+    first, second = states_NRH.float().chunk(2, dim=-1)
+    turned = (first * cos - second * sin).sum(dim=1), (first * sin + second * cos).sum(dim=1)
+    return torch.cat(turned, dim=-1)
 
 
 def _ranges(counts: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-POOLINGS = ("mean", "eos", "concat")
+POOLINGS = ("mean", "eos", "concat", "rotary")
 MASKS = ("causal", "bidirectional")
 ADAPTERS = ("mlp", "attn_mlp", "mlp_attn")
 ROPE_DTYPES = ("float32", "bfloat16")
@@ -47,7 +47,8 @@ class CompressionConfig:
     Attributes:
         chunk_size: Encoder tokens per latent, R.
         window: Core tokens that the encoder sees at once, W; a multiple of R.
-        pooling: How the hidden states of a chunk become one vector.
+        pooling: How the hidden states of a chunk become one vector: their mean, the state of an end marker, all side by
+            side, or the mean and the mean after each was turned by its place (ours; see `code_chunker.py`).
         overlap: Context tokens before a window (and after it, if bidirectional) that are read but not pooled, O.
         mask: Attention inside a window.
         adapter: Kind of adapter.
@@ -86,13 +87,19 @@ class CompressionConfig:
                 f"encoder_window_size {self.window} is not a multiple of the chunk size {self.chunk_size}: "
                 f"choose one of {_divisors(self.window)}"
             )
-        if self.adapter == "attn_mlp" and self.pooling == "concat":
-            raise ConfigError("adapter_type attn_mlp has layers of the encoder's width and cannot take pooling concat")
+        if self.adapter == "attn_mlp" and self.pooling in ("concat", "rotary"):
+            raise ConfigError(
+                f"adapter_type attn_mlp has layers of the encoder's width and cannot take pooling {self.pooling}"
+            )
 
     @property
     def causal(self) -> bool:
         """Whether a token sees only the tokens before it."""
         return self.mask == "causal"
+
+    def pooled_width(self, encoder_width: int) -> int:
+        """E, the width of a pooled vector."""
+        return encoder_width * {"concat": self.chunk_size, "rotary": 2}.get(self.pooling, 1)
 
     def with_chunk_size(self, chunk_size: int | None) -> CompressionConfig:
         """The same compression at another chunk size.

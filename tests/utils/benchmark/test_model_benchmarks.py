@@ -100,6 +100,15 @@ def test_ttft_through_a_server(tiny: list[str], result_of: Run) -> None:
     assert all(case["full_stages_s"]["tokenise"] == 0 for case in result["cases"])
 
 
+def test_pooling(tiny: list[str], result_of: Run) -> None:
+    shares = result_of("pooling", *tiny, "--tokens", 4000, "--chunk-sizes", 1, 4)["shares"]
+    # One token alone is neither mixed nor turned; of four, the mean says which, and only the other says where.
+    alone = [shares[f"{pooling}, chunk size 1"]["in_place"] for pooling in ("mean", "rotary")]
+    assert alone[0] == pytest.approx(alone[1], abs=0.02)
+    assert alone[0] > 0.4
+    assert shares["rotary, chunk size 4"]["in_place"] > 1.2 * shares["mean, chunk size 4"]["in_place"]
+
+
 def test_generate(tiny: list[str], result_of: Run) -> None:
     flags = ["--prompts", 5, "--shortest", 8, "--longest", 200, "--new-tokens", 3, "--batch-size", 2, "--repeats", 1]
     result = result_of("generate", *tiny, *flags)

@@ -154,7 +154,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "model config impossible": (
         lambda r: edit_json(r / "model_config.json", pooling="max"),
-        ["model_config.json: pooling: expected one of mean, eos, concat, got 'max'"],
+        ["model_config.json: pooling: expected one of mean, eos, concat, rotary, got 'max'"],
     ),
     "model config gone": (
         lambda r: (r / "model_config.json").unlink(),

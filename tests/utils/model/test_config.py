@@ -21,7 +21,7 @@ def from_json(**changes: Any) -> CompressionConfig:
 @given(
     st.integers(1, 64),
     st.integers(1, 16),
-    st.sampled_from(["mean", "eos", "concat"]),
+    st.sampled_from(["mean", "eos", "concat", "rotary"]),
     st.integers(0, 9),
     st.sampled_from(["causal", "bidirectional"]),
     st.sampled_from(["mlp", "mlp_attn"]),
@@ -68,7 +68,7 @@ def test_unknown_keys_are_reported(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"pooling": "max"}, "pooling: expected one of mean, eos, concat, got 'max'"),
+        ({"pooling": "max"}, "pooling: expected one of mean, eos, concat, rotary, got 'max'"),
         ({"encoder_mask_type": "full"}, "encoder_mask_type"),
         ({"adapter_type": "cnn"}, "adapter_type"),
         ({"encoder_rope_dtype": "float64"}, "encoder_rope_dtype"),

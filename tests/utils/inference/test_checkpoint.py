@@ -73,13 +73,6 @@ def test_offline_a_hub_id_says_so() -> None:
         find_checkpoint("some-org/some-model")
 
 
-def test_pickled_weights_name_the_converter(copied: Callable[[str], Path]) -> None:
-    root = copied("lclm")
-    (root / "encoder" / "model.safetensors").rename(root / "encoder" / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pickled .*: python -m utils\.inference\.convert"):
-        find_checkpoint(root)
-
-
 def test_unknown_keys_of_the_config_are_reported(
     copied: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:

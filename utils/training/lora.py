@@ -34,8 +34,9 @@ class LoraLinear(nn.Module):
         place = {"device": base.weight.device, "dtype": base.weight.dtype}
         self.base_layer = base
         self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, rank, bias=False, **place)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base.out_features, bias=False, **place)})
-        nn.init.zeros_(self.lora_B["default"].weight)
+        up = nn.Linear(rank, base.out_features, bias=False, **place)
+        nn.init.zeros_(up.weight)
+        self.lora_B = nn.ModuleDict({"default": up})
         self.scale = alpha / rank
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

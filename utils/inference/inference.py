@@ -37,17 +37,19 @@ logger = logging.getLogger(__name__)
 SAMPLING = {"top_p": 0.8, "top_k": 20, "min_p": 0.0, "repetition_penalty": 1.1}
 
 # Answered without --test-data, so that the command shows what it does on any machine.
-BUILT_IN_EXAMPLES = (
-    {
-        "code": "def shipping_fee(weight_kg):\n    if weight_kg <= 2:\n        return 4\n"
-        "    return 4 + 3 * (weight_kg - 2)\n",
-        "prompt": f"Here is a function: {MEMORY} What is its name?",
-    },
-    {
-        "code": "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        "
-        "self.items.append(item)\n",
-        "prompt": "Repeat the code.",
-    },
+_STORE = (
+    "import os\n\nMAX_RETRIES = 40\n\n\ndef open_store(path, create=True):\n    # the access code is 48213\n"
+    '    if not path:\n        raise ValueError("path")\n    return Store(os.path.abspath(path))\n'
+)
+BUILT_IN_EXAMPLES = tuple(
+    # Memory first, as the embedded checkpoint was trained.
+    {"code": _STORE, "prompt": f"{MEMORY}\n{question}"}
+    for question in (
+        "What are the parameters of `open_store`?",
+        "What value is assigned to `MAX_RETRIES`?",
+        "What is the access code?",
+        "What does the function `open_store` return?",
+    )
 )
 
 

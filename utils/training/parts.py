@@ -1,9 +1,11 @@
 """The parts of a pair that can learn, found by module identity: which learn, how fast, and how to keep them.
 
-add_lora(pair, config)                       # once: LoRA where the configuration says so
-groups = parameter_groups(pair, stage)       # per stage: freezes the rest, gives the optimiser's groups
-state = trained_state(pair)                  # what training can change, and nothing else
-apply_trained_state(model, state, lora)      # into a pair as it was before: LoRA merged, marker rows added
+    add_lora(pair, config)                                # once: LoRA where the configuration says so
+    groups = parameter_groups(pair, config, stage)        # per stage: freezes the rest, gives the optimiser's groups
+    named = trained_names(pair, config)                   # what training can change, and nothing else
+    apply_trained_state(model, state, config, markers)    # into a pair as it was before: LoRA merged, marker rows added
+
+The unpacker is no part of the pair: it learns beside it and is left behind.
 """
 
 from __future__ import annotations

@@ -168,9 +168,11 @@ def tokenize_row(row: Mapping[str, Any], processor: Processor, where: str) -> To
                 turns = [len(messages)]
                 messages = [*messages, {"role": "assistant", "content": row["target"]}]
             else:
-                turns = [at for at, message in enumerate(messages) if message.get("role") == "assistant"]
+                turns = [at for at, message in enumerate(messages) if _is_answer(message)]
                 if not turns or turns[-1] != len(messages) - 1:
-                    raise DatasetError(f'{where}: give a "target", or let the last message be the assistant\'s')
+                    raise DatasetError(
+                        f'{where}: give a "target", or let the last message be the assistant\'s, with a text as content'
+                    )
             spans, ids, targets = _tokenize_turns(messages, turns, processor)
         elif isinstance(row.get("text"), str):
             prompt = processor.parse_raw(row["text"], ONE_PLACEHOLDER)
@@ -187,6 +189,13 @@ def tokenize_row(row: Mapping[str, Any], processor: Processor, where: str) -> To
         decoder_ids=np.array(ids, dtype=np.int32),
         spans=tuple(np.array(span.token_ids, dtype=np.int32) for span in spans),
         targets=tuple(targets),
+    )
+
+
+def _is_answer(message: Any) -> bool:
+    """Whether a message is the assistant's, and text."""
+    return (
+        isinstance(message, Mapping) and message.get("role") == "assistant" and isinstance(message.get("content"), str)
     )
 
 

@@ -253,6 +253,8 @@ def test_a_cache_of_an_older_version_is_made_anew(toy_data: Path, tmp_path: Path
     ("row", "message"),
     [
         ({"messages": [{"role": "user", "content": "<|memory_start|>a<|memory_end|>"}]}, 'give a "target", or let'),
+        ({"messages": ["hello"]}, 'give a "target", or let'),
+        ({"messages": [{"role": "assistant", "content": None}]}, 'give a "target", or let'),
         ({"text": "no memory here"}, "row 1: no memory span"),
         ({"prompt": "x"}, "row 1: expected .* got the keys"),
         ({"text": "<|memory_start|>open"}, "row 1: .*without a"),

@@ -101,6 +101,7 @@ class DataConfig:
         source: "installed" (packages and standard library of this machine), "symbols" (toy texts) or a code folder.
         max_files: Draw from a random choice of so many files; from all by default.
         chars_per_token: What the builders reckon with.
+        question_first: Part of the examples in which the question stands before the memory.
         seed: Of the builders.
     """
 
@@ -110,12 +111,15 @@ class DataConfig:
     source: str = "installed"
     max_files: int | None = None
     chars_per_token: float = 3.2
+    question_first: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         low, high = self.memory_tokens
         if not 1 <= low <= high:
             raise ConfigError(f"data.memory_tokens: expected [shortest, longest] from 1 up, got [{low}, {high}]")
+        if not 0 <= self.question_first <= 1:
+            raise ConfigError(f"data.question_first: expected a number from 0 to 1, got {self.question_first}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

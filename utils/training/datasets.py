@@ -15,7 +15,7 @@ from utils.training.data.excerpts import SizeRange
 
 logger = logging.getLogger(__name__)
 
-_RECIPE_KEYS = ("source", "seed", "max_files")
+_RECIPE_KEYS = ("source", "seed", "max_files", "question_first")
 
 
 def open_caches(config: TrainConfig, processor: Processor) -> dict[str, TokenCache]:
@@ -52,11 +52,11 @@ def tokenize_folder(folder: Path, processor: Processor) -> dict[str, TokenCache]
 
 def _build_missing(folder: Path, data: DataConfig) -> None:
     report_path = folder / REPORT_FILE
-    recipe = {"source": data.source, "seed": data.seed, "max_files": data.max_files, "tasks": data.tasks}
-    recipe["memory_tokens"] = list(data.memory_tokens)
+    drawn = {key: getattr(data, key) for key in _RECIPE_KEYS}
+    recipe = drawn | {"tasks": data.tasks, "memory_tokens": list(data.memory_tokens)}
     if report_path.is_file():
         report = read_json(report_path)
-        made = {key: report[key] for key in (*_RECIPE_KEYS, "memory_tokens")}
+        made = {key: report.get(key) for key in (*_RECIPE_KEYS, "memory_tokens")}
         made["tasks"] = {task: entry["examples"] for task, entry in report["tasks"].items()}
         if made == recipe:
             return
@@ -68,4 +68,4 @@ def _build_missing(folder: Path, data: DataConfig) -> None:
     logger.info("building the training examples in %s (once)", folder)
     shortest, longest = data.memory_tokens
     size = SizeRange(shortest=shortest, longest=longest, chars_per_token=data.chars_per_token)
-    build_examples(folder, data.tasks, size=size, source=data.source, seed=data.seed, max_files=data.max_files)
+    build_examples(folder, data.tasks, size=size, **drawn)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from utils.cli import EXIT_OK, make_parser, print_json, run_command
 from utils.errors import ConfigError
 
 if TYPE_CHECKING:
-    from utils.training.data.tasks import Example
+    from utils.training.data.examples import Example
 
 TASKS = ("reconstruct", "needle", "lookup", "which_file", "continue")
 REFERENCE = "full, reference"
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--memory-tokens", default="192-256", help="shortest and longest, roughly; default 192-256")
     data.add_argument("--chars-per-token", type=float, default=3.2, help="what lengths reckon with; default 3.2")
     data.add_argument("--source", default="held-out", help="held-out, symbols or a folder of code; default held-out")
+    data.add_argument("--question-first", action="store_true", help="ask before the memory; default: after it")
     data.add_argument("--seed", type=int, default=1000, help="of the examples; default 1000")
     run = parser.add_argument_group("run")
     run.add_argument("--chunk-sizes", default="4,8,16,32", help="default 4,8,16,32")
@@ -109,7 +111,7 @@ def _examples(args: argparse.Namespace) -> list[Example]:
     tasks = args.tasks.split(",")
     files = read_sources(args.source, tasks)
     return [
-        example
+        dataclasses.replace(example, question_first=args.question_first)
         for task in tasks
         for example in itertools.islice(draw_examples(task, files, size, args.seed), args.num_examples)
     ]

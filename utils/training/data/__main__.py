@@ -32,6 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("--memory-tokens", default="64-256", help="shortest and longest, roughly; default 64-256")
     build.add_argument("--chars-per-token", type=float, default=3.2, help="what lengths reckon with; default 3.2")
     build.add_argument("--max-files", type=int, help="draw from a random choice of so many files; default: all")
+    build.add_argument(
+        "--question-first", type=float, default=0.0, help="part of the examples that ask before the memory; default 0"
+    )
     build.add_argument("--seed", type=int, default=0, help="default 0")
 
     tokenize = commands.add_parser("tokenize", help="tokenise a folder of JSONL files, where that is not done yet")
@@ -72,7 +75,17 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
             f"--tasks {args.tasks}, --memory-tokens {args.memory_tokens}: expected lookup=1000,needle=500 and 64-256"
         ) from None
     size = SizeRange(shortest=shortest, longest=longest, chars_per_token=args.chars_per_token)
-    return build_examples(args.output, tasks, size=size, source=args.source, seed=args.seed, max_files=args.max_files)
+    if not 0 <= args.question_first <= 1:
+        raise ConfigError(f"--question-first: expected a number from 0 to 1, got {args.question_first}")
+    return build_examples(
+        args.output,
+        tasks,
+        size=size,
+        source=args.source,
+        seed=args.seed,
+        max_files=args.max_files,
+        question_first=args.question_first,
+    )
 
 
 def _tokenize(args: argparse.Namespace) -> dict[str, Any]:

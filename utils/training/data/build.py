@@ -8,6 +8,7 @@ task can be added or enlarged without changing the others.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +19,10 @@ from tqdm import tqdm
 
 from utils.errors import ConfigError, DatasetError
 from utils.files import sha256_bytes, write_json, write_jsonl
+from utils.training.data.examples import Example, Material
 from utils.training.data.excerpts import SizeRange
 from utils.training.data.sources import SourceFile, held_out_sources, training_sources
-from utils.training.data.tasks import SYMBOL_TASKS, TASKS, Example, Material
+from utils.training.data.tasks import SYMBOL_TASKS, TASKS
 
 REPORT_FILE = "report.json"
 SYMBOLS = "symbols"
@@ -88,6 +90,7 @@ def build_examples(
     source: str,
     seed: int = 0,
     max_files: int | None = None,
+    question_first: float = 0.0,
 ) -> dict[str, Any]:
     """Write each task's examples and the report.
 
@@ -98,6 +101,7 @@ def build_examples(
         source: "installed", "held-out", "symbols" or a folder.
         seed: Of all draws.
         max_files: Draw from a random choice of so many files; from all by default.
+        question_first: Part of the examples in which the question stands before the memory.
 
     Returns:
         The report, as written.
@@ -108,6 +112,7 @@ def build_examples(
         "source": source,
         "seed": seed,
         "max_files": max_files,
+        "question_first": question_first,
         "memory_tokens": [size.shortest, size.longest],
         "files": len(files),
         "characters": sum(len(file.text) for file in files),
@@ -116,13 +121,18 @@ def build_examples(
     }
     for task, number in tasks.items():
         tally = _Tally()
-        examples = draw_examples(task, files, size, seed)
+        examples = _draw_order(draw_examples(task, files, size, seed), question_first, Random(f"{seed} {task} order"))
         bar = tqdm(range(number), desc=f"building {task}", unit="example", disable=None)
         path = folder / f"{task}.jsonl"
         write_jsonl(path, (tally.note(next(examples)).row() for _ in bar))
         report["tasks"][task] = {"examples": number, "size_bytes": path.stat().st_size, **tally.summary()}
     write_json(folder / REPORT_FILE, report)
     return report
+
+
+def _draw_order(examples: Iterator[Example], question_first: float, random: Random) -> Iterator[Example]:
+    for example in examples:
+        yield dataclasses.replace(example, question_first=random.random() < question_first)
 
 
 def hash_of(example: Example) -> str:

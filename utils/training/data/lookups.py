@@ -11,8 +11,9 @@ from __future__ import annotations
 import ast
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 MAX_ANSWER_CHARS = 60
 _COMMENT = re.compile(r"^\s*# (?P<text>\w.{8,58})$")
@@ -65,6 +66,23 @@ def find_facts(text: str) -> list[Fact]:
     found = [*_tree_facts(tree, text), *_line_facts(text.splitlines())]
     usable = [f for f in found if 0 < len(f.answer) <= MAX_ANSWER_CHARS and "\n" not in f.answer]
     return sorted(usable, key=lambda fact: (fact.first, fact.kind, fact.subject))
+
+
+@lru_cache(maxsize=4096)
+def facts_of(text: str) -> list[Fact]:
+    """`find_facts`, remembered: builders draw the same files again and again."""
+    return find_facts(text)
+
+
+def names_defined(lines: Sequence[str]) -> list[str]:
+    """Functions and classes that lines of a file define at the top level."""
+    heads = [line.split("(")[0].split(":")[0].split() for line in lines if line.startswith(("def ", "class "))]
+    return [head[1] for head in heads if len(head) == 2]
+
+
+def is_askable(line: str) -> bool:
+    """Whether a question can name this line, without its white space: neither trivial nor long, and code."""
+    return 12 <= len(line) <= MAX_ANSWER_CHARS and "`" not in line and not line.startswith(("#", '"'))
 
 
 def is_unambiguous(fact: Fact, facts: list[Fact], first: int, stop: int) -> bool:
@@ -141,8 +159,7 @@ def _line_facts(lines: list[str]) -> Iterator[Fact]:
         comment = _COMMENT.match(lines[at])
         if comment and 8 <= len(after) <= MAX_ANSWER_CHARS and not after.startswith("#") and counts[after] == 1:
             yield _fact("comment", (after,), comment["text"], at, at + 1)
-        askable = 12 <= len(here) <= MAX_ANSWER_CHARS and counts[here] == 1 and not here.startswith(("#", '"'))
-        if askable and len(after) >= 8:
+        if is_askable(here) and counts[here] == 1 and len(after) >= 8:
             yield _fact("next_line", (here,), after, at, at + 1)
 
 

@@ -45,6 +45,11 @@ class SourceFile:
     package: str
     licence: str
 
+    @property
+    def origin(self) -> str:
+        """One line for reports."""
+        return f"{self.package}: {self.path} ({self.licence})"
+
 
 def training_sources(source: str = "installed") -> Iterator[SourceFile]:
     """Files to train on, in a fixed order, without duplicates and without anything that is held out.

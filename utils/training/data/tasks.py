@@ -12,83 +12,17 @@ from __future__ import annotations
 
 import itertools
 import string
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from random import Random
-from typing import Any
+from collections.abc import Callable
 
-from utils.model.markers import MEMORY_END, MEMORY_START
-from utils.training.data.excerpts import SizeRange, cut_excerpt, draw_file, excerpt_around, excerpt_range
-from utils.training.data.lookups import QUESTIONS, Fact, find_facts, is_unambiguous
+from utils.training.data.conversation import conversation
+from utils.training.data.examples import Example, Material
+from utils.training.data.excerpts import draw_file, excerpt_around, excerpt_range
+from utils.training.data.lookups import QUESTIONS, facts_of, is_askable, is_unambiguous, names_defined
+from utils.training.data.notes import NOUNS, draw_note, draw_note_names, indent_at
 from utils.training.data.sources import SourceFile
 
-_REPEAT = ("Repeat the code above, character for character.", "Write out the code again, unchanged.", "Repeat it.")
-_NOTES = (
-    ("# The {0} number is {1}.", "What is the {0} number?"),
-    ("# {0} access code: {1}", "What is the {0} access code?"),
-    ("{2}_ID = {1}", "What is the value of `{2}_ID`?"),
-    ("# Remember that the secret of {0} is {1}.", "What is the secret of {0}?"),
-)
-_ADJECTIVES = ("amber", "brisk", "calm", "dusty", "eager", "faint", "gentle", "hollow", "icy", "jolly", "keen", "lucid")
-_NOUNS = ("anchor", "bridge", "candle", "desert", "engine", "falcon", "garden", "harbor", "island", "jacket", "kettle")
-_NO_FILES: tuple[SourceFile, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
-    """One training or evaluation example.
-
-    Attributes:
-        task: Name in `TASKS`.
-        memory: The text that is compressed.
-        question: What is asked about it; empty for plain text.
-        answer: What the decoder is to write: the target, or the text after the memory.
-        source: File and licence behind it.
-        kind: Finer kind of the task, for reports.
-        more: Questions and answers that follow in the same chat; evaluation asks the first question only.
-    """
-
-    task: str
-    memory: str
-    question: str
-    answer: str
-    source: str = ""
-    kind: str = ""
-    more: tuple[tuple[str, str], ...] = ()
-
-    def messages(self, memory: str | None = None) -> list[dict[str, str]]:
-        """The chat, with the marked memory or another text in its place."""
-        shown = f"{MEMORY_START}{self.memory}{MEMORY_END}" if memory is None else memory
-        return [{"role": "user", "content": f"{shown}\n{self.question}"}]
-
-    def row(self) -> dict[str, Any]:
-        """The JSONL form."""
-        row: dict[str, Any] = {"task": self.task, "kind": self.kind, "source": self.source}
-        if self.more:
-            turns = [*self.messages(), {"role": "assistant", "content": self.answer}]
-            for question, answer in self.more:
-                turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            return row | {"messages": turns}
-        if self.question:
-            return row | {"messages": self.messages(), "target": self.answer}
-        return row | {"text": f"{MEMORY_START}{self.memory}{MEMORY_END}{self.answer}"}
-
-
-@dataclass(frozen=True, slots=True)
-class Material:
-    """What a task draws from."""
-
-    random: Random
-    files: Sequence[SourceFile] = _NO_FILES
-    size: SizeRange = field(default_factory=lambda: SizeRange(shortest=64, longest=256))
-
-    def draw_code(self, num_chars: int | None = None) -> tuple[SourceFile, str]:
-        """A file and an excerpt of it."""
-        file = draw_file(self.random, self.files)
-        lines = file.text.splitlines(keepends=True)
-        return file, cut_excerpt(self.random, lines, num_chars or self.size.draw_chars(self.random))
+_REPEAT = ("Repeat the code, character for character.", "Write out the code again, unchanged.", "Repeat it.")
+_LIST = ("List all notes and their numbers, in order.", "Which numbers do the notes give? List them in order.")
 
 
 def reconstruct(material: Material) -> Example | None:
@@ -98,7 +32,7 @@ def reconstruct(material: Material) -> Example | None:
     if len(code) < 16:
         return None
     question = material.random.choice(_REPEAT)
-    return Example(task="reconstruct", memory=code, question=question, answer=code, source=_origin(file))
+    return Example(task="reconstruct", memory=code, question=question, answer=code, source=file.origin)
 
 
 def continue_code(material: Material) -> Example | None:
@@ -114,14 +48,14 @@ def continue_code(material: Material) -> Example | None:
     memory, rest = "".join(lines[start:middle]), "".join(lines[middle:stop])
     if not memory.strip() or not rest.strip():
         return None
-    return Example(task="continue", memory=memory, question="", answer=rest, source=_origin(file))
+    return Example(task="continue", memory=memory, question="", answer=rest, source=file.origin)
 
 
 def lookup(material: Material) -> Example | None:
     """Ask for something that an excerpt of real code says."""
     random = material.random
     file = draw_file(random, material.files)
-    facts = _facts_of(file.text)
+    facts = facts_of(file.text)
     if not facts:
         return None
     kinds = sorted({fact.kind for fact in facts})
@@ -136,7 +70,7 @@ def lookup(material: Material) -> Example | None:
         return None
     question = random.choice(QUESTIONS[kind]).format(*fact.subject)
     memory = "".join(lines[first:stop]).strip("\n")
-    return Example(task="lookup", memory=memory, question=question, answer=fact.answer, source=_origin(file), kind=kind)
+    return Example(task="lookup", memory=memory, question=question, answer=fact.answer, source=file.origin, kind=kind)
 
 
 def which_file(material: Material) -> Example | None:
@@ -152,7 +86,7 @@ def which_file(material: Material) -> Example | None:
         if not heads:
             return None
         first, stop = excerpt_range(lines, random.choice(heads), budget)
-        parts.append((file, "".join(lines[first:stop]), _names_defined(lines[first:stop])))
+        parts.append((file, "".join(lines[first:stop]), names_defined(lines[first:stop])))
     paths = [file.path for file, _, _ in parts]
     file, _, names = random.choice(parts)
     once = [name for name in names if sum(name in other for _, other, _ in parts) == 1]
@@ -160,7 +94,7 @@ def which_file(material: Material) -> Example | None:
         return None
     memory = "\n".join(f"# file: {file.path}\n{code.rstrip()}" for file, code, _ in parts)
     question = f"Which file defines `{random.choice(once)}`?"
-    return Example(task="which_file", memory=memory, question=question, answer=file.path, source=_origin(file))
+    return Example(task="which_file", memory=memory, question=question, answer=file.path, source=file.origin)
 
 
 def needle(material: Material) -> Example | None:
@@ -168,69 +102,59 @@ def needle(material: Material) -> Example | None:
     random = material.random
     file, code = material.draw_code()
     lines = code.splitlines()
-    names = _draw_note_names(random, random.randint(1, 3))
+    names = draw_note_names(random, random.randint(1, 3))
     notes = []
     for name in names:
-        note, question, value = _draw_note(random, name)
+        note, question, value = draw_note(random, name)
         notes.append((question, value))
         place = random.randint(0, len(lines))
-        lines.insert(place, _indent_at(lines, place) + note)
+        lines.insert(place, indent_at(lines, place) + note)
     question, value = random.choice(notes)
     memory = "\n".join(lines).strip("\n")
-    return Example(task="needle", memory=memory, question=question, answer=value, source=_origin(file))
+    return Example(task="needle", memory=memory, question=question, answer=value, source=file.origin)
 
 
-def conversation(material: Material) -> Example | None:
-    """Ask for several things, one after another, about stretches of one to three files with a few notes in them.
-
-    The memory is encoded and read once for all its questions: a step of training holds several times the answers that
-    the single-question tasks give it.
-    """
+def list_notes(material: Material) -> Example | None:
+    """List all of many notes in code: every digit of the answer is a label that no knowledge of code gives away."""
     random = material.random
-    num_files = random.choices((1, 2, 3), weights=(5, 3, 2))[0]
-    files = [draw_file(random, material.files) for _ in range(num_files)]
-    if len({file.path for file in files}) < num_files:
-        return None
-    budget = material.size.draw_chars(random) // num_files
-    parts = [_draw_part(random, file, budget) for file in files]
-    lines = Counter(line.strip() for part in parts for line in part.lines)
-    # A line that another file has too has two next lines.
-    said = [(part, fact) for part in parts for fact in part.facts if lines[fact.subject[0]] <= 1]
-    once = Counter((fact.kind, fact.subject) for _, fact in said)
-    by_kind: dict[str, list[tuple[_Part, Fact]]] = {}
-    for part, fact in said:
-        if once[fact.kind, fact.subject] == 1:
-            by_kind.setdefault(fact.kind, []).append((part, fact))
-    asked: list[tuple[str, str]] = []
-    for kind in random.sample(sorted(by_kind), min(len(by_kind), 4)):
-        part, fact = random.choice(by_kind[kind])
-        part.keep_together(fact)
-        asked.append((random.choice(QUESTIONS[kind]).format(*fact.subject), fact.answer))
-    if num_files > 1:
-        names = Counter(name for part in parts for name in part.names)
-        homes = [(name, part.file.path) for part in parts for name in part.names if names[name] == 1]
-        for name, path in random.sample(homes, min(len(homes), 2)):
-            asked.append((f"Which file defines `{name}`?", path))
-    for name in _draw_note_names(random, random.randint(0, 3)):
-        note, question, value = _draw_note(random, name)
-        random.choice(parts).insert(random, note)
-        asked.append((question, value))
-    if len(asked) < 2:
-        return None
-    random.shuffle(asked)
-    (question, answer), *more = asked
-    texts = ["\n".join(part.lines).strip("\n") for part in parts]
-    if num_files > 1:
-        texts = [f"# file: {part.file.path}\n{text}" for part, text in zip(parts, texts, strict=True)]
+    file, code = material.draw_code()
+    lines = code.splitlines()
+    # A note takes about a dozen tokens: as much of it as of the code around it.
+    places = sorted(random.randint(0, len(lines)) for _ in range(max(2, min(10, len(code) // 40))))
+    listed = []
+    for place, name in zip(reversed(places), draw_note_names(random, len(places)), strict=True):
+        note, _, value = draw_note(random, name)
+        listed.append(f"{name}: {value}")
+        lines.insert(place, indent_at(lines, place) + note)
     return Example(
-        task="conversation",
-        memory="\n".join(texts),
-        question=question,
-        answer=answer,
-        source="; ".join(_origin(file) for file in files),
-        kind=f"{len(asked)} questions",
-        more=tuple(more),
+        task="list_notes",
+        memory="\n".join(lines).strip("\n"),
+        question=random.choice(_LIST),
+        answer="\n".join(reversed(listed)),
+        source=file.origin,
     )
+
+
+def next_lines(material: Material) -> Example | None:
+    """Write out the lines after a given one: finding a place as in a lookup, with an answer of many tokens."""
+    random = material.random
+    file, code = material.draw_code()
+    lines = code.strip("\n").splitlines()
+    stripped = [line.strip() for line in lines]
+    usable = [i for i, line in enumerate(stripped[:-1]) if is_askable(line) and stripped.count(line) == 1]
+    if not usable:
+        return None
+    at = random.choice(usable)
+    number = min(len(lines) - at - 1, random.randint(1, 6))
+    while number and not stripped[at + number]:
+        number -= 1  # an answer does not end with empty lines
+    if number == 0:
+        return None
+    answer = "\n".join(lines[at + 1 : at + 1 + number])
+    which = "the next line" if number == 1 else f"the next {number} lines"
+    question = f"Write out {which} after `{stripped[at]}`."
+    memory = "\n".join(lines)
+    return Example(task="next_lines", memory=memory, question=question, answer=answer, source=file.origin)
 
 
 def variables(material: Material) -> Example | None:
@@ -248,7 +172,7 @@ def variables(material: Material) -> Example | None:
         lines.insert(place, statement)
     question = f"Which number does `{random.choice(names)}` hold?"
     return Example(
-        task="variables", memory="\n".join(lines).strip("\n"), question=question, answer=value, source=_origin(file)
+        task="variables", memory="\n".join(lines).strip("\n"), question=question, answer=value, source=file.origin
     )
 
 
@@ -256,7 +180,7 @@ def count(material: Material) -> Example | None:
     """Count a word in a list of words."""
     random = material.random
     num_words = max(4, material.size.draw_chars(random) // 8)
-    vocabulary = random.sample(_NOUNS, min(len(_NOUNS), random.randint(3, 8)))
+    vocabulary = random.sample(NOUNS, min(len(NOUNS), random.randint(3, 8)))
     words = random.choices(vocabulary, k=num_words)
     word = random.choice(words)
     question = f"How often does `{word}` appear?"
@@ -285,8 +209,10 @@ TASKS: dict[str, Callable[[Material], Example | None]] = {
     "reconstruct": reconstruct,
     "continue": continue_code,
     "lookup": lookup,
+    "next_lines": next_lines,
     "which_file": which_file,
     "needle": needle,
+    "list_notes": list_notes,
     "conversation": conversation,
     "variables": variables,
     "count": count,
@@ -295,80 +221,3 @@ TASKS: dict[str, Callable[[Material], Example | None]] = {
 }
 # Tasks that need no source files.
 SYMBOL_TASKS = frozenset(("count", "copy_symbols", "find_symbol"))
-
-
-@dataclass(slots=True)
-class _Part:
-    """A stretch of a file, into which notes are put.
-
-    Attributes:
-        file: Where it is from.
-        lines: Its lines, without line ends.
-        facts: What can be asked about it, lines counted in the file.
-        names: Names it defines at the top level.
-        first: Its first line in the file.
-        closed: Places between lines that belong together, before which nothing may be put.
-    """
-
-    file: SourceFile
-    lines: list[str]
-    facts: list[Fact]
-    names: list[str]
-    first: int
-    closed: set[int] = field(default_factory=set)
-
-    def keep_together(self, fact: Fact) -> None:
-        """Put no note between two lines of which a question says that they are neighbours."""
-        if fact.last - fact.first == 1:
-            self.closed.add(fact.last - self.first)
-
-    def insert(self, random: Random, note: str) -> None:
-        """Put a note somewhere."""
-        place = random.choice(sorted(set(range(len(self.lines) + 1)) - self.closed))
-        self.lines.insert(place, _indent_at(self.lines, place) + note)
-        self.closed = {p + (p >= place) for p in self.closed}
-
-
-def _draw_part(random: Random, file: SourceFile, num_chars: int) -> _Part:
-    """A stretch of a file about something that can be asked, where there is such."""
-    lines = file.text.splitlines(keepends=True)
-    facts = _facts_of(file.text)
-    around = random.choice(facts) if facts else None
-    if around is not None and sum(map(len, lines[around.first : around.last + 1])) <= num_chars:
-        first, stop = excerpt_around(random, lines, around.first, around.last, num_chars)
-    else:
-        first, stop = excerpt_range(lines, random.randrange(len(lines)), num_chars)
-    inside = [fact for fact in facts if is_unambiguous(fact, facts, first, stop)]
-    shown = [line.rstrip("\n") for line in lines[first:stop]]
-    return _Part(file, shown, inside, _names_defined(lines[first:stop]), first)
-
-
-def _draw_note_names(random: Random, number: int) -> list[str]:
-    return random.sample([f"{a} {n}" for a in _ADJECTIVES for n in _NOUNS], number)
-
-
-def _draw_note(random: Random, name: str) -> tuple[str, str, str]:
-    """A note's line, the question about it, and its value."""
-    note, question = random.choice(_NOTES)
-    value = str(random.randrange(10 ** random.randint(3, 6), 10**7))
-    words = (name, value, name.upper().replace(" ", "_"))
-    return note.format(*words), question.format(*words), value
-
-
-def _indent_at(lines: Sequence[str], place: int) -> str:
-    """The white space that the line at a place begins with."""
-    return lines[place][: len(lines[place]) - len(lines[place].lstrip())] if place < len(lines) else ""
-
-
-@lru_cache(maxsize=4096)
-def _facts_of(text: str) -> list[Fact]:
-    return find_facts(text)
-
-
-def _names_defined(lines: Sequence[str]) -> list[str]:
-    heads = [line.split("(")[0].split(":")[0].split() for line in lines if line.startswith(("def ", "class "))]
-    return [head[1] for head in heads if len(head) == 2]
-
-
-def _origin(file: SourceFile) -> str:
-    return f"{file.package}: {file.path} ({file.licence})"

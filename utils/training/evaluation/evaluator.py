@@ -26,7 +26,7 @@ from utils.model.code_llava_model import CodeLLaVAModel
 from utils.model.markers import MEMORY_END, MEMORY_START
 from utils.model.processor import Processor
 from utils.model.prompt import MemoryPrompt, num_latents
-from utils.training.data.tasks import Example
+from utils.training.data.examples import Example
 from utils.training.evaluation.scores import contains, edit_similarity, is_exact
 
 FULL, MEMORY, TRUNCATED = "full", "memory", "truncated"

@@ -114,6 +114,20 @@ def test_every_task_makes_different_examples_whose_answer_follows_from_the_memor
             assert example.memory.split(", ").count(word) == int(example.answer)
         elif task == "continue":
             assert any(example.memory + example.answer in file.text for file in files)
+        elif task == "list_notes":
+            listed = [line.split(": ") for line in example.answer.splitlines()]
+            assert len(listed) > 1
+            shown = [line for line in example.memory.splitlines() if line not in CODE and "LIMIT" not in line]
+            noted = [line for line in shown if any(value in line for _, value in listed)]
+            for line, (name, value) in zip(noted, listed, strict=True):
+                assert value in line
+                assert name in line.lower().replace("_", " ")
+        elif task == "next_lines":
+            lines = example.memory.splitlines()
+            [at] = [i for i, line in enumerate(lines) if line.strip() == example.question.split("`")[1]]
+            wanted = example.answer.splitlines()
+            assert lines[at + 1 : at + 1 + len(wanted)] == wanted
+            assert len(wanted) == 1 or f"the next {len(wanted)} lines" in example.question
         elif task == "parameters" or example.kind == "parameters":
             assert all(name in example.memory for name in example.answer.split(", "))
         else:
@@ -188,6 +202,20 @@ def test_a_folder_of_code_is_read_and_reported(tmp_path: Path) -> None:
     assert report["packages"]["code"]["files"] == 3
     assert json.loads((out / "report.json").read_text()) == report
     assert len(list(read_jsonl(out / "reconstruct.jsonl"))) == 5
+
+
+def test_the_question_stands_before_the_memory_in_the_part_asked_for(tmp_path: Path) -> None:
+    def orders(name: str, share: float) -> list[bool]:
+        build_examples(tmp_path / name, {"count": 200}, size=SIZE, source="symbols", question_first=share)
+        texts = [row["messages"][0]["content"] for row in read_jsonl(tmp_path / name / "count.jsonl")]
+        assert all(text.startswith("<|memory_start|>") or text.endswith("<|memory_end|>") for text in texts)
+        return [text.endswith("<|memory_end|>") for text in texts]
+
+    assert sum(orders("never", 0.0)) == 0
+    assert sum(orders("always", 1.0)) == 200
+    assert 30 < sum(orders("some", 0.25)) < 70
+    never, some = (list(read_jsonl(tmp_path / name / "count.jsonl")) for name in ("never", "some"))
+    assert [row["target"] for row in never] == [row["target"] for row in some]
 
 
 def test_requests_that_cannot_be_met_are_errors(tmp_path: Path, files: list[SourceFile]) -> None:

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokens", type=int, default=16384, help="memory tokens; default 16384")
     group.add_argument("--spans", type=int, nargs="+", default=[1, 20, 200, 2000], help="default 1 20 200 2000")
     group.add_argument("--bare-batches", type=int, nargs="+", default=[1, 2, 4, 8], help="windows a bare forward")
+    group.add_argument("--compile", action="store_true", help="compile the packed encoder; the bare one stays as it is")
     group.add_argument("--repeats", type=int, default=5, help="counted rounds; default 5")
 
 
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
     from utils.inference.compressor import Compressor
 
-    compressor = Compressor.load(args.checkpoint, **load_settings(args))
+    compressor = Compressor.load(args.checkpoint, **load_settings(args), compiled=args.compile)
     encoder = compressor.memory_encoder
     config, device = compressor.files.config, encoder.chunker.device
     tokens = source_tokens(compressor.processor.tokenizers.encoder, args.tokens)
@@ -75,6 +76,7 @@ def _report(args: argparse.Namespace, timings: dict[str, Timing], config: dict[s
         "benchmark": "encode",
         "tokens": args.tokens,
         "dtype": args.dtype,
+        "compiled": args.compile,
         "config": config,
         "seed": SEED,
         "tokens_per_s": {name: round(args.tokens / timing.median_s, 1) for name, timing in timings.items()},

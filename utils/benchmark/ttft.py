@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--spans", type=int, default=1, help="spans that the memory is cut into; default 1")
     group.add_argument("--batch", type=int, default=1, help="prompts at once; default 1")
     sweep = parser.add_argument_group("sweeps")
-    sweep.add_argument("--also-tokens", type=int, nargs="*", default=[512, 2048, 4096], help="default 512 2048 4096")
-    sweep.add_argument("--also-chunk-sizes", type=int, nargs="*", default=[4, 16, 32], help="default 4 16 32")
+    sweep.add_argument("--also-tokens", type=int, nargs="*", default=[2048, 4096, 8000], help="default 2048 4096 8000")
+    sweep.add_argument("--also-chunk-sizes", type=int, nargs="*", default=[4, 8, 16, 32], help="default 4 8 16 32")
     sweep.add_argument("--also-spans", type=int, nargs="*", default=[16, 64], help="default 16 64")
     sweep.add_argument("--also-dtypes", nargs="*", choices=DTYPE_NAMES, default=["float32"], help="default float32")
     sweep.add_argument("--also-batches", type=int, nargs="*", default=[4], help="default 4")
@@ -61,8 +61,11 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         Tables for people, and everything as one JSON-ready value.
     """
     from utils.benchmark.ttft_subject import Subject
+    from utils.inference.checkpoint import find_checkpoint
     from utils.inference.latent_cache import LatentCache
 
+    if args.chunk_size is None:
+        args.chunk_size = find_checkpoint(args.checkpoint).config.chunk_size
     groups = plan(args)
     measured: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, LatentCache.open(folder) as cache:

@@ -74,6 +74,7 @@ class Compressor:
         dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
         batch_tokens: int | None = None,
+        compiled: bool = False,
         limit: MemoryLimit | None = None,
         cache: LatentCache | None = None,
     ) -> Compressor:
@@ -86,6 +87,7 @@ class Compressor:
             dtype: "float32", "bfloat16", "float16"; None as stored.
             attn_implementation: See `load_memory_encoder`.
             batch_tokens: Tokens of one encoder pass; None: chosen by device.
+            compiled: See `CodeChunker`.
             limit: Longest allowed span.
             cache: Latents of earlier compressions.
 
@@ -101,6 +103,7 @@ class Compressor:
             dtype=dtype,
             attn_implementation=attn_implementation,
             batch_tokens=batch_tokens,
+            compiled=compiled,
             tokenizer=tokenizers.encoder,
         )
         processor = Processor(tokenizers=tokenizers, chunk_size=files.config.chunk_size, limit=limit)

@@ -49,6 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     work = parser.add_argument_group("work")
     work.add_argument("--engine", choices=("processes", "ray"), default="processes", help="default processes")
     work.add_argument("--threads", type=int, help="CPU threads of each process; default: its share of the cores")
+    work.add_argument(
+        "--compile", action="store_true", help="compile the encoder (CUDA: captured graphs): for hours, not for minutes"
+    )
     work.add_argument("--workers", type=int, help="with --engine ray: actors; default one a GPU, else one")
     work.add_argument("--ray-address", help="with --engine ray: a running cluster; default: one on this machine")
     return parser
@@ -100,6 +103,7 @@ def _run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
         batch_tokens=args.batch_tokens,
+        compiled=args.compile,
         shard_bytes=args.shard_size,
         skip_unreadable=args.skip_unreadable,
         prune=args.prune,

@@ -49,7 +49,7 @@ class SpanEncoder:
         found: list[torch.Tensor | None] = self.cache.get_many(keys) if self.cache else [None] * len(keys)
         latents = {key: known for key, known in zip(keys, found, strict=True) if known is not None}
         missing = [key for key in keys if key not in latents]
-        fresh = [rows.cpu() for rows in self.memory_encoder.encode_units([unit_of_key[key] for key in missing])]
+        fresh = self.memory_encoder.encode_units([unit_of_key[key] for key in missing], to_cpu=True)
         if self.cache and missing:
             self.cache.put_many(missing, fresh)
         cached = set(latents)

@@ -97,6 +97,7 @@ def load_memory_encoder(
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
     batch_tokens: int | None = None,
+    compiled: bool = False,
     tokenizer: Any = None,
 ) -> MemoryEncoder:
     """Load encoder and adapter.
@@ -108,6 +109,7 @@ def load_memory_encoder(
         attn_implementation: A transformers name (`eager`, `sdpa`, …) to batch equal windows with it; None for packed
             rows wherever the encoder can run them.
         batch_tokens: Tokens of one encoder pass; None: chosen by device.
+        compiled: Compile full micro-batches; see `CodeChunker`.
         tokenizer: The encoder's tokenizer; None: loaded.
 
     Raises:
@@ -124,6 +126,7 @@ def load_memory_encoder(
         pad_token_id=tokenizer.pad_token_id,
         packed=None if attn_implementation is None else False,
         batch_tokens=batch_tokens,
+        compiled=compiled,
         tokenizer=tokenizer,
     )
     adapter = _load_adapter(files, chunker, encoder.dtype)

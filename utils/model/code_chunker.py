@@ -38,7 +38,7 @@ from utils.model.packed_attention import Segments, supports_packed_attention, us
 from utils.model.prompt import num_latents
 
 # Tokens of one encoder pass. Enough to keep matrix products at full speed, small enough to keep memory flat.
-DEFAULT_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+_CPU_TOKENS, _MOST_CUDA_TOKENS, _LEAST_CUDA_TOKENS = 4096, 65536, 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +98,8 @@ class CodeChunker(nn.Module):
         pad_token_id: The encoder tokenizer's pad token, the marker that eos pooling appends.
         packed: Run on packed rows; None: wherever the encoder can.
         batch_tokens: Tokens of one encoder pass; None: chosen by device.
+        compiled: Run full micro-batches, which all have one shape, through `torch.compile`: on CUDA as captured graphs.
+            The first of them takes up to a minute, so it pays for long work only.
         tokenizer: The encoder's tokenizer, kept for callers that hold text rather than tokens.
 
     Raises:
@@ -113,6 +115,7 @@ class CodeChunker(nn.Module):
         pad_token_id: int | None = None,
         packed: bool | None = None,
         batch_tokens: int | None = None,
+        compiled: bool = False,
         tokenizer: Any = None,
     ) -> None:
         super().__init__()
@@ -126,12 +129,16 @@ class CodeChunker(nn.Module):
             raise ConfigError(f"--batch-tokens must be at least 1, got {batch_tokens}")
         if packed and not supports_packed_attention(encoder):
             raise ConfigError(f"{type(encoder).__name__} cannot run packed rows; leave packed=None")
+        self.packed = supports_packed_attention(encoder) if packed is None else packed
+        if compiled and not self.packed:
+            raise ConfigError(f"only packed rows are compiled, and {type(encoder).__name__} does not run them here")
         self.encoder = encoder
         self.config = config
         self.pad_token_id = pad_token_id
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens
-        self.packed = supports_packed_attention(encoder) if packed is None else packed
+        self.compiled = compiled
+        self._pass_tokens: dict[torch.device, int] = {}
         if self.packed:
             use_packed_attention(encoder)
 
@@ -176,10 +183,27 @@ class CodeChunker(nn.Module):
         padding = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
         return padding[0] + 1 if padding else 0
 
+    @property
+    def pass_tokens(self) -> int:
+        """Most tokens of one encoder pass: as asked for; else by device, on CUDA by its free memory."""
+        if self.batch_tokens is not None:
+            return self.batch_tokens
+        device = self.device
+        if device not in self._pass_tokens:
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+            self._pass_tokens[device] = tokens_that_fit(self.encoder, free)
+        return self._pass_tokens[device]
+
+    @cached_property
+    def _compiled_encoder(self) -> Any:
+        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+        return torch.compile(self.encoder, mode=mode, dynamic=False)
+
     def _micro_batches(self, windows: Sequence[Window]) -> Iterator[list[int]]:
-        limit = self.batch_tokens or DEFAULT_BATCH_TOKENS.get(self.device.type, 4096)
-        # Equal lengths side by side share one attention call; equal chunk sizes share one pooling.
-        order = sorted(range(len(windows)), key=lambda i: (windows[i].chunk_size, windows[i].num_tokens))
+        limit = self.pass_tokens
+        # Equal lengths side by side share one attention call; equal chunk sizes share one pooling. The longest first:
+        # they fill whole micro-batches of one shape, and memory that does not suffice shows at once.
+        order = sorted(range(len(windows)), key=lambda i: (windows[i].chunk_size, -windows[i].num_tokens))
         batch: list[int] = []
         tokens = 0
         for i in order:
@@ -216,7 +240,11 @@ class CodeChunker(nn.Module):
 
     def _forward_packed(self, rows: Sequence[np.ndarray], lengths: list[int]) -> torch.Tensor:
         positions = np.concatenate([np.arange(length) for length in lengths]) + self._first_position
+        # The one shape that comes again and again: as many of the longest windows as a micro-batch holds.
+        full = len(set(lengths)) == 1 and lengths[0] >= self.config.window
+        full = full and len(lengths) == max(1, self.pass_tokens // lengths[0])
         return self._call(
+            self._compiled_encoder if self.compiled and full else self.encoder,
             input_ids=self._to_device(np.concatenate(rows))[None],
             position_ids=self._to_device(positions)[None],
             segments=Segments.of(lengths, causal=self.config.causal),
@@ -239,15 +267,18 @@ class CodeChunker(nn.Module):
         bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
         positions = (torch.arange(length, device=ids_BL.device) + self._first_position).expand(len(rows), -1)
         mask = bias[None, None].expand(len(rows), 1, -1, -1)
-        return self._call(input_ids=ids_BL, position_ids=positions, attention_mask=mask).flatten(0, 1)
+        return self._call(self.encoder, input_ids=ids_BL, position_ids=positions, attention_mask=mask).flatten(0, 1)
 
-    def _call(self, **inputs: Any) -> torch.Tensor:
+    def _call(self, encoder: Any, **inputs: Any) -> torch.Tensor:
         if getattr(self.encoder.config, "type_vocab_size", 0):
             inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
-        return self.encoder(**inputs, use_cache=False).last_hidden_state
+        return encoder(**inputs, use_cache=False).last_hidden_state
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
+        host = torch.from_numpy(values)
+        if self.device.type == "cuda":
+            host = host.pin_memory()  # from other memory the copy would wait for the device
+        return host.to(self.device, non_blocking=True)
 
     def _pool(self, windows: Sequence[Window], hidden_TH: torch.Tensor) -> torch.Tensor:
         """Pool a micro-batch in one gather; the windows are sorted by chunk size."""
@@ -288,6 +319,20 @@ class CodeChunker(nn.Module):
         if self.config.pooling == "rotary":
             summed_NE = torch.cat([summed_NE, _rotated_sum(states_NRH)], dim=-1)
         return (summed_NE / divisor).to(hidden_TH.dtype)
+
+
+def tokens_that_fit(encoder: Any, free_bytes: int | None) -> int:
+    """How many tokens an encoder pass takes at most; None for the CPU, which has room for as many as it needs.
+
+    A quarter of the free memory is for one layer's activations: a layer's input, norm, queries, keys, values, attention
+    and output, and the two sides of the gated MLP with their product. The next layer's take the same place.
+    """
+    if free_bytes is None:
+        return _CPU_TOKENS
+    config = encoder.config
+    middle = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    bytes_per_token = (8 * config.hidden_size + 3 * middle) * encoder.dtype.itemsize
+    return max(_LEAST_CUDA_TOKENS, min(_MOST_CUDA_TOKENS, free_bytes // 4 // bytes_per_token))
 
 
 def _rotated_sum(states_NRH: torch.Tensor) -> torch.Tensor:

@@ -67,13 +67,21 @@ class MemoryEncoder(nn.Module):
             return [MemoryUnit(windows=tuple(windows))]
         return [MemoryUnit(windows=(window,)) for window in windows]
 
-    def encode_units(self, units: Sequence[MemoryUnit]) -> list[torch.Tensor]:
-        """Latents of each unit, [n, D], whatever spans and prompts the units come from."""
+    def encode_units(self, units: Sequence[MemoryUnit], *, to_cpu: bool = False) -> list[torch.Tensor]:
+        """Latents of each unit, [n, D], whatever spans and prompts the units come from.
+
+        Args:
+            units: What to encode.
+            to_cpu: Bring the latents to the CPU, each micro-batch while a CUDA device already works on the next.
+        """
         results: list[torch.Tensor] = [torch.empty(0)] * len(units)
         for indices, latents in self._encode_batches(units):
-            parts = latents.split([units[i].num_latents for i in indices])
+            here = _start_copy(latents) if to_cpu else latents
+            parts = here.split([units[i].num_latents for i in indices])
             for i, part in zip(indices, parts, strict=True):
                 results[i] = part
+        if to_cpu and self.chunker.device.type == "cuda":
+            torch.cuda.synchronize(self.chunker.device)
         return results
 
     def forward(self, spans: Sequence[MemorySpan]) -> list[torch.Tensor]:
@@ -94,6 +102,13 @@ class MemoryEncoder(nn.Module):
                 return
             for indices, pooled in self.chunker.batches(windows):
                 yield indices, self.adapter(pooled, [windows[i].num_latents for i in indices])
+
+
+def _start_copy(values: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU; from a CUDA device it is complete only after a synchronisation."""
+    if values.device.type != "cuda":
+        return values.cpu()
+    return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
 
 
 class CodeLLaVAModel(nn.Module):

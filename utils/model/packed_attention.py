@@ -7,12 +7,15 @@ do their borders matter. Used for encoding (windows as sequences) and for traini
     use_packed_attention(model)
     model(input_ids=row_1T, position_ids=positions_1T, segments=segments)
 
-Sequences of equal length that lie side by side are attended as one batch, so sort by length where the order is free.
+Sequences of equal length that lie side by side are attended as one batch, so sort by length where the order is free. On
+CUDA, where a kernel's launch costs more than a short sequence's attention, sequences of several lengths go through
+torch's variable-length flash attention in one call.
 Shape legend: T packed tokens, h query heads, g key/value heads, K head width, b sequences in a run, l their length.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -103,6 +106,8 @@ def packed_attention_forward(
         raise ConfigError(f"{type(module).__name__} needs attention sinks or soft caps, which packed rows do not have")
     assert attention_mask is None
     assert query.shape[0] == 1
+    if len(segments.runs) > 1 and not dropout and _has_varlen_attention(query):
+        return _varlen_attention(query, key, value, segments, scaling, sliding_window), None
     pieces = []
     # Split, not sliced run by run: the gradient of a slice is a whole row of zeros.
     sizes = [count * length for _, count, length in segments.runs]
@@ -130,6 +135,60 @@ def packed_attention_forward(
         )
         pieces.append(out.transpose(1, 2).flatten(0, 1))
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[None], None
+
+
+def _has_varlen_attention(query: torch.Tensor) -> bool:
+    """Whether torch's variable-length attention serves these tensors: half precision, on an Ampere card or newer."""
+    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16) or _varlen_kernel() is None:
+        return False
+    width = query.shape[-1]
+    return width <= 256 and width % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _varlen_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scale: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """All sequences in one call; [1, T, h, K]."""
+    borders, longest = _borders(segments.runs, query.device)
+    reach = -1 if sliding_window is None else sliding_window - 1
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    kernel = _varlen_kernel()
+    assert kernel is not None
+    return kernel(
+        q,
+        k,
+        v,
+        borders,
+        borders,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(reach, 0 if segments.causal else reach),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )[None]
+
+
+@lru_cache(maxsize=1)
+def _varlen_kernel() -> Callable[..., torch.Tensor] | None:
+    """Torch's variable-length attention; None before torch 2.10."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+@lru_cache(maxsize=8)
+def _borders(runs: tuple[tuple[int, int, int], ...], device: torch.device) -> tuple[torch.Tensor, int]:
+    """Where each sequence begins and the last one ends, int32, once for all layers; and the longest length."""
+    lengths = [length for _, count, length in runs for _ in range(count)]
+    with torch.inference_mode(False):  # what is kept here may serve training next
+        return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device), max(lengths)
 
 
 def _fused_is_slow(query: torch.Tensor) -> bool:

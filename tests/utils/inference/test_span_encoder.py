@@ -23,7 +23,7 @@ def test_generation_takes_latents_from_the_cache(checkpoints: dict[str, Path], t
         assert model.generate([prompt], max_new_tokens=6) == expected
         with mock.patch.object(model.memory_encoder, "encode_units", return_value=[]) as encode:
             assert model.generate([prompt], max_new_tokens=6) == expected
-        encode.assert_called_once_with([])
+        encode.assert_called_once_with([], to_cpu=True)
 
 
 def test_gradients_never_come_from_the_cache(checkpoints: dict[str, Path], tmp_path: Path) -> None:

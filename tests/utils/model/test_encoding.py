@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.support.marks import requires_gpu
 from tests.support.reference import reference_latents
 from tests.support.tiny import ENCODER_WIDTH, make_decoder, make_encoder, make_memory_encoder
 from utils.errors import ConfigError
-from utils.model.code_chunker import CodeChunker, _rotated_sum, plan_windows
+from utils.model.code_chunker import CodeChunker, _rotated_sum, plan_windows, tokens_that_fit
 from utils.model.code_llava_model import MemoryEncoder
 from utils.model.config import CompressionConfig
 from utils.model.prompt import MemorySpan, num_latents
@@ -279,3 +280,45 @@ def test_positions_behind_the_padding_rows(packed: bool) -> None:
         compression = CompressionConfig(chunk_size=1, window=WINDOW, mask="bidirectional")
         (states,) = CodeChunker(encoder, compression, packed=packed)(plan_windows(ids, compression))
     torch.testing.assert_close(states, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("family", ["qwen3", "bert"])
+@torch.inference_mode()
+def test_compiled_full_batches_give_the_same_latents(family: str) -> None:
+    config = make_config("mean", "bidirectional" if family == "bert" else "causal")
+    plain = make_memory_encoder(config, family)
+    settings = {"batch_tokens": 3 * WINDOW, "pad_token_id": PAD}
+    compiled = MemoryEncoder(CodeChunker(plain.chunker.encoder, config, compiled=True, **settings), plain.adapter)
+    # Seven full windows and a short one: two batches of the compiled shape, one of another.
+    spans = [make_span(7 * WINDOW + 5)]
+    shapes = []
+    encoder = compiled.chunker._compiled_encoder
+
+    def noting(**inputs: Any) -> Any:
+        shapes.append(inputs["input_ids"].shape[1])
+        return encoder(**inputs)
+
+    compiled.chunker.__dict__["_compiled_encoder"] = noting
+    for got, expected in zip(compiled(spans), plain(spans), strict=True):
+        torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    assert shapes == [3 * WINDOW, 3 * WINDOW]
+
+
+def test_only_packed_rows_are_compiled() -> None:
+    with pytest.raises(ConfigError, match="only packed rows are compiled"):
+        CodeChunker(make_encoder("qwen3"), make_config("mean", "causal"), packed=False, compiled=True)
+
+
+def test_passes_are_as_large_as_the_free_memory_allows() -> None:
+    encoder = make_encoder("qwen3")
+    assert tokens_that_fit(encoder, None) == 4096
+    few, more, most = (tokens_that_fit(encoder, room << 20) for room in (1, 100, 1 << 20))
+    assert 1024 == few < more < most == 65536
+    per_token = (8 * encoder.config.hidden_size + 3 * encoder.config.intermediate_size) * encoder.dtype.itemsize
+    assert more * per_token <= 25 << 20
+    chunker = CodeChunker(encoder, make_config("mean", "causal"))
+    assert chunker.pass_tokens == 4096
+    chunker.batch_tokens = 7
+    assert chunker.pass_tokens == 7

@@ -42,9 +42,9 @@ def packer_of(caches: dict[str, TokenCache], row_tokens: int = 200, memory_token
 def test_a_row_holds_each_example_as_the_processor_reads_it(caches: dict[str, TokenCache], toy_data: Path) -> None:
     _, tokenizers = build_toy_pair()
     processor = Processor(tokenizers=tokenizers, chunk_size=2)
-    rows = list(read_jsonl(toy_data / "find_symbol.jsonl"))[:5]
-    cache = caches["find_symbol"]
-    packed = pack([(Draw("find_symbol", i, 4), cache[i]) for i in range(5)], tokenizers.markers)
+    rows = list(read_jsonl(toy_data / "copy_symbols.jsonl"))[:5]
+    cache = caches["copy_symbols"]
+    packed = pack([(Draw("copy_symbols", i, 4), cache[i]) for i in range(5)], tokenizers.markers)
     expected = []
     for row in rows:
         prompt = processor.parse_chat(row["messages"], 4)
@@ -115,7 +115,10 @@ def test_a_length_discount_of_one_counts_examples_alike(caches: dict[str, TokenC
     model, tokenizers = build_toy_pair()
     torch.nn.init.normal_(model.memory_encoder.adapter.fc1.bias)
     pair = TrainedPair(model, tokenizers.markers)
-    chosen = [(Draw(task, 0, 2), cache[0]) for task, cache in caches.items()]
+    # Examples of one answer each, of different lengths.
+    chosen = [
+        (Draw(task, i, 2), caches[task][i]) for task, i in (("copy_symbols", 0), ("copy_symbols", 1), ("text", 0))
+    ]
     rows = [pack([item], tokenizers.markers) for item in chosen]
     assert len({row.num_labels for row in rows}) > 1
     means = [pair(row) / row.num_labels for row in rows]

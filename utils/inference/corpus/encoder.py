@@ -28,7 +28,6 @@ from utils.inference.corpus.source import Document, UnusableTextError, source_fr
 from utils.inference.latent_cache import LatentCache
 from utils.inference.span_encoder import SpanEncoder
 from utils.inference.weights import load_memory_encoder
-from utils.model.code_chunker import DEFAULT_BATCH_TOKENS
 from utils.model.prompt import MemorySpan, num_latents
 
 logger = logging.getLogger(__name__)
@@ -55,6 +54,7 @@ class CorpusJob:
         dtype: The encoder's dtype, "auto" as stored.
         attn_implementation: See `load_memory_encoder`.
         batch_tokens: Tokens of one encoder pass; None: by device.
+        compiled: See `CodeChunker`.
         source: `to_json` of the source.
         plan: File of the plan.
         num_parcels: Parcels in it.
@@ -70,6 +70,7 @@ class CorpusJob:
     dtype: str
     attn_implementation: str | None
     batch_tokens: int | None
+    compiled: bool
     source: Mapping[str, Any]
     plan: str
     num_parcels: int
@@ -99,12 +100,12 @@ class CorpusWorker:
             dtype=job.dtype,
             attn_implementation=job.attn_implementation,
             batch_tokens=job.batch_tokens,
+            compiled=job.compiled,
         )
         cache = LatentCache.open(job.cache_dir, strict=True) if job.cache_dir is not None else None
         self._tokenizer = memory_encoder.chunker.tokenizer
         self._spans = SpanEncoder(memory_encoder, job.fingerprint, cache)
-        device = memory_encoder.chunker.device.type
-        self._group_tokens = PASSES_PER_GROUP * (job.batch_tokens or DEFAULT_BATCH_TOKENS.get(device, 4096))
+        self._group_tokens = PASSES_PER_GROUP * memory_encoder.chunker.pass_tokens
 
     def encode(self, parcels: Iterable[int]) -> Generator[WorkCounts, None, None]:
         """Encode parcels one after the other.

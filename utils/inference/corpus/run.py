@@ -53,6 +53,7 @@ class CorpusRun:
         dtype: The encoder's dtype, "auto" as stored.
         attn_implementation: See `load_memory_encoder`.
         batch_tokens: Tokens of one encoder pass; None: by device.
+        compiled: See `CodeChunker`.
         shard_bytes: Text of one shard.
         skip_unreadable: Leave out, and list, what cannot be encoded.
         prune: Remove shards of which nothing is part of the corpus any more.
@@ -71,6 +72,7 @@ class CorpusRun:
     dtype: str = "auto"
     attn_implementation: str | None = None
     batch_tokens: int | None = None
+    compiled: bool = False
     shard_bytes: int = 1 << 20
     skip_unreadable: bool = False
     prune: bool = False
@@ -213,6 +215,7 @@ def _job(
         dtype=run.dtype,
         attn_implementation=run.attn_implementation,
         batch_tokens=run.batch_tokens,
+        compiled=run.compiled,
         source=run.source.to_json(),
         plan=str(plan.path.resolve()),
         num_parcels=num_parcels,

@@ -11,13 +11,13 @@ _NOTES = (
     ("{2}_ID = {1}", "What is the value of `{2}_ID`?"),
     ("# Remember that the secret of {0} is {1}.", "What is the secret of {0}?"),
 )
-ADJECTIVES = ("amber", "brisk", "calm", "dusty", "eager", "faint", "gentle", "hollow", "icy", "jolly", "keen", "lucid")
+_ADJECTIVES = ("amber", "brisk", "calm", "dusty", "eager", "faint", "gentle", "hollow", "icy", "jolly", "keen", "lucid")
 NOUNS = ("anchor", "bridge", "candle", "desert", "engine", "falcon", "garden", "harbor", "island", "jacket", "kettle")
 
 
 def draw_note_names(random: Random, number: int) -> list[str]:
     """Different names of notes."""
-    return random.sample([f"{a} {n}" for a in ADJECTIVES for n in NOUNS], number)
+    return random.sample([f"{a} {n}" for a in _ADJECTIVES for n in NOUNS], number)
 
 
 def draw_note(random: Random, name: str) -> tuple[str, str, str]:

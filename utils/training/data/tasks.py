@@ -195,14 +195,21 @@ def copy_symbols(material: Material) -> Example | None:
 
 
 def find_symbol(material: Material) -> Example | None:
-    """Toy: give the digit that stands behind a letter."""
+    """Toy: give the digits that stand behind letters, one after another."""
     random = material.random
     num_pairs = max(1, min(16, material.size.draw_chars(random) // 2))
     letters = random.sample(string.ascii_lowercase[:16], num_pairs)
     digits = random.choices(string.digits, k=num_pairs)
-    memory = "".join(letter + digit for letter, digit in zip(letters, digits, strict=True))
-    asked = random.randrange(num_pairs)
-    return Example(task="find_symbol", memory=memory, question=f"{letters[asked]}?", answer=digits[asked])
+    pairs = list(zip(letters, digits, strict=True))
+    memory = "".join(letter + digit for letter, digit in pairs)
+    (letter, digit), *more = random.sample(pairs, num_pairs)
+    return Example(
+        task="find_symbol",
+        memory=memory,
+        question=f"{letter}?",
+        answer=digit,
+        more=tuple((f"{letter}?", digit) for letter, digit in more),
+    )
 
 
 TASKS: dict[str, Callable[[Material], Example | None]] = {

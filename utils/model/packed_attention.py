@@ -159,7 +159,7 @@ def _varlen_attention(
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     kernel = _varlen_kernel()
     assert kernel is not None
-    return kernel(
+    out: torch.Tensor = kernel(
         q,
         k,
         v,
@@ -170,11 +170,12 @@ def _varlen_attention(
         scale=scale,
         window_size=(reach, 0 if segments.causal else reach),
         enable_gqa=q.shape[1] != k.shape[1],
-    )[None]
+    )
+    return out[None]
 
 
 @lru_cache(maxsize=1)
-def _varlen_kernel() -> Callable[..., torch.Tensor] | None:
+def _varlen_kernel() -> Callable[..., Any] | None:
     """Torch's variable-length attention; None before torch 2.10."""
     try:
         from torch.nn.attention.varlen import varlen_attn

@@ -57,7 +57,7 @@ def test_the_toy_run_learns_to_copy_and_begins_to_look_up(
     means = {(row["task"], row["metric"], row["condition"]): row["mean"] for row in result["rows"]}
     assert means["copy_symbols", "exact", "memory@1"] >= 0.9
     assert means["copy_symbols", "exact", "memory@2"] >= 0.8
-    # To tell the digits apart takes longer; by now an answer is one of the digits in the memory (chance: 0.1).
-    assert means["find_symbol", "exact", "memory@1"] >= 0.25
-    assert means["find_symbol", "exact", "memory@2"] >= 0.25
+    # To find the right one of the digits takes longer (chance: 0.1, 0.3 among those in the memory; here 0.57).
+    assert means["find_symbol", "exact", "memory@1"] >= 0.4
+    assert means["find_symbol", "exact", "memory@2"] >= 0.4
     assert means["find_symbol", "exact", "truncated@2"] < means["find_symbol", "exact", "memory@2"]

@@ -23,7 +23,7 @@ from utils.model.code_chunker import CodeChunker, Window, plan_windows
 from utils.model.config import CompressionConfig
 from utils.model.processor import ModelInputs
 from utils.model.prompt import MemoryPrompt, MemorySpan
-from utils.model.splice import splice_latents
+from utils.model.splice import copy_rows, join_rows, splice_latents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +74,16 @@ class MemoryEncoder(nn.Module):
             units: What to encode.
             to_cpu: Bring the latents to the CPU, each micro-batch while a CUDA device already works on the next.
         """
-        results: list[torch.Tensor] = [torch.empty(0)] * len(units)
+        counts = [unit.num_latents for unit in units]
+        results: list[torch.Tensor] = []
         for indices, latents in self._encode_batches(units):
-            here = _start_copy(latents) if to_cpu else latents
-            parts = here.split([units[i].num_latents for i in indices])
-            for i, part in zip(indices, parts, strict=True):
-                results[i] = part
+            # One tensor for all from the start: parts that are joined at the end would be held twice.
+            results = results or list(_room_for(sum(counts), latents, to_cpu).split(counts))
+            for i, part in zip(indices, latents.split([counts[i] for i in indices]), strict=True):
+                if part.requires_grad:
+                    results[i] = part
+                else:
+                    copy_rows(results[i], part)
         if to_cpu and self.chunker.device.type == "cuda":
             torch.cuda.synchronize(self.chunker.device)
         return results
@@ -88,7 +92,7 @@ class MemoryEncoder(nn.Module):
         """Latents of each span, [n, D], in the encoder's dtype and on its device."""
         units_of_spans = [self.units(span) for span in spans]
         latents = iter(self.encode_units([unit for units in units_of_spans for unit in units]))
-        return [torch.cat([next(latents) for _ in units]) for units in units_of_spans]
+        return [join_rows([next(latents) for _ in units]) for units in units_of_spans]
 
     def _encode_batches(self, units: Sequence[MemoryUnit]) -> Iterator[tuple[list[int], torch.Tensor]]:
         if not units:
@@ -104,11 +108,12 @@ class MemoryEncoder(nn.Module):
                 yield indices, self.adapter(pooled, [windows[i].num_latents for i in indices])
 
 
-def _start_copy(values: torch.Tensor) -> torch.Tensor:
-    """A copy on the CPU; from a CUDA device it is complete only after a synchronisation."""
-    if values.device.type != "cuda":
-        return values.cpu()
-    return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+def _room_for(num_rows: int, like: torch.Tensor, on_cpu: bool) -> torch.Tensor:
+    """An empty tensor [num_rows, D]; on the CPU, where a CUDA device is to fill it, one that it reaches by itself."""
+    shape = (num_rows, like.shape[1])
+    if on_cpu:
+        return torch.empty(shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 class CodeLLaVAModel(nn.Module):

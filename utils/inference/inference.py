@@ -42,7 +42,7 @@ _STORE = (
     '    if not path:\n        raise ValueError("path")\n    return Store(os.path.abspath(path))\n'
 )
 BUILT_IN_EXAMPLES = tuple(
-    # Memory first, as the embedded checkpoint was trained.
+    # Memory first, as in most of the embedded checkpoint's training.
     {"code": _STORE, "prompt": f"{MEMORY}\n{question}"}
     for question in (
         "What are the parameters of `open_store`?",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import sys
 from pathlib import Path
@@ -110,10 +109,11 @@ def _examples(args: argparse.Namespace) -> list[Example]:
     size = SizeRange(shortest=bounds[0], longest=bounds[-1], chars_per_token=args.chars_per_token)
     tasks = args.tasks.split(",")
     files = read_sources(args.source, tasks)
+    first = float(args.question_first)
     return [
-        dataclasses.replace(example, question_first=args.question_first)
+        example
         for task in tasks
-        for example in itertools.islice(draw_examples(task, files, size, args.seed), args.num_examples)
+        for example in itertools.islice(draw_examples(task, files, size, args.seed, first), args.num_examples)
     ]
 
 

@@ -61,13 +61,16 @@ def read_sources(source: str, tasks: Iterable[str], max_files: int | None = None
     return files
 
 
-def draw_examples(task: str, files: Sequence[SourceFile], size: SizeRange, seed: int) -> Iterator[Example]:
-    """Endless different examples of one task.
+def draw_examples(
+    task: str, files: Sequence[SourceFile], size: SizeRange, seed: int, question_first: float = 0.0
+) -> Iterator[Example]:
+    """Endless different examples of one task, a part of them with the question before the memory.
 
     Raises:
         DatasetError: The sources give no further one.
     """
     material = Material(Random(f"{seed} {task}"), files, size)
+    order = Random(f"{seed} {task} order")  # of its own: the examples are the same whatever their order
     seen: set[str | None] = set()
     failures = 0
     while failures < _MAX_FAILURES:
@@ -78,7 +81,7 @@ def draw_examples(task: str, files: Sequence[SourceFile], size: SizeRange, seed:
             continue
         failures = 0
         seen.add(key)
-        yield example
+        yield dataclasses.replace(example, question_first=order.random() < question_first)
     raise DatasetError(f"task {task}: no new example in {_MAX_FAILURES} draws after {len(seen)}: ask for fewer")
 
 
@@ -121,18 +124,13 @@ def build_examples(
     }
     for task, number in tasks.items():
         tally = _Tally()
-        examples = _draw_order(draw_examples(task, files, size, seed), question_first, Random(f"{seed} {task} order"))
+        examples = draw_examples(task, files, size, seed, question_first)
         bar = tqdm(range(number), desc=f"building {task}", unit="example", disable=None)
         path = folder / f"{task}.jsonl"
         write_jsonl(path, (tally.note(next(examples)).row() for _ in bar))
         report["tasks"][task] = {"examples": number, "size_bytes": path.stat().st_size, **tally.summary()}
     write_json(folder / REPORT_FILE, report)
     return report
-
-
-def _draw_order(examples: Iterator[Example], question_first: float, random: Random) -> Iterator[Example]:
-    for example in examples:
-        yield dataclasses.replace(example, question_first=random.random() < question_first)
 
 
 def hash_of(example: Example) -> str:

@@ -20,6 +20,7 @@ import hashlib
 import logging
 import os
 import re
+import sqlite3
 import struct
 import sys
 import time
@@ -29,8 +30,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import lmdb
 
 from utils.cli import EXIT_FAILED_ROWS, EXIT_OK, make_parser, print_json, run_command
 from utils.errors import CodeLlavaError, ConfigError
@@ -59,7 +58,7 @@ class CacheStats:
     Attributes:
         path: The cache folder.
         num_entries: Windows on disk.
-        size_bytes: Bytes of these entries.
+        size_bytes: Bytes they take in the database.
         file_bytes: Bytes of the database file; room of evicted entries is used again.
         limit_bytes: Above it the least recently used entries leave.
         hits: Keys answered since this object was opened.
@@ -132,7 +131,7 @@ class LatentCache:
         folder = Path(path) if path is not None else default_cache_dir()
         try:
             return cls(LatentStore.shared(folder), size_limit_bytes, strict)
-        except (OSError, lmdb.Error) as error:
+        except (OSError, sqlite3.Error) as error:
             raise ConfigError(
                 f"the latent cache {folder} cannot be used: {error}: name another folder with --cache-dir or "
                 f"${CACHE_DIR_VARIABLE}, or go without it: --no-cache"
@@ -155,7 +154,7 @@ class LatentCache:
         """Latents [n, D] on the CPU in the dtype they were put with, one per key; None for a miss."""
         try:
             entries = self._store.read(keys)
-        except (lmdb.Error, OSError) as error:
+        except (sqlite3.Error, OSError) as error:
             self._warn_once("the latent cache %s cannot be read (%s): encoding instead", self._store.root, error)
             entries = [None] * len(keys)
         found = [None if entry is None else _decode(key, entry) for key, entry in zip(keys, entries, strict=True)]
@@ -176,7 +175,7 @@ class LatentCache:
         self._flush_touches()
         try:
             left_out = self._store.write(items, self._limit_bytes)
-        except (lmdb.Error, OSError) as error:
+        except (sqlite3.Error, OSError) as error:
             self._not_stored("the latent cache %s cannot be written (%s): not caching", self._store.root, error)
             return
         if left_out:
@@ -204,6 +203,7 @@ class LatentCache:
 
     def verify(self) -> tuple[int, int]:
         """Check every entry and remove the corrupt ones; returns how many were checked and how many were corrupt."""
+        self._store.forget_pages()
         keys = self._store.keys()
         bad = []
         for key in keys:
@@ -228,7 +228,7 @@ class LatentCache:
         )  # fmt: skip
         try:
             self._store.delete(keys)
-        except (lmdb.Error, OSError) as error:
+        except (sqlite3.Error, OSError) as error:
             self._warn_once("the latent cache %s cannot be repaired (%s)", self._store.root, error)
 
     def _flush_touches(self) -> None:
@@ -238,7 +238,7 @@ class LatentCache:
             return
         try:
             self._store.touch(touched)
-        except (lmdb.Error, OSError) as error:
+        except (sqlite3.Error, OSError) as error:
             self._warn_once("the latent cache %s cannot note uses (%s)", self._store.root, error)
 
     def _not_stored(self, message: str, *values: Any) -> None:
@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     try:
         return _look_after(args)
-    except lmdb.Error as error:
+    except sqlite3.Error as error:
         raise CodeLlavaError(f"the latent cache could not be read or written: {error}: try again") from None
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def get(cache: LatentCache, *numbers: int) -> list[torch.Tensor | None]:
 
 
 def data_file(cache: LatentCache) -> Path:
-    return Path(cache.stats().path) / "v1" / "data.mdb"
+    return Path(cache.stats().path) / "v2" / "latents.sqlite"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -115,7 +116,9 @@ def test_context_is_part_of_the_key() -> None:
 
 def test_the_least_recently_used_leave_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latent_cache, "TOUCH_INTERVAL_S", 0.0)
-    with LatentCache.open(tmp_path, size_limit_bytes=10 * 5 * PAGE) as cache:  # 10 entries of 128 × 64 × bf16
+    with LatentCache.open(
+        tmp_path, size_limit_bytes=55 * PAGE
+    ) as cache:  # 5 pages empty, 4 an entry of 128 × 64 × bf16
         for number in range(10):
             put(cache, number, num_latents=128)
         assert cache.stats().num_entries == 10
@@ -125,7 +128,7 @@ def test_the_least_recently_used_leave_first(tmp_path: Path, monkeypatch: pytest
         assert kept[:2] == [0, 1]
         assert kept[-1] == 10
         assert 2 not in kept
-        assert cache.stats().size_bytes <= 50 * PAGE
+        assert cache.stats().size_bytes <= 55 * PAGE
 
 
 def test_the_file_stays_near_its_limit(tmp_path: Path) -> None:
@@ -140,7 +143,7 @@ def test_the_file_stays_near_its_limit(tmp_path: Path) -> None:
 
 
 def test_more_than_the_limit_at_once_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with LatentCache.open(tmp_path, size_limit_bytes=3 * 5 * PAGE) as cache:
+    with LatentCache.open(tmp_path, size_limit_bytes=24 * PAGE) as cache:
         put(cache, *range(5), num_latents=128)
         assert cache.stats().num_entries == 3
         assert "2 of 5 windows were not cached" in caplog.text
@@ -150,7 +153,7 @@ def test_prune_and_clear_give_room_back(cache: LatentCache) -> None:
     for number in range(20):
         put(cache, number, num_latents=128)
     before = data_file(cache).stat().st_size
-    assert cache.prune(5 * 5 * PAGE) == 15
+    assert cache.prune(26 * PAGE) == 15
     assert cache.stats().num_entries == 5
     assert data_file(cache).stat().st_size < before / 2
     assert torch.equal(get(cache, 19)[0], rows_of(19, 128))
@@ -162,9 +165,10 @@ def test_prune_and_clear_give_room_back(cache: LatentCache) -> None:
 
 
 def flip(path: Path, content: bytes) -> None:
-    """Change one byte in the middle of where `content` lies in a file."""
+    """Change one byte in the middle of where `content` lies in a file, which may be in several pieces."""
     data = bytearray(path.read_bytes())
-    position = data.index(content) + len(content) // 2
+    middle = len(content) // 2
+    position = data.index(content[middle : middle + 32])
     with path.open("r+b") as stream:
         stream.seek(position)
         stream.write(bytes([data[position] ^ 1]))
@@ -176,6 +180,7 @@ def test_a_flipped_bit_is_a_miss_reported_once_and_repaired(
     put(cache, 1, 2, 3, num_latents=128)
     for number in (1, 2):
         flip(data_file(cache), rows_of(number, 128).view(torch.uint8).numpy().tobytes())
+    cache._store.forget_pages()
     assert get(cache, 1)[0] is None
     assert get(cache, 2, 3)[0] is None
     assert torch.equal(get(cache, 3)[0], rows_of(3, 128))
@@ -214,14 +219,42 @@ def test_a_damaged_file_is_replaced(
             stream.truncate(PAGE * 6 if damage == "cut" else 0)
     if not while_open:
         cache = LatentCache.open(tmp_path)
-    for number in range(20):
-        (rows,) = get(cache, number)
-        assert rows is None or torch.equal(rows, rows_of(number, 128))
+    found = [get(cache, number)[0] for number in range(20)]
+    assert all(rows is None or torch.equal(rows, rows_of(number, 128)) for number, rows in enumerate(found))
+    # A process may still hold the pages in memory; to SQLite an empty file is a new one.
+    assert "damaged" in caplog.text or all(rows is not None for rows in found) or damage == "empty"
     put(cache, *range(20), num_latents=128)
     assert all(torch.equal(rows, rows_of(number, 128)) for number, rows in enumerate(get(cache, *range(20))))
-    if while_open or damage != "empty":  # to LMDB an empty file is a new one
-        assert "damaged" in caplog.text
     cache.close()
+    assert_sound_or_missing(tmp_path)
+
+
+def assert_sound_or_missing(folder: Path) -> None:
+    """A process that opens the cache anew finds the right rows or none, and can fill it again."""
+    with LatentCache.open(folder) as cache:
+        for _ in range(2):  # the second time after damage that only writing met
+            found = [get(cache, number)[0] for number in range(20)]
+            assert all(rows is None or torch.equal(rows, rows_of(number, 128)) for number, rows in enumerate(found))
+            put(cache, *range(20), num_latents=128)
+        assert all(torch.equal(rows, rows_of(number, 128)) for number, rows in enumerate(get(cache, *range(20))))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_garbage_anywhere_is_no_wrong_row_and_no_crash(tmp_path: Path, seed: int) -> None:
+    with LatentCache.open(tmp_path) as cache:
+        for number in range(20):  # one by one, so that ids and pages are used again
+            put(cache, number, num_latents=128)
+        cache._store.delete([key_of(number) for number in range(0, 20, 3)])
+        put(cache, *range(15), num_latents=128)
+        path = data_file(cache)
+    random = Random(seed)
+    with path.open("r+b") as stream:
+        for _ in range(random.choice([1, 3, 30])):
+            # Search trees are a few pages among many: half of the garbage goes to the first pages, which are theirs.
+            page = random.randrange(random.choice([6, path.stat().st_size // PAGE]))
+            stream.seek(page * PAGE + random.choice([0, 0, random.randrange(PAGE)]))
+            stream.write(random.randbytes(random.choice([1, 4, 8, 100, PAGE])))
+    assert_sound_or_missing(tmp_path)
 
 
 def test_a_full_disk_is_a_warning_and_no_caching(cache: LatentCache, caplog: pytest.LogCaptureFixture) -> None:
@@ -335,11 +368,11 @@ def test_command(cache: LatentCache, tmp_path: Path, capsys: pytest.CaptureFixtu
 
     put(cache, 1, 2, 3, num_latents=128)
     code, shown = run("show")
-    assert (code, shown["num_entries"], shown["size_bytes"]) == (0, 3, 15 * PAGE)
+    assert (code, shown["num_entries"], shown["size_bytes"]) == (0, 3, 17 * PAGE)
     flip(data_file(cache), rows_of(2, 128).view(torch.uint8).numpy().tobytes())
     code, verified = run("verify")
     assert (code, verified["checked"], verified["corrupt"], verified["num_entries"]) == (3, 3, 1, 2)
-    assert run("prune", "--max-size", "20K")[1]["evicted"] == 1
+    assert run("prune", "--max-size", "40K")[1]["evicted"] == 1
     assert run("clear")[1]["removed"] == 1
     assert cache.stats().num_entries == 0
 

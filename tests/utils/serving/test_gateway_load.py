@@ -6,6 +6,7 @@ import asyncio
 import gc
 import hashlib
 import json
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -143,3 +144,30 @@ def test_two_gateways_share_one_cache(checkpoints: dict[str, Path], tmp_path: Pa
     tokens = reports[0]["memory_tokens"]
     assert [report["cached_tokens"] for report in reports] == [0, tokens, tokens]
     assert sent[0] == sent[1] == sent[2]
+
+
+def test_a_damaged_cache_and_a_full_disk_change_no_answer(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    plain = Compressor.load(checkpoints["lclm"], device="cpu")
+    with fake_server.running() as backend, LatentCache.open(tmp_path) as cache:
+        compressor = Compressor.load(checkpoints["lclm"], device="cpu", cache=cache)
+        (file,) = tmp_path.glob("*/latents.sqlite")
+        with gateway_server.running(compressor, backend.url) as url:
+
+            def cached_tokens(number: int) -> int:
+                backend.script = [echo_digest]
+                got = httpx.post(url + CHAT, json=chat_body(number)).raise_for_status().json()
+                assert got["choices"][0]["message"]["content"] == expected_digest(plain, number)
+                return int(got["code_llava"]["cached_tokens"])
+
+            assert [cached_tokens(1) > 0 for _ in range(2)] == [False, True]
+            with file.open("r+b") as stream:
+                stream.write(b"\xa5" * file.stat().st_size)
+            cache.verify()  # what lies on the disk, not what this process remembers of it
+            assert [cached_tokens(1) > 0 for _ in range(2)] == [False, True]
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size, limits[1]))
+            try:
+                assert [cached_tokens(number) for number in (*range(2, 40), 2)] == [0] * 39
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            assert [cached_tokens(50) > 0 for _ in range(2)] == [False, True]

@@ -106,8 +106,9 @@ def packed_attention_forward(
         raise ConfigError(f"{type(module).__name__} needs attention sinks or soft caps, which packed rows do not have")
     assert attention_mask is None
     assert query.shape[0] == 1
-    if len(segments.runs) > 1 and not dropout and _has_varlen_attention(query):
-        return _varlen_attention(query, key, value, segments, scaling, sliding_window), None
+    kernel = None if dropout or len(segments.runs) == 1 else _varlen_kernel(query)
+    if kernel is not None:
+        return _varlen_attention(kernel, query, key, value, segments, scaling, sliding_window), None
     pieces = []
     # Split, not sliced run by run: the gradient of a slice is a whole row of zeros.
     sizes = [count * length for _, count, length in segments.runs]
@@ -137,15 +138,22 @@ def packed_attention_forward(
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[None], None
 
 
-def _has_varlen_attention(query: torch.Tensor) -> bool:
-    """Whether torch's variable-length attention serves these tensors: half precision, on an Ampere card or newer."""
-    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16) or _varlen_kernel() is None:
-        return False
+def _varlen_kernel(query: torch.Tensor) -> Callable[..., Any] | None:
+    """Torch's variable-length attention (torch 2.10) where it serves: half precision, on an Ampere card or newer."""
+    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
+        return None
     width = query.shape[-1]
-    return width <= 256 and width % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    if width > 256 or width % 8 or torch.cuda.get_device_capability(query.device) < (8, 0):
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
 
 
 def _varlen_attention(
+    kernel: Callable[..., Any],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -157,8 +165,6 @@ def _varlen_attention(
     borders, longest = _borders(segments.runs, query.device)
     reach = -1 if sliding_window is None else sliding_window - 1
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    kernel = _varlen_kernel()
-    assert kernel is not None
     out: torch.Tensor = kernel(
         q,
         k,
@@ -172,16 +178,6 @@ def _varlen_attention(
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out[None]
-
-
-@lru_cache(maxsize=1)
-def _varlen_kernel() -> Callable[..., Any] | None:
-    """Torch's variable-length attention; None before torch 2.10."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
 
 
 @lru_cache(maxsize=8)

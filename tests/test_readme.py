@@ -33,12 +33,23 @@ def test_there_are_commands() -> None:
 def test_command(command: str) -> None:
     arguments = shlex.split(command, comments=True)
     assert arguments[:3] == ["uv", "run", "python"], command
+    assert run_python(arguments[3:]).strip()
+
+
+@pytest.mark.slow
+def test_the_first_command_prints_what_stands_below_it() -> None:
+    shown = re.search(r"```sh\npip install uv && uv run python (.*?)\n```\n\n```\n(.*?)```", README, re.S)
+    assert shown is not None
+    assert run_python(shlex.split(shown[1])).startswith(shown[2])
+
+
+def run_python(arguments: list[str]) -> str:
     # The interpreter of this environment: `uv run` would first look for a newer one.
     done = subprocess.run(
-        [sys.executable, *arguments[3:]], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, *arguments], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip()
+    return done.stdout
 
 
 def test_paths_in_the_inventory_exist() -> None:

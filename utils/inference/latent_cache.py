@@ -58,7 +58,7 @@ class CacheStats:
     Attributes:
         path: The cache folder.
         num_entries: Windows on disk.
-        size_bytes: Bytes they take in the database.
+        size_bytes: Bytes of the database's pages in use.
         file_bytes: Bytes of the database file; room of evicted entries is used again.
         limit_bytes: Above it the least recently used entries leave.
         hits: Keys answered since this object was opened.

@@ -29,15 +29,15 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-PAGE_BYTES = 4096
-MAX_LIMIT_BYTES = 1 << 41  # half of what SQLite holds in pages of this size
+MAX_LIMIT_BYTES = 1 << 41  # half of what SQLite holds in pages of 4096 bytes
 # Eviction makes some room to spare, so that a full store does not evict at every write.
 EVICT_TO = 0.9
 LOCK_TIMEOUT_S = 10.0
 
+_PAGE_BYTES = 4096
 _LAYOUT = "v2"
 _TRASH = ".trash-"
-_EMPTY_BYTES = 16 * PAGE_BYTES  # more than the tables take without entries
+_EMPTY_BYTES = 16 * _PAGE_BYTES  # more than the tables take without entries
 # Values lie apart from what is written at every use. No AUTOINCREMENT: freed ids are used again.
 _SCHEMA = """
     CREATE TABLE IF NOT EXISTS entries (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, last_use REAL NOT NULL);
@@ -149,17 +149,14 @@ class LatentStore:
     def delete(self, keys: Iterable[bytes]) -> int:
         """Remove entries; returns how many were there."""
         with self._begin(write=True) as connection:
-            query = "SELECT id FROM entries WHERE key = ?"
-            rows = [connection.execute(query, (key,)).fetchone() for key in keys]
-            ids = {row[0] for row in rows if row is not None}
+            ids = {found for key in keys if (found := _find(connection, key)) is not None}
             _delete(connection, ids)
         return len(ids)
 
     def usage(self) -> tuple[int, int, int]:
         """Number of entries, the bytes of the pages in use, and the bytes of the database file."""
         with self._begin() as connection:
-            (count,) = connection.execute("SELECT count(*) FROM entries").fetchone()
-            return count, _used_bytes(connection), self._data_file.stat().st_size
+            return _count(connection), _used_bytes(connection), self._data_file.stat().st_size
 
     def keys(self) -> list[bytes]:
         """All keys, least recently used first."""
@@ -175,13 +172,13 @@ class LatentStore:
         """Evict down to `limit_bytes`, then give the free room back to the file system; returns the evicted entries."""
         with self._exclusive(), self._replacing_damage():
             with self._transaction(write=True) as connection:
-                (before,) = connection.execute("SELECT count(*) FROM entries").fetchone()
+                before = _count(connection)
                 _evict(connection, limit_bytes)
-                (after,) = connection.execute("SELECT count(*) FROM entries").fetchone()
+                after = _count(connection)
             fresh = Path(tempfile.mkdtemp(prefix=_TRASH, dir=self.root))
             self._opened().execute("VACUUM INTO ?", (str(fresh / self._data_file.name),))
             self._replace_folder(fresh)
-        return int(before - after)
+        return before - after
 
     def clear(self) -> None:
         """Start over with an empty database; other processes move on to it at their next use."""
@@ -255,7 +252,7 @@ class LatentStore:
         try:
             # The journal file stays, so that a write only syncs; secure_delete would overwrite what is evicted.
             for setting in (
-                f"page_size={PAGE_BYTES}", "journal_mode=TRUNCATE", "synchronous=NORMAL", "secure_delete=OFF",
+                f"page_size={_PAGE_BYTES}", "journal_mode=TRUNCATE", "synchronous=NORMAL", "secure_delete=OFF",
                 "cell_size_check=ON", "trusted_schema=OFF",
             ):  # fmt: skip
                 connection.execute(f"PRAGMA {setting}").fetchall()
@@ -297,12 +294,21 @@ def _is_damage(error: Exception) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE_CODES
 
 
+def _find(connection: sqlite3.Connection, key: bytes) -> int | None:
+    row = connection.execute("SELECT id FROM entries WHERE key = ?", (key,)).fetchone()
+    return None if row is None else row[0]
+
+
+def _count(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("SELECT count(*) FROM entries").fetchone()[0])
+
+
 def _read(connection: sqlite3.Connection, key: bytes) -> bytearray | None:
-    found = connection.execute("SELECT id FROM entries WHERE key = ?", (key,)).fetchone()
+    found = _find(connection, key)
     if found is None:
         return None
     # A blob handle copies once where SELECT copies twice: half the time for the latents of a window.
-    with connection.blobopen("latents", "value", found[0], readonly=True) as blob:
+    with connection.blobopen("latents", "value", found, readonly=True) as blob:
         return bytearray(blob.read())
 
 
@@ -310,12 +316,12 @@ def _used_bytes(connection: sqlite3.Connection) -> int:
     """Bytes of the pages in use; those of deleted entries are free at once."""
     (pages,) = connection.execute("PRAGMA page_count").fetchone()
     (free,) = connection.execute("PRAGMA freelist_count").fetchone()
-    return int(pages - free) * PAGE_BYTES
+    return int(pages - free) * _PAGE_BYTES
 
 
 def _disk_bytes(value: bytes) -> int:
     """What a value takes at most, with its entry and some pages by which the search trees may grow."""
-    return (-(-len(value) // (PAGE_BYTES - 4)) + 4) * PAGE_BYTES
+    return (-(-len(value) // (_PAGE_BYTES - 4)) + 4) * _PAGE_BYTES
 
 
 def _evict(connection: sqlite3.Connection, target_bytes: int) -> int:

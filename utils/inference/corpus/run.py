@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -148,9 +149,11 @@ def _work(job: CorpusJob, run: CorpusRun, crew: Crew, show: Callable[[WorkCounts
         from utils.inference.corpus.ray import encode_with_ray
 
         done = WorkCounts()
-        for counts in encode_with_ray(job, workers=run.workers, threads=run.threads, address=run.ray_address):
-            done += counts
-            show(done)
+        # Ray tells on stdout what becomes of its actors; a command's stdout is for its result alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            for counts in encode_with_ray(job, workers=run.workers, threads=run.threads, address=run.ray_address):
+                done += counts
+                show(done)
         return done
     worker = CorpusWorker(dataclasses.replace(job, device=crew.own_device(job.device)))
     with contextlib.closing(worker.encode(crew.claims(job.num_parcels))) as steps:

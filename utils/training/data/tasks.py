@@ -22,6 +22,7 @@ from utils.training.data.notes import NOUNS, draw_note, draw_note_names, indent_
 from utils.training.data.sources import SourceFile
 
 _REPEAT = ("Repeat the code, character for character.", "Write out the code again, unchanged.", "Repeat it.")
+_REPEAT_WORDS = ("Repeat the words, line by line.", "Repeat it.")
 _LIST = ("List all notes and their numbers, in order.", "Which numbers do the notes give? List them in order.")
 
 
@@ -33,6 +34,21 @@ def reconstruct(material: Material) -> Example | None:
         return None
     question = material.random.choice(_REPEAT)
     return Example(task="reconstruct", memory=code, question=question, answer=code, source=file.origin)
+
+
+def shuffled(material: Material) -> Example | None:
+    """Repeat the words of a stretch of code in an order of chance: nothing but the memory tells which comes next.
+
+    In code most tokens can be guessed from those before them, and a guess teaches nothing about reading.
+    """
+    file, code = material.draw_code()
+    words = code.split()
+    if len(words) < 8:
+        return None
+    material.random.shuffle(words)
+    memory = "\n".join(" ".join(words[at : at + 8]) for at in range(0, len(words), 8))
+    question = material.random.choice(_REPEAT_WORDS)
+    return Example(task="shuffled", memory=memory, question=question, answer=memory, source=file.origin)
 
 
 def continue_code(material: Material) -> Example | None:
@@ -214,6 +230,7 @@ def find_symbol(material: Material) -> Example | None:
 
 TASKS: dict[str, Callable[[Material], Example | None]] = {
     "reconstruct": reconstruct,
+    "shuffled": shuffled,
     "continue": continue_code,
     "lookup": lookup,
     "next_lines": next_lines,

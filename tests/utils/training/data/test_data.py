@@ -122,6 +122,12 @@ def test_every_task_makes_different_examples_whose_answer_follows_from_the_memor
             for line, (name, value) in zip(noted, listed, strict=True):
                 assert value in line
                 assert name in line.lower().replace("_", " ")
+        elif task == "shuffled":
+            assert example.answer == example.memory
+            words = example.memory.split()
+            assert any(set(words) <= set(file.text.split()) for file in files)
+            # As code they would stand in the file as they are.
+            assert not any(" ".join(words) in " ".join(file.text.split()) for file in files)
         elif task == "next_lines":
             lines = example.memory.splitlines()
             [at] = [i for i, line in enumerate(lines) if line.strip() == example.question.split("`")[1]]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -84,3 +86,11 @@ def test_one_family() -> None:
     family = [x for x in vars(errors).values() if isinstance(x, type)]
     assert len(family) == 7
     assert all(issubclass(error, CodeLlavaError) for error in family)
+
+
+def test_what_deepspeed_logs_stays_off_stdout() -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: uv sync --extra deepspeed")
+    code = "from utils import cli; cli.configure_logging(); import deepspeed.utils as d; d.logger.warning('odd device')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert "WARNING: odd device" in done.stderr

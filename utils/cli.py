@@ -63,8 +63,6 @@ def configure_logging(verbose: bool = False) -> None:
     level = logging.DEBUG if verbose else logging.INFO
     for name in ("utils", "general", "ruler", "ruler_minimal", "__main__"):
         logging.getLogger(name).setLevel(level)
-    # DeepSpeed, which accelerate imports where it is installed, gives its logger a handler on stdout.
-    logging.getLogger("DeepSpeed").addFilter(_to_root)
     if not verbose:
         # Other libraries' notices would stand between the result and its reader.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -104,12 +102,16 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
+def _fail(message: str) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return EXIT_ERROR
+
+
 def _to_root(record: logging.LogRecord) -> bool:
     """Leave a record to the root's handlers, which write to stderr, in place of its logger's own."""
     logging.getLogger().handle(record)
     return False
 
 
-def _fail(message: str) -> int:
-    sys.stderr.write(f"error: {message}\n")
-    return EXIT_ERROR
+# DeepSpeed, which accelerate imports where it is installed, gives its logger a handler on stdout.
+logging.getLogger("DeepSpeed").addFilter(_to_root)

@@ -90,7 +90,7 @@ def test_one_family() -> None:
 
 def test_what_deepspeed_logs_stays_off_stdout() -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: uv sync --extra deepspeed")
-    code = "from utils import cli; cli.configure_logging(); import deepspeed.utils as d; d.logger.warning('odd device')"
+    code = "import utils.cli; import deepspeed.utils as d; d.logger.warning('odd device')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == ""
-    assert "WARNING: odd device" in done.stderr
+    assert "odd device" in done.stderr

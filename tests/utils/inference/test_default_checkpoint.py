@@ -120,11 +120,22 @@ def test_it_is_whole_and_serves_its_chunk_sizes() -> None:
 
 
 @pytest.mark.slow
-def test_it_answers() -> None:
-    model, tokenizer, processor = load_model(device="cpu")
+def test_the_dequantised_decoder_knows_what_it_knew() -> None:
+    # Untrained: training for memory costs the decoder general knowledge (see the model card).
+    model, tokenizer, processor = load_model(assemble_default_checkpoint(trained=False), device="cpu")
     prompt = processor.parse_chat([{"role": "user", "content": "What is the capital of France?"}])
     answer = tokenizer.decode(model.generate([prompt], max_new_tokens=24)[0])
     assert "Paris" in answer
+
+
+@pytest.mark.slow
+def test_the_trained_pair_answers_from_memory() -> None:
+    model, tokenizer, processor = load_model(device="cpu")
+    code = "def connect(host, port):\n    # the access code is 59364\n    return open_socket(host, port)"
+    question = f"<|memory_start|>{code}<|memory_end|>\nWhat is the access code?"
+    prompt = processor.parse_chat([{"role": "user", "content": question}])
+    assert prompt.num_latents < 10
+    assert tokenizer.decode(model.generate([prompt], max_new_tokens=24)[0]) == "59364"
 
 
 @pytest.mark.slow

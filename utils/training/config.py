@@ -100,6 +100,8 @@ class DataConfig:
         memory_tokens: Shortest and longest memory, in tokens (roughly: builders count characters).
         source: "installed" (packages and standard library of this machine), "symbols" (toy texts) or a code folder.
         max_files: Draw from a random choice of so many files; from all by default.
+        package_weights: Package → how many times as often as others its files are drawn; `python` is the standard
+            library.
         chars_per_token: What the builders reckon with.
         question_first: Part of the examples in which the question stands before the memory.
         seed: Of the builders.
@@ -110,6 +112,7 @@ class DataConfig:
     memory_tokens: tuple[int, int] = (64, 256)
     source: str = "installed"
     max_files: int | None = None
+    package_weights: dict[str, int] = field(default_factory=dict)
     chars_per_token: float = 3.2
     question_first: float = 0.0
     seed: int = 0
@@ -118,6 +121,8 @@ class DataConfig:
         low, high = self.memory_tokens
         if not 1 <= low <= high:
             raise ConfigError(f"data.memory_tokens: expected [shortest, longest] from 1 up, got [{low}, {high}]")
+        for package, weight in self.package_weights.items():
+            _check_at_least(f"data.package_weights.{package}", weight, 1)
         if not 0 <= self.question_first <= 1:
             raise ConfigError(f"data.question_first: expected a number from 0 to 1, got {self.question_first}")
 

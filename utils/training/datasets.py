@@ -7,19 +7,26 @@ from pathlib import Path
 
 from utils.errors import ConfigError
 from utils.files import read_json, read_jsonl
+from utils.model.code_llava_model import CodeLLaVAModel
 from utils.model.processor import Processor
 from utils.training.config import DataConfig, TrainConfig
 from utils.training.data.build import REPORT_FILE, build_examples
 from utils.training.data.cache import TokenCache
+from utils.training.data.chat import replayed_answers
 from utils.training.data.excerpts import SizeRange
 
 logger = logging.getLogger(__name__)
 
-_RECIPE_KEYS = ("source", "seed", "max_files", "question_first")
+_RECIPE_KEYS = ("source", "seed", "max_files", "package_weights", "question_first")
 
 
-def open_caches(config: TrainConfig, processor: Processor) -> dict[str, TokenCache]:
+def open_caches(config: TrainConfig, model: CodeLLaVAModel, processor: Processor) -> dict[str, TokenCache]:
     """Task → examples of a run, built and tokenised on first use.
+
+    Args:
+        config: The run.
+        model: The pair before its training, whose answers the task chat keeps.
+        processor: Its tokenizers.
 
     Raises:
         DatasetError: The data are malformed.
@@ -27,7 +34,7 @@ def open_caches(config: TrainConfig, processor: Processor) -> dict[str, TokenCac
     """
     folder = Path(config.data.folder)
     if config.data.tasks:
-        _build_missing(folder, config.data)
+        _build_missing(folder, config.data, model, processor)
     caches = tokenize_folder(folder, processor)
     if not caches:
         raise ConfigError(f"{folder} has no JSONL files: name data.tasks to build some, or put your own there")
@@ -50,12 +57,12 @@ def tokenize_folder(folder: Path, processor: Processor) -> dict[str, TokenCache]
     return caches
 
 
-def _build_missing(folder: Path, data: DataConfig) -> None:
+def _build_missing(folder: Path, data: DataConfig, model: CodeLLaVAModel, processor: Processor) -> None:
     report_path = folder / REPORT_FILE
     drawn = {key: getattr(data, key) for key in _RECIPE_KEYS}
     recipe = drawn | {"tasks": data.tasks, "memory_tokens": list(data.memory_tokens)}
     if report_path.is_file():
-        report = read_json(report_path)
+        report = {"package_weights": {}, **read_json(report_path)}  # older reports have none
         made = {key: report.get(key) for key in (*_RECIPE_KEYS, "memory_tokens")}
         made["tasks"] = {task: entry["examples"] for task, entry in report["tasks"].items()}
         if made == recipe:
@@ -68,4 +75,5 @@ def _build_missing(folder: Path, data: DataConfig) -> None:
     logger.info("building the training examples in %s (once)", folder)
     shortest, longest = data.memory_tokens
     size = SizeRange(shortest=shortest, longest=longest, chars_per_token=data.chars_per_token)
-    build_examples(folder, data.tasks, size=size, **drawn)
+    answers = replayed_answers(data.tasks, data.seed, model, processor)
+    build_examples(folder, data.tasks, size=size, answers=answers, **drawn)

@@ -113,7 +113,7 @@ class Trainer:
             check_alignable(self.tokenizers)
         processor = Processor(tokenizers=self.tokenizers, chunk_size=model.config.chunk_size)
         with self.accelerator.main_process_first():
-            self.caches = open_caches(config, processor)
+            self.caches = open_caches(config, model, processor)
         unpack = any(stage.unpack_weight for stage in config.stages)
         self.pair = TrainedPair(model, self.tokenizers.markers, unpack=unpack)
         torch.manual_seed(config.seed)

@@ -57,6 +57,7 @@ def test_a_stage_starts_from_its_preset_and_the_file_wins(run_values: Values) ->
         ),
         ({"data": {"folder": "x", "memory_tokens": [9, 3]}}, "expected \\[shortest, longest\\]"),
         ({"data": {"folder": "x", "memory_tokens": [9]}}, "expected 2 values, got 1"),
+        ({"data": {"folder": "x", "package_weights": {"python": 0}}}, "package_weights.python: expected at least 1"),
     ],
 )
 def test_bad_values_are_named(run_values: Values, changes: dict[str, Any], message: str) -> None:

@@ -32,10 +32,12 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("--memory-tokens", default="64-256", help="shortest and longest, roughly; default 64-256")
     build.add_argument("--chars-per-token", type=float, default=3.2, help="what lengths reckon with; default 3.2")
     build.add_argument("--max-files", type=int, help="draw from a random choice of so many files; default: all")
+    build.add_argument("--package-weights", help="PACKAGE=NUMBER,…: how many times as often its files are drawn")
     build.add_argument(
         "--question-first", type=float, default=0.0, help="part of the examples that ask before the memory; default 0"
     )
     build.add_argument("--seed", type=int, default=0, help="default 0")
+    build.add_argument("--checkpoint", help="whose decoder answers for the task chat; default: the embedded, untrained")
 
     tokenize = commands.add_parser("tokenize", help="tokenise a folder of JSONL files, where that is not done yet")
     tokenize.add_argument("folder", type=Path, help="folder with JSONL files")
@@ -64,15 +66,17 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> dict[str, Any]:
-    from utils.training.data.build import build_examples
+    from utils.training.data.build import NO_ANSWERS, build_examples
     from utils.training.data.excerpts import SizeRange
+    from utils.training.data.tasks import CHAT
 
     try:
-        tasks = {name: int(number) for name, number in (part.split("=") for part in args.tasks.split(","))}
+        tasks, weights = _numbers(args.tasks), _numbers(args.package_weights)
         shortest, longest = (int(part) for part in args.memory_tokens.split("-"))
     except ValueError:
         raise ConfigError(
-            f"--tasks {args.tasks}, --memory-tokens {args.memory_tokens}: expected lookup=1000,needle=500 and 64-256"
+            f"--tasks {args.tasks}, --package-weights {args.package_weights}, --memory-tokens {args.memory_tokens}: "
+            "expected lookup=1000,needle=500, python=8 and 64-256"
         ) from None
     size = SizeRange(shortest=shortest, longest=longest, chars_per_token=args.chars_per_token)
     if not 0 <= args.question_first <= 1:
@@ -84,8 +88,29 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
         source=args.source,
         seed=args.seed,
         max_files=args.max_files,
+        package_weights=weights,
         question_first=args.question_first,
+        answers=_answers(tasks, args) if CHAT in tasks else NO_ANSWERS,
     )
+
+
+def _numbers(text: str | None) -> dict[str, int]:
+    """`name=number,name=number` as a dictionary; ValueError unless all are numbers of at least 1."""
+    numbers = {name: int(number) for name, number in (part.split("=") for part in (text or "").split(",") if part)}
+    if min(numbers.values(), default=1) < 1:
+        raise ValueError(text)
+    return numbers
+
+
+def _answers(tasks: dict[str, int], args: argparse.Namespace) -> dict[str, str]:
+    from utils.model.processor import Processor
+    from utils.training.config import PairConfig
+    from utils.training.data.chat import replayed_answers
+    from utils.training.pairs import DEFAULT, load_pair
+
+    model, tokenizers = load_pair(PairConfig(checkpoint=args.checkpoint or DEFAULT))
+    processor = Processor(tokenizers=tokenizers, chunk_size=model.config.chunk_size)
+    return replayed_answers(tasks, args.seed, model, processor)
 
 
 def _tokenize(args: argparse.Namespace) -> dict[str, Any]:
@@ -110,7 +135,8 @@ def _config(args: argparse.Namespace) -> dict[str, Any]:
 
     config = load_config(args.path)
     model, tokenizers = load_pair(config.pair, config.seed)
-    caches = open_caches(config, Processor(tokenizers=tokenizers, chunk_size=model.config.chunk_size))
+    processor = Processor(tokenizers=tokenizers, chunk_size=model.config.chunk_size)
+    caches = open_caches(config, model, processor)
     return {"tasks": {task: dict(cache.meta) for task, cache in caches.items()}}
 
 

@@ -27,11 +27,19 @@ from utils.training.data.tasks import SYMBOL_TASKS, TASKS
 REPORT_FILE = "report.json"
 SYMBOLS = "symbols"
 HELD_OUT = "held-out"
+NO_WEIGHTS: Mapping[str, int] = {}
+NO_ANSWERS: Mapping[str, str] = {}
 # Draws in a row that may fail before a task is given up.
 _MAX_FAILURES = 10_000
 
 
-def read_sources(source: str, tasks: Iterable[str], max_files: int | None = None, seed: int = 0) -> list[SourceFile]:
+def read_sources(
+    source: str,
+    tasks: Iterable[str],
+    max_files: int | None = None,
+    seed: int = 0,
+    package_weights: Mapping[str, int] = NO_WEIGHTS,
+) -> list[SourceFile]:
     """The files that these tasks draw from: `installed`, `held-out`, a folder; none for `symbols`.
 
     Args:
@@ -39,10 +47,11 @@ def read_sources(source: str, tasks: Iterable[str], max_files: int | None = None
         tasks: What is to be built; tasks over symbols need no files.
         max_files: A random choice of so many files; all by default.
         seed: Of that choice.
+        package_weights: Package → how often each of its files stands in the list; once by default.
 
     Raises:
         ConfigError: An unknown task, or one that needs files where there are none.
-        DatasetError: The folder is not there or has too little.
+        DatasetError: The folder is not there or has too little, or a package that is weighted has no file.
     """
     for task in tasks:
         if task not in TASKS:
@@ -58,18 +67,28 @@ def read_sources(source: str, tasks: Iterable[str], max_files: int | None = None
     if max_files is not None and max_files < len(files):
         chosen = sorted(Random(f"{seed} files").sample(range(len(files)), max_files))
         files = [files[index] for index in chosen]
-    return files
+    missing = sorted(set(package_weights) - {file.package for file in files})
+    if missing:
+        raise DatasetError(f"package_weights: {source} has no file of {missing[0]}")
+    return [file for file in files for _ in range(package_weights.get(file.package, 1))]
 
 
 def draw_examples(
-    task: str, files: Sequence[SourceFile], size: SizeRange, seed: int, question_first: float = 0.0
+    task: str,
+    files: Sequence[SourceFile],
+    size: SizeRange,
+    seed: int,
+    question_first: float = 0.0,
+    answers: Mapping[str, str] = NO_ANSWERS,
 ) -> Iterator[Example]:
     """Endless different examples of one task, a part of them with the question before the memory.
+
+    `answers` are what the task chat draws from: ordinary question → the decoder's answer.
 
     Raises:
         DatasetError: The sources give no further one.
     """
-    material = Material(Random(f"{seed} {task}"), files, size)
+    material = Material(Random(f"{seed} {task}"), files, size, answers)
     order = Random(f"{seed} {task} order")  # of its own: the examples are the same whatever their order
     seen: set[str | None] = set()
     failures = 0
@@ -93,7 +112,9 @@ def build_examples(
     source: str,
     seed: int = 0,
     max_files: int | None = None,
+    package_weights: Mapping[str, int] = NO_WEIGHTS,
     question_first: float = 0.0,
+    answers: Mapping[str, str] = NO_ANSWERS,
 ) -> dict[str, Any]:
     """Write each task's examples and the report.
 
@@ -104,27 +125,31 @@ def build_examples(
         source: "installed", "held-out", "symbols" or a folder.
         seed: Of all draws.
         max_files: Draw from a random choice of so many files; from all by default.
+        package_weights: Package → how many times as often as others its files are drawn.
         question_first: Part of the examples in which the question stands before the memory.
+        answers: For the task chat: ordinary question → the decoder's answer (`answer_questions`).
 
     Returns:
         The report, as written.
     """
     folder = Path(folder)
-    files = read_sources(source, tasks, max_files, seed)
+    files = read_sources(source, tasks, max_files, seed, package_weights)
+    different = list(dict.fromkeys(files))
     report: dict[str, Any] = {
         "source": source,
         "seed": seed,
         "max_files": max_files,
+        "package_weights": dict(package_weights),
         "question_first": question_first,
         "memory_tokens": [size.shortest, size.longest],
-        "files": len(files),
-        "characters": sum(len(file.text) for file in files),
-        "packages": _packages(files),
+        "files": len(different),
+        "characters": sum(len(file.text) for file in different),
+        "packages": _packages(different),
         "tasks": {},
     }
     for task, number in tasks.items():
         tally = _Tally()
-        examples = draw_examples(task, files, size, seed, question_first)
+        examples = draw_examples(task, files, size, seed, question_first, answers)
         bar = tqdm(range(number), desc=f"building {task}", unit="example", disable=None)
         path = folder / f"{task}.jsonl"
         write_jsonl(path, (tally.note(next(examples)).row() for _ in bar))

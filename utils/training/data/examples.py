@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -59,11 +59,19 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What a task draws from."""
+    """What a task draws from.
+
+    Attributes:
+        random: Of all draws.
+        files: Source files.
+        size: How long memories are.
+        answers: Ordinary question → what the decoder answers to it untrained (`chat.py`).
+    """
 
     random: Random
     files: Sequence[SourceFile] = NO_FILES
     size: SizeRange = field(default_factory=lambda: SizeRange(shortest=64, longest=256))
+    answers: Mapping[str, str] = field(default_factory=dict)
 
     def draw_code(self, num_chars: int | None = None) -> tuple[SourceFile, str]:
         """A file and an excerpt of it."""

@@ -68,7 +68,7 @@ def find_facts(text: str) -> list[Fact]:
     return sorted(usable, key=lambda fact: (fact.first, fact.kind, fact.subject))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=16384)
 def facts_of(text: str) -> list[Fact]:
     """`find_facts`, remembered: builders draw the same files again and again."""
     return find_facts(text)

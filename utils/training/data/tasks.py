@@ -14,6 +14,7 @@ import itertools
 import string
 from collections.abc import Callable
 
+from utils.errors import ConfigError
 from utils.training.data.conversation import conversation
 from utils.training.data.examples import Example, Material
 from utils.training.data.excerpts import draw_file, excerpt_around, excerpt_range
@@ -21,6 +22,7 @@ from utils.training.data.lookups import QUESTIONS, facts_of, is_askable, is_unam
 from utils.training.data.notes import NOUNS, draw_note, draw_note_names, indent_at
 from utils.training.data.sources import SourceFile
 
+CHAT = "chat"
 _REPEAT = ("Repeat the code, character for character.", "Write out the code again, unchanged.", "Repeat it.")
 _REPEAT_WORDS = ("Repeat the words, line by line.", "Repeat it.")
 _LIST = ("List all notes and their numbers, in order.", "Which numbers do the notes give? List them in order.")
@@ -203,6 +205,22 @@ def count(material: Material) -> Example | None:
     return Example(task="count", memory=", ".join(words), question=question, answer=str(words.count(word)))
 
 
+def chat(material: Material) -> Example | None:
+    """Answer an ordinary question, which the memory says nothing about, as the decoder did before its training."""
+    random = material.random
+    if not material.answers:
+        raise ConfigError("task chat repeats what a decoder says: it is built for a decoder, not for evaluation")
+    question = random.choice(list(material.answers))
+    num_chars = material.size.draw_chars(random) // random.choice(
+        (1, 8)
+    )  # short as well: these questions mostly have none
+    file, code = material.draw_code(max(16, num_chars))
+    memory = code.strip("\n")
+    if not memory.strip():
+        return None
+    return Example(task="chat", memory=memory, question=question, answer=material.answers[question], source=file.origin)
+
+
 def copy_symbols(material: Material) -> Example | None:
     """Toy: repeat random letters."""
     num_chars = material.size.draw_chars(material.random)
@@ -240,6 +258,7 @@ TASKS: dict[str, Callable[[Material], Example | None]] = {
     "conversation": conversation,
     "variables": variables,
     "count": count,
+    CHAT: chat,
     "copy_symbols": copy_symbols,
     "find_symbol": find_symbol,
 }

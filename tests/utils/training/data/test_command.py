@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from utils.errors import ConfigError
+from utils.files import read_json, read_jsonl
 from utils.inference.saving import save_checkpoint
 from utils.model.processor import Processor
 from utils.training.config import parse_config
@@ -35,6 +36,21 @@ def test_build_then_tokenise(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (data / "copy_symbols.tokens" / "meta.json").stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
+def test_build_chat_with_the_embedded_decoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = "\n".join(f"def answer_{number}():\n    return {number}" for number in range(40))
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "answers.py").write_text(code + "\n")
+    flags = ["--output", str(tmp_path / "data"), "--source", str(tmp_path / "code"), "--package-weights", "code=2"]
+    assert main(["build", "--tasks", "chat=8", *flags]) == 0
+    assert capsys.readouterr().out.startswith("chat: examples 8, ")
+    rows = list(read_jsonl(tmp_path / "data" / "chat.jsonl"))
+    assert len(rows) == 8
+    assert all("<|memory_start|>" in row["messages"][0]["content"] and row["target"] for row in rows)
+    report = read_json(tmp_path / "data" / "report.json")
+    assert (report["files"], report["package_weights"]) == (1, {"code": 2})
+
+
 def test_what_a_configuration_asks_for(run_values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = {"folder": str(tmp_path / "data"), "source": "symbols", "tasks": {"find_symbol": 5}, "chars_per_token": 1}
     path = tmp_path / "run.yaml"
@@ -49,6 +65,8 @@ def test_what_a_configuration_asks_for(run_values: Values, tmp_path: Path, capsy
 def test_bad_requests_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build", "--output", str(tmp_path), "--tasks", "copy_symbols"]) == 1
     assert "expected lookup=1000" in capsys.readouterr().err
+    assert main(["build", "--output", str(tmp_path), "--tasks", "lookup=3", "--package-weights", "python=0"]) == 1
+    assert "--package-weights python=0" in capsys.readouterr().err
     save_checkpoint(tmp_path / "pair", *build_toy_pair())
     assert main(["tokenize", str(tmp_path), "--checkpoint", str(tmp_path / "pair")]) == 1
     assert "has no JSONL files" in capsys.readouterr().err
@@ -60,4 +78,4 @@ def test_a_mixture_of_tasks_that_are_not_there_is_an_error(run_values: Values) -
     model, tokenizers = build_toy_pair()
     processor = Processor(tokenizers=tokenizers, chunk_size=model.config.chunk_size)
     with pytest.raises(ConfigError, match=r"stages\[0\]\.mixture: no task poems; the data have copy_symbols"):
-        open_caches(parse_config(values), processor)
+        open_caches(parse_config(values), model, processor)

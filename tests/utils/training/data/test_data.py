@@ -14,9 +14,11 @@ from ruler.code_files import PACKAGES
 from utils.errors import ConfigError, DatasetError
 from utils.files import read_jsonl
 from utils.model.processor import Processor
+from utils.model.prompt import MemoryPrompt
 from utils.training.data import sources
 from utils.training.data.build import build_examples, draw_examples, hash_of, read_sources
 from utils.training.data.cache import TokenCache
+from utils.training.data.chat import answer_questions, chat_questions
 from utils.training.data.excerpts import SizeRange, excerpt_around
 from utils.training.data.lookups import Fact, find_facts, is_unambiguous
 from utils.training.data.sources import EVALUATION_PACKAGES, SourceFile, training_sources
@@ -103,8 +105,9 @@ def test_an_excerpt_holds_the_lines_asked_for() -> None:
 def test_every_task_makes_different_examples_whose_answer_follows_from_the_memory(
     task: str, files: list[SourceFile]
 ) -> None:
-    examples = list(itertools.islice(draw_examples(task, files, SIZE, seed=3), 30))
-    assert examples == list(itertools.islice(draw_examples(task, files, SIZE, seed=3), 30))
+    answers = {"What is the capital of Italy?": "Rome.", "What is 2 + 3?": "2 + 3 = 5."}
+    examples = list(itertools.islice(draw_examples(task, files, SIZE, seed=3, answers=answers), 30))
+    assert examples == list(itertools.islice(draw_examples(task, files, SIZE, seed=3, answers=answers), 30))
     assert len({hash_of(example) for example in examples}) == 30
     for example in examples:
         assert example.memory.strip()
@@ -114,6 +117,9 @@ def test_every_task_makes_different_examples_whose_answer_follows_from_the_memor
             assert example.memory.split(", ").count(word) == int(example.answer)
         elif task == "continue":
             assert any(example.memory + example.answer in file.text for file in files)
+        elif task == "chat":
+            assert answers[example.question] == example.answer
+            assert any(example.memory in file.text for file in files)
         elif task == "list_notes":
             listed = [line.split(": ") for line in example.answer.splitlines()]
             assert len(listed) > 1
@@ -224,6 +230,46 @@ def test_the_question_stands_before_the_memory_in_the_part_asked_for(tmp_path: P
     assert [row["target"] for row in never] == [row["target"] for row in some]
 
 
+def test_files_of_a_weighted_package_are_drawn_more_often(tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    for number in range(2):
+        (tmp_path / "code" / f"part_{number}.py").write_text(CODE.replace("42", str(number)))
+    files = read_sources(str(tmp_path / "code"), ["lookup"], package_weights={"code": 3})
+    assert sorted(file.path for file in files) == ["part_0.py"] * 3 + ["part_1.py"] * 3
+    report = build_examples(
+        tmp_path / "data", {"lookup": 4}, size=SIZE, source=str(tmp_path / "code"), package_weights={"code": 3}
+    )
+    assert report["files"] == report["packages"]["code"]["files"] == 2
+    assert report["package_weights"] == {"code": 3}
+    with pytest.raises(DatasetError, match=r"package_weights: .*code has no file of numpy"):
+        read_sources(str(tmp_path / "code"), ["lookup"], package_weights={"numpy": 2})
+
+
+def test_questions_for_chat_are_different_ones_and_do_not_ask_for_france() -> None:
+    questions = chat_questions(Random("0"), 500)
+    assert questions == chat_questions(Random("0"), 500)
+    assert len(set(questions)) == 500
+    assert any("capital of" in question for question in questions)
+    assert not any("France" in question for question in questions)
+
+
+def test_answers_for_chat_are_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that does not end in time is left out, not cut."""
+    model, tokenizers = build_toy_pair()
+    processor = Processor(tokenizers=tokenizers, chunk_size=2)
+    short = tokenizers.decoder("yes", add_special_tokens=False)["input_ids"]
+
+    def generate(prompts: list[MemoryPrompt], *, max_new_tokens: int) -> list[list[int]]:
+        asked = [tokenizers.decoder.decode(prompt.input_ids) for prompt in prompts]
+        return [short if "ab?" in text else (short * max_new_tokens)[:max_new_tokens] for text in asked]
+
+    monkeypatch.setattr(model, "generate", generate)
+    assert answer_questions(["ab?", "cd?"], model, processor) == {"ab?": "yes"}
+    with pytest.raises(DatasetError, match="ends none of its answers within 64 tokens"):
+        answer_questions(["cd?"], model, processor)
+    assert answer_questions([], model, processor) == {}
+
+
 def test_requests_that_cannot_be_met_are_errors(tmp_path: Path, files: list[SourceFile]) -> None:
     with pytest.raises(ConfigError, match="unknown task poem"):
         read_sources("installed", ["poem"])
@@ -232,6 +278,8 @@ def test_requests_that_cannot_be_met_are_errors(tmp_path: Path, files: list[Sour
     with pytest.raises(DatasetError, match="is no folder"):
         read_sources(str(tmp_path / "nowhere"), ["lookup"])
     assert read_sources("symbols", SYMBOL_TASKS) == []
+    with pytest.raises(ConfigError, match="built for a decoder, not for evaluation"):
+        next(draw_examples("chat", files, SIZE, seed=0))
     tiny = SizeRange(shortest=1, longest=1, chars_per_token=1)
     with pytest.raises(DatasetError, match="ask for fewer"):
         list(draw_examples("copy_symbols", [], tiny, seed=0))

@@ -120,9 +120,10 @@ def test_it_is_whole_and_serves_its_chunk_sizes() -> None:
 
 
 @pytest.mark.slow
-def test_the_dequantised_decoder_knows_what_it_knew() -> None:
-    # Untrained: training for memory costs the decoder general knowledge (see the model card).
-    model, tokenizer, processor = load_model(assemble_default_checkpoint(trained=False), device="cpu")
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_decoder_knows_what_it_knew(trained: bool) -> None:
+    # Dequantised rightly; and training for memory, which once cost it this, keeps it (the task chat, without France).
+    model, tokenizer, processor = load_model(assemble_default_checkpoint(trained=trained), device="cpu")
     prompt = processor.parse_chat([{"role": "user", "content": "What is the capital of France?"}])
     answer = tokenizer.decode(model.generate([prompt], max_new_tokens=24)[0])
     assert "Paris" in answer

@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils.cli import EXIT_OK, make_parser, print_json, run_command
 from utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from utils.model.code_llava_model import CodeLLaVAModel
+    from utils.model.processor import Processor
+    from utils.training.config import PairConfig
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,12 +71,13 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> dict[str, Any]:
-    from utils.training.data.build import NO_ANSWERS, build_examples
+    from utils.training.data.build import build_examples
     from utils.training.data.excerpts import SizeRange
     from utils.training.data.tasks import CHAT
 
     try:
-        tasks, weights = _numbers(args.tasks), _numbers(args.package_weights)
+        tasks = _numbers(args.tasks)
+        weights = _numbers(args.package_weights) if args.package_weights is not None else {}
         shortest, longest = (int(part) for part in args.memory_tokens.split("-"))
     except ValueError:
         raise ConfigError(
@@ -90,27 +96,24 @@ def _build(args: argparse.Namespace) -> dict[str, Any]:
         max_files=args.max_files,
         package_weights=weights,
         question_first=args.question_first,
-        answers=_answers(tasks, args) if CHAT in tasks else NO_ANSWERS,
+        answers=_answers(tasks, args) if CHAT in tasks else {},
     )
 
 
-def _numbers(text: str | None) -> dict[str, int]:
+def _numbers(text: str) -> dict[str, int]:
     """`name=number,name=number` as a dictionary; ValueError unless all are numbers of at least 1."""
-    numbers = {name: int(number) for name, number in (part.split("=") for part in (text or "").split(",") if part)}
-    if min(numbers.values(), default=1) < 1:
+    numbers = {name: int(number) for name, number in (part.split("=") for part in text.split(","))}
+    if min(numbers.values()) < 1:
         raise ValueError(text)
     return numbers
 
 
 def _answers(tasks: dict[str, int], args: argparse.Namespace) -> dict[str, str]:
-    from utils.model.processor import Processor
     from utils.training.config import PairConfig
     from utils.training.data.chat import replayed_answers
-    from utils.training.pairs import DEFAULT, load_pair
+    from utils.training.pairs import DEFAULT
 
-    model, tokenizers = load_pair(PairConfig(checkpoint=args.checkpoint or DEFAULT))
-    processor = Processor(tokenizers=tokenizers, chunk_size=model.config.chunk_size)
-    return replayed_answers(tasks, args.seed, model, processor)
+    return replayed_answers(tasks, args.seed, *_load(PairConfig(checkpoint=args.checkpoint or DEFAULT)))
 
 
 def _tokenize(args: argparse.Namespace) -> dict[str, Any]:
@@ -128,16 +131,20 @@ def _tokenize(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config(args: argparse.Namespace) -> dict[str, Any]:
-    from utils.model.processor import Processor
     from utils.training.config import load_config
     from utils.training.datasets import open_caches
-    from utils.training.pairs import load_pair
 
     config = load_config(args.path)
-    model, tokenizers = load_pair(config.pair, config.seed)
-    processor = Processor(tokenizers=tokenizers, chunk_size=model.config.chunk_size)
-    caches = open_caches(config, model, processor)
+    caches = open_caches(config, *_load(config.pair, config.seed))
     return {"tasks": {task: dict(cache.meta) for task, cache in caches.items()}}
+
+
+def _load(pair: PairConfig, seed: int = 0) -> tuple[CodeLLaVAModel, Processor]:
+    from utils.model.processor import Processor
+    from utils.training.pairs import load_pair
+
+    model, tokenizers = load_pair(pair, seed)
+    return model, Processor(tokenizers=tokenizers, chunk_size=model.config.chunk_size)
 
 
 def _describe(report: dict[str, Any]) -> str:

@@ -27,8 +27,7 @@ from utils.training.data.tasks import SYMBOL_TASKS, TASKS
 REPORT_FILE = "report.json"
 SYMBOLS = "symbols"
 HELD_OUT = "held-out"
-NO_WEIGHTS: Mapping[str, int] = {}
-NO_ANSWERS: Mapping[str, str] = {}
+_NOTHING: Mapping[str, Any] = {}
 # Draws in a row that may fail before a task is given up.
 _MAX_FAILURES = 10_000
 
@@ -38,7 +37,7 @@ def read_sources(
     tasks: Iterable[str],
     max_files: int | None = None,
     seed: int = 0,
-    package_weights: Mapping[str, int] = NO_WEIGHTS,
+    package_weights: Mapping[str, int] = _NOTHING,
 ) -> list[SourceFile]:
     """The files that these tasks draw from: `installed`, `held-out`, a folder; none for `symbols`.
 
@@ -79,7 +78,7 @@ def draw_examples(
     size: SizeRange,
     seed: int,
     question_first: float = 0.0,
-    answers: Mapping[str, str] = NO_ANSWERS,
+    answers: Mapping[str, str] = _NOTHING,
 ) -> Iterator[Example]:
     """Endless different examples of one task, a part of them with the question before the memory.
 
@@ -112,9 +111,9 @@ def build_examples(
     source: str,
     seed: int = 0,
     max_files: int | None = None,
-    package_weights: Mapping[str, int] = NO_WEIGHTS,
+    package_weights: Mapping[str, int] = _NOTHING,
     question_first: float = 0.0,
-    answers: Mapping[str, str] = NO_ANSWERS,
+    answers: Mapping[str, str] = _NOTHING,
 ) -> dict[str, Any]:
     """Write each task's examples and the report.
 

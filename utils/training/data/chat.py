@@ -15,7 +15,6 @@ from random import Random
 
 import yaml
 from tqdm import tqdm
-from wonderwords import RandomWord
 
 from utils.errors import DatasetError
 from utils.model.code_llava_model import CodeLLaVAModel
@@ -24,6 +23,8 @@ from utils.training.data.tasks import CHAT
 
 # Longest answer that is kept: one that goes on would end in the middle.
 MAX_ANSWER_TOKENS = 64
+# More questions take longer and say little more: examples beyond them ask the same beside other memories.
+MAX_QUESTIONS = 3000
 _BATCH_SIZE = 32
 _SUBJECTS = Path(__file__).with_suffix(".yaml")
 
@@ -31,22 +32,30 @@ _SUBJECTS = Path(__file__).with_suffix(".yaml")
 def replayed_answers(
     tasks: Mapping[str, int], seed: int, model: CodeLLaVAModel, processor: Processor
 ) -> dict[str, str]:
-    """What the task chat draws from: as many questions as it has examples, and the model's answers; else nothing."""
-    number = tasks.get(CHAT, 0)
+    """What the task chat draws from: a question an example, up to `MAX_QUESTIONS`, and the model's answers.
+
+    Nothing for tasks without it.
+    """
+    number = min(tasks.get(CHAT, 0), MAX_QUESTIONS)
+    if not number:
+        return {}
     return answer_questions(chat_questions(Random(f"{seed} {CHAT} questions"), number), model, processor)
 
 
 def chat_questions(random: Random, number: int) -> list[str]:
     """Different ordinary questions, in an order of chance: facts, words, sums and small programs."""
-    words = RandomWord(rng=random)
-    drawn = _questions(random, words)
+    drawn = _questions(random)
     seen: dict[str, None] = {}
     while len(seen) < number:
         seen[next(drawn)] = None
     return list(seen)
 
 
-def _questions(random: Random, words: RandomWord) -> Iterator[str]:
+def _questions(random: Random) -> Iterator[str]:
+    # Here, not above: a GPU machine trains on data that were built elsewhere, and may lack the package.
+    from wonderwords import RandomWord
+
+    words = RandomWord(rng=random)
     subjects = yaml.safe_load(_SUBJECTS.read_text(encoding="utf-8"))
     while True:
         a, b = random.randrange(2, 60), random.randrange(2, 60)

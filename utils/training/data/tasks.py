@@ -211,9 +211,8 @@ def chat(material: Material) -> Example | None:
     if not material.answers:
         raise ConfigError("task chat repeats what a decoder says: it is built for a decoder, not for evaluation")
     question = random.choice(list(material.answers))
-    num_chars = material.size.draw_chars(random) // random.choice(
-        (1, 8)
-    )  # short as well: these questions mostly have none
+    num_chars = material.size.draw_chars(random)
+    num_chars //= random.choice((1, 8))  # such questions mostly come without a memory: short ones are nearer to that
     file, code = material.draw_code(max(16, num_chars))
     memory = code.strip("\n")
     if not memory.strip():

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from utils.errors import ConfigError
-from utils.files import read_json, read_jsonl
+from utils.files import read_json, read_jsonl, write_json
 from utils.inference.saving import save_checkpoint
 from utils.model.processor import Processor
 from utils.training.config import parse_config
@@ -57,6 +57,11 @@ def test_what_a_configuration_asks_for(run_values: Values, tmp_path: Path, capsy
     path.write_text(yaml.safe_dump(run_values(data={**data, "memory_tokens": [2, 4]})))
     assert main(["config", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tasks"]["find_symbol"]["examples"] == 5
+    report = read_json(tmp_path / "data" / "report.json")
+    del report["package_weights"]  # as written before there were any
+    write_json(tmp_path / "data" / "report.json", report)
+    assert main(["config", str(path)]) == 0
+    capsys.readouterr()
     path.write_text(yaml.safe_dump(run_values(data={**data, "memory_tokens": [2, 8]})))
     assert main(["config", str(path)]) == 1
     assert "was built with memory_tokens = [2, 4], the configuration says [2, 8]" in capsys.readouterr().err
@@ -64,6 +69,8 @@ def test_what_a_configuration_asks_for(run_values: Values, tmp_path: Path, capsy
 
 def test_bad_requests_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build", "--output", str(tmp_path), "--tasks", "copy_symbols"]) == 1
+    assert "expected lookup=1000" in capsys.readouterr().err
+    assert main(["build", "--output", str(tmp_path), "--tasks", ""]) == 1
     assert "expected lookup=1000" in capsys.readouterr().err
     assert main(["build", "--output", str(tmp_path), "--tasks", "lookup=3", "--package-weights", "python=0"]) == 1
     assert "--package-weights python=0" in capsys.readouterr().err

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 
@@ -18,7 +20,7 @@ from utils.model.prompt import MemoryPrompt
 from utils.training.data import sources
 from utils.training.data.build import build_examples, draw_examples, hash_of, read_sources
 from utils.training.data.cache import TokenCache
-from utils.training.data.chat import answer_questions, chat_questions
+from utils.training.data.chat import answer_questions, chat_questions, replayed_answers
 from utils.training.data.excerpts import SizeRange, excerpt_around
 from utils.training.data.lookups import Fact, find_facts, is_unambiguous
 from utils.training.data.sources import EVALUATION_PACKAGES, SourceFile, training_sources
@@ -267,7 +269,12 @@ def test_answers_for_chat_are_whole_ones(monkeypatch: pytest.MonkeyPatch) -> Non
     assert answer_questions(["ab?", "cd?"], model, processor) == {"ab?": "yes"}
     with pytest.raises(DatasetError, match="ends none of its answers within 64 tokens"):
         answer_questions(["cd?"], model, processor)
-    assert answer_questions([], model, processor) == {}
+    assert replayed_answers({"lookup": 5}, 0, model, processor) == {}
+
+
+def test_training_on_data_built_elsewhere_needs_no_word_lists() -> None:
+    code = "import sys; sys.modules['wonderwords'] = None; import utils.training.loop"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_requests_that_cannot_be_met_are_errors(tmp_path: Path, files: list[SourceFile]) -> None:

@@ -46,6 +46,7 @@ class TrainedPart:
         """Open a folder.
 
         Raises:
+            DatasetError: There is no manifest.
             CheckpointError: A file of the manifest is missing or damaged.
         """
         folder = Path(folder)
@@ -69,6 +70,10 @@ class TrainedPart:
     def fingerprint(self) -> str:
         """Changes with any of its files."""
         return sha256_bytes((self.folder / MANIFEST).read_bytes())
+
+    def history(self) -> dict[str, Any]:
+        """What a run that goes on from it remembers: `fingerprint`, `run`, `config`, as JSON values."""
+        return {"fingerprint": self.fingerprint, "run": self.manifest["run"], "config": self.manifest["config"]}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors, by name."""

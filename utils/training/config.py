@@ -76,6 +76,8 @@ class PairConfig:
         window: Encoder window of a new pair.
         pooling: Pooling of a new pair.
         adapter_width: Middle width of a new pair's adapter; the decoder's width by default.
+        trained: Folder with a trained part of this pair, as `pack` writes it: training goes on from there, its LoRA
+            unmerged, with a new optimiser. By default from the pair as it is.
     """
 
     checkpoint: str = ""
@@ -84,6 +86,7 @@ class PairConfig:
     window: int = 1024
     pooling: str = "mean"
     adapter_width: int | None = None
+    trained: str | None = None
 
     def __post_init__(self) -> None:
         if bool(self.checkpoint) == bool(self.encoder and self.decoder):

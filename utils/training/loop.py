@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from utils.errors import ConfigError
 from utils.files import provenance, write_json
+from utils.inference.trained_part import TrainedPart
 from utils.model.processor import Processor
 from utils.training.checkpoints import newest_checkpoint, read_progress, restore, save_checkpoint
 from utils.training.config import StageConfig, TrainConfig
@@ -36,7 +37,7 @@ from utils.training.metrics import MetricsFile
 from utils.training.objective import TrainedPair, check_alignable, loss_units
 from utils.training.packing import ExampleStream, PackedRow, RowPacker
 from utils.training.pairs import load_pair
-from utils.training.parts import add_lora, parameter_groups, set_precision, trained_names
+from utils.training.parts import add_lora, parameter_groups, set_precision, start_from, trained_names
 from utils.training.sharding import full, shard, wants_sharding, without_sync
 from utils.training.unpacking import unpacked_tokens
 
@@ -58,6 +59,7 @@ class Progress:
         labels: Tokens that a loss was taken on.
         seconds: Time spent in steps.
         packer: Data cursor of the stage; None at its beginning.
+        started_from: The trained part that the run began with: its fingerprint, run and configuration.
     """
 
     stage: int = 0
@@ -67,6 +69,7 @@ class Progress:
     labels: int = 0
     seconds: float = 0.0
     packer: dict[str, Any] | None = None
+    started_from: dict[str, Any] | None = None
 
 
 @dataclass
@@ -119,6 +122,11 @@ class Trainer:
         torch.manual_seed(config.seed)
         add_lora(self.pair, config)
         set_precision(self.pair, config)
+        started_from = None
+        if config.pair.trained:
+            part = TrainedPart.open(config.pair.trained)
+            start_from(part, trained_names(self.pair, config), config)
+            started_from = part.history()
         if config.gradient_checkpointing:
             for part in (self.pair.decoder, self.pair.memory_encoder.chunker.encoder):
                 _checkpoint_activations(part)
@@ -127,7 +135,7 @@ class Trainer:
             shard(self.pair, self.accelerator.device)
         self.pair.to(self.accelerator.device).train()
         self.trained = trained_names(self.pair, config)
-        self.progress = Progress()
+        self.progress = Progress(started_from=started_from)
         self.metrics = MetricsFile(Path(config.output), config.stages)
 
     def run(self, deadline_s: float | None = None, last_stage: int | None = None) -> str:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 MAX_FILE_BYTES = 15_000_000
 MAX_TOTAL_BYTES = 40_000_000
-_CARD = "README.md"
+# Of a run's progress; `started_from` holds the same of the part that it went on from, so that no hour is forgotten.
+_RUN = ("global_step", "labels", "seconds", "skipped", "started_from")
 
 
 def pack_run(config: TrainConfig, target: Path, card: str = "") -> dict[str, Any]:
@@ -42,7 +43,7 @@ def pack_run(config: TrainConfig, target: Path, card: str = "") -> dict[str, Any
     from safetensors.torch import save_file
 
     from utils.files import atomic_folder, provenance, sha256_file, write_json, write_text
-    from utils.inference.trained_part import MANIFEST
+    from utils.inference.trained_part import CARD, MANIFEST
     from utils.training.checkpoints import load_trained, newest_checkpoint, read_progress
     from utils.training.export import trained_chunk_sizes
     from utils.training.parts import lora_scales
@@ -58,7 +59,7 @@ def pack_run(config: TrainConfig, target: Path, card: str = "") -> dict[str, Any
             f"the trained part has {total / 1e6:.1f} MB, at most {MAX_TOTAL_BYTES / 1e6:.0f} are packed: train with a "
             "smaller LoRA rank, or the encoder by LoRA"
         )
-    card = card or ((target / _CARD).read_text(encoding="utf-8") if (target / _CARD).is_file() else "")
+    card = card or ((target / CARD).read_text(encoding="utf-8") if (target / CARD).is_file() else "")
     with atomic_folder(target) as folder:
         files = {}
         for number, shard in enumerate(_shards(state)):
@@ -70,13 +71,13 @@ def pack_run(config: TrainConfig, target: Path, card: str = "") -> dict[str, Any
             "size_bytes": total,
             "lora_scales": lora_scales(config),
             "chunk_sizes": list(trained_chunk_sizes(config)),
-            "run": {key: progress[key] for key in ("global_step", "labels", "seconds", "skipped")},
+            "run": {key: progress.get(key) for key in _RUN},
             "config": config.what_is_trained(),
             "provenance": provenance(),
         }
         write_json(folder / MANIFEST, manifest)
         if card:
-            write_text(folder / _CARD, card)
+            write_text(folder / CARD, card)
     return manifest
 
 

@@ -3,6 +3,7 @@
     add_lora(pair, config)                                # once: LoRA where the configuration says so
     groups = parameter_groups(pair, config, stage)        # per stage: freezes the rest, gives the optimiser's groups
     named = trained_names(pair, config)                   # what training can change, and nothing else
+    start_from(part, named, config)                       # values that an earlier run packed
     apply_trained_state(model, state, config, markers)    # into a pair as it was before: LoRA merged, marker rows added
 
 The unpacker is no part of the pair: it learns beside it and is left behind.
@@ -17,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.errors import CheckpointError
-from utils.inference.trained_part import merge_trained_state
+from utils.errors import CheckpointError, ConfigError
+from utils.inference.trained_part import TrainedPart, merge_trained_state
 from utils.model.code_llava_model import CodeLLaVAModel
 from utils.model.markers import MarkerIds
 from utils.training import lora
@@ -74,6 +75,31 @@ def trained_names(pair: TrainedPair, config: TrainConfig) -> dict[str, nn.Parame
     """Every parameter that some stage of the run trains, by name."""
     parts = learnable(pair, config)
     return {name: parameter for part in sorted(parts_that_learn(config)) for name, parameter in parts[part]}
+
+
+def start_from(part: TrainedPart, trained: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
+    """Put an earlier run's trained part into the parameters of a new one; those that it does not have stay as they are.
+
+    Raises:
+        ConfigError: The run has no place for a tensor of the part, or scales its LoRA otherwise.
+    """
+    scales, state = lora_scales(config), part.tensors()
+    for prefix, scale in part.lora_scales.items():
+        if scales.get(prefix) != scale and any(_LORA.search(n) and n.startswith(prefix) for n in state):
+            raise ConfigError(
+                f"pair.trained: {part.folder} has LoRA of scale (alpha / rank) {scale} under {prefix}, the configuration "
+                f"{scales.get(prefix, 'none')}: give the tuning of the run that packed it"
+            )
+    for name, tensor in state.items():
+        if name not in trained or trained[name].shape != tensor.shape:
+            found = list(trained[name].shape) if name in trained else "nothing that learns"
+            raise ConfigError(
+                f"pair.trained: {part.folder} has {name} of shape {list(tensor.shape)}, the run has {found}: give the "
+                "pair and tuning of the run that packed it, and let a stage name every part that it trained (a learning "
+                "rate of 0 keeps a part as it is)"
+            )
+        with torch.no_grad():
+            trained[name].copy_(tensor)
 
 
 def parameter_groups(pair: TrainedPair, config: TrainConfig, stage: StageConfig) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, ConfigError, DatasetError
 from utils.inference.inference import load_model
 from utils.inference.saving import save_checkpoint
 from utils.inference.trained_part import TrainedPart, merge_into_checkpoint
@@ -66,3 +66,71 @@ def test_a_part_too_large_for_a_repository_is_refused(
     monkeypatch.setattr(pack, "MAX_TOTAL_BYTES", 1000)
     with pytest.raises(CheckpointError, match="smaller LoRA rank"):
         pack.pack_run(config, tmp_path / "trained")
+
+
+def _packed(run_config: Config, folder: Path) -> tuple[TrainConfig, TrainedPart]:
+    """A finished run and its part."""
+    config = run_config()
+    Trainer(config, device="cpu").run()
+    pack.pack_run(config, folder)
+    return config, TrainedPart.open(folder)
+
+
+def test_a_run_goes_on_from_a_packed_part(run_config: Config, tmp_path: Path) -> None:
+    config, part = _packed(run_config, tmp_path / "trained")
+    pair = {"checkpoint": "toy", "trained": str(part.folder)}
+    further = run_config(pair=pair, output=str(tmp_path / "further"))
+    trainer = Trainer(further, device="cpu")
+    for name, tensor in part.tensors().items():
+        torch.testing.assert_close(trainer.trained[name].bfloat16(), tensor, rtol=0, atol=0)
+    assert any(name.startswith("unpacker.") for name in set(trainer.trained) - set(part.tensors()))
+
+    trainer.run(last_stage=0)
+    resumed = Trainer(further, device="cpu")
+    resumed.run()
+    changed = [n for n, t in part.tensors().items() if not torch.equal(resumed.trained[n].bfloat16(), t)]
+    assert any("lora_B" in name for name in changed)
+    manifest = pack.pack_run(further, tmp_path / "more")
+    assert manifest["run"]["global_step"] == config.total_steps
+    before = manifest["run"]["started_from"]
+    assert before["fingerprint"] == part.fingerprint
+    assert before["run"]["global_step"] == config.total_steps
+    assert before["run"]["started_from"] is None
+    assert before["config"]["pair"]["trained"] is None
+
+    folder = tmp_path / "assembled"
+    save_checkpoint(folder, *load_pair(config.pair, config.seed))
+    merge_into_checkpoint(folder, TrainedPart.open(tmp_path / "more"))
+    merged, _, _ = load_model(folder, device="cpu")
+    exported, _, _ = load_model(export_pair(further), device="cpu")
+    expected = exported.state_dict()
+    for name, tensor in merged.state_dict().items():
+        # The part is stored in bfloat16, the run in float32.
+        torch.testing.assert_close(tensor, expected[name], rtol=2e-2, atol=2e-3)
+
+
+def test_a_part_that_the_run_cannot_go_on_from_is_refused(run_config: Config, tmp_path: Path) -> None:
+    _, part = _packed(run_config, tmp_path / "trained")
+    pair = {"checkpoint": "toy", "trained": str(part.folder)}
+    for changes, message in (
+        ({"decoder_tuning": {"method": "lora", "rank": 4, "alpha": 4}}, "alpha / rank"),
+        ({"decoder_tuning": {"method": "full"}}, "alpha / rank"),
+        ({"decoder_tuning": {"method": "lora", "rank": 8, "alpha": 16}}, r"of shape \[4, .*the run has \[8, "),
+        ({"stages": [{"preset": "align", "steps": 1}]}, "learning rate of 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Trainer(run_config(pair=pair, **changes), device="cpu")
+    with pytest.raises(DatasetError, match=r"trained\.json"):
+        Trainer(run_config(pair={"checkpoint": "toy", "trained": str(tmp_path / "none")}), device="cpu")
+
+
+def test_a_rate_of_0_keeps_a_part_as_it_is(run_config: Config, tmp_path: Path) -> None:
+    _, part = _packed(run_config, tmp_path / "trained")
+    rates = {"adapter": 1e-3, "markers": 0, "encoder": 0, "decoder": 0}
+    stage = {"preset": "decoder", "steps": 2, "row_tokens": 128, "chunk_sizes": {2: 1}, "learning_rates": rates}
+    pair = {"checkpoint": "toy", "trained": str(part.folder)}
+    trainer = Trainer(run_config(pair=pair, stages=[stage], output=str(tmp_path / "further")), device="cpu")
+    trainer.run()
+    changed = [n for n, t in part.tensors().items() if not torch.equal(trainer.trained[n].bfloat16(), t)]
+    assert changed
+    assert all(".adapter." in name for name in changed)

@@ -87,16 +87,16 @@ def start_from(part: TrainedPart, trained: Mapping[str, nn.Parameter], config: T
     for prefix, scale in part.lora_scales.items():
         if scales.get(prefix) != scale and any(_LORA.search(n) and n.startswith(prefix) for n in state):
             raise ConfigError(
-                f"pair.trained: {part.folder} has LoRA of scale (alpha / rank) {scale} under {prefix}, the configuration "
-                f"{scales.get(prefix, 'none')}: give the tuning of the run that packed it"
+                f"pair.trained: {part.folder} has LoRA of scale (alpha / rank) {scale} under {prefix}, the "
+                f"configuration {scales.get(prefix, 'none')}: give the tuning of the run that packed it"
             )
     for name, tensor in state.items():
         if name not in trained or trained[name].shape != tensor.shape:
             found = list(trained[name].shape) if name in trained else "nothing that learns"
             raise ConfigError(
                 f"pair.trained: {part.folder} has {name} of shape {list(tensor.shape)}, the run has {found}: give the "
-                "pair and tuning of the run that packed it, and let a stage name every part that it trained (a learning "
-                "rate of 0 keeps a part as it is)"
+                "pair and tuning of the run that packed it, and let a stage name every part that it trained (a "
+                "learning rate of 0 keeps a part as it is)"
             )
         with torch.no_grad():
             trained[name].copy_(tensor)

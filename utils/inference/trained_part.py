@@ -71,6 +71,7 @@ class TrainedPart:
         """Changes with any of its files."""
         return sha256_bytes((self.folder / MANIFEST).read_bytes())
 
+    @property
     def history(self) -> dict[str, Any]:
         """What a run that goes on from it remembers: `fingerprint`, `run`, `config`, as JSON values."""
         return {"fingerprint": self.fingerprint, "run": self.manifest["run"], "config": self.manifest["config"]}

@@ -122,11 +122,11 @@ class Trainer:
         torch.manual_seed(config.seed)
         add_lora(self.pair, config)
         set_precision(self.pair, config)
-        started_from = None
+        self.progress = Progress()
         if config.pair.trained:
-            part = TrainedPart.open(config.pair.trained)
-            start_from(part, trained_names(self.pair, config), config)
-            started_from = part.history()
+            packed = TrainedPart.open(config.pair.trained)
+            start_from(packed, trained_names(self.pair, config), config)
+            self.progress.started_from = packed.history
         if config.gradient_checkpointing:
             for part in (self.pair.decoder, self.pair.memory_encoder.chunker.encoder):
                 _checkpoint_activations(part)
@@ -135,7 +135,6 @@ class Trainer:
             shard(self.pair, self.accelerator.device)
         self.pair.to(self.accelerator.device).train()
         self.trained = trained_names(self.pair, config)
-        self.progress = Progress(started_from=started_from)
         self.metrics = MetricsFile(Path(config.output), config.stages)
 
     def run(self, deadline_s: float | None = None, last_stage: int | None = None) -> str:

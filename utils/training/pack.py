@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 MAX_FILE_BYTES = 15_000_000
 MAX_TOTAL_BYTES = 40_000_000
-# Of a run's progress; `started_from` holds the same of the part that it went on from, so that no hour is forgotten.
-_RUN = ("global_step", "labels", "seconds", "skipped", "started_from")
+# Of a run's progress.
+_RUN = ("global_step", "labels", "seconds", "skipped")
 
 
 def pack_run(config: TrainConfig, target: Path, card: str = "") -> dict[str, Any]:
@@ -71,7 +71,8 @@ def pack_run(config: TrainConfig, target: Path, card: str = "") -> dict[str, Any
             "size_bytes": total,
             "lora_scales": lora_scales(config),
             "chunk_sizes": list(trained_chunk_sizes(config)),
-            "run": {key: progress.get(key) for key in _RUN},
+            # What the run went on from, so that no hour is forgotten; runs from before `pair.trained` do not say.
+            "run": {**{key: progress[key] for key in _RUN}, "started_from": progress.get("started_from")},
             "config": config.what_is_trained(),
             "provenance": provenance(),
         }

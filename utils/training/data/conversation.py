@@ -8,7 +8,7 @@ from random import Random
 
 from utils.training.data.examples import Example, Material
 from utils.training.data.excerpts import draw_file, excerpt_around, excerpt_range
-from utils.training.data.lookups import QUESTIONS, Fact, facts_of, is_unambiguous, names_defined
+from utils.training.data.lookups import QUESTIONS, Fact, can_be_asked, facts_of, names_defined
 from utils.training.data.notes import draw_note, draw_note_names, indent_at
 from utils.training.data.sources import SourceFile
 
@@ -102,11 +102,12 @@ def draw_part(random: Random, file: SourceFile, num_chars: int) -> Part:
     """A stretch of a file about something that can be asked, where there is such."""
     lines = file.text.splitlines(keepends=True)
     facts = facts_of(file.text)
-    around = random.choice(facts) if facts else None
+    answered = [fact for fact in facts if fact.answer]
+    around = random.choice(answered) if answered else None
     if around is not None and sum(map(len, lines[around.first : around.last + 1])) <= num_chars:
         first, stop = excerpt_around(random, lines, around.first, around.last, num_chars)
     else:
         first, stop = excerpt_range(lines, random.randrange(len(lines)), num_chars)
-    inside = [fact for fact in facts if is_unambiguous(fact, facts, first, stop)]
+    inside = [fact for fact in facts if can_be_asked(fact, facts, first, stop)]
     shown = [line.rstrip("\n") for line in lines[first:stop]]
     return Part(file, shown, inside, names_defined(lines[first:stop]), first)

@@ -43,7 +43,8 @@ class Fact:
     Attributes:
         kind: Which of `QUESTIONS` asks for it.
         subject: What is asked about, and what narrows it down.
-        answer: The answer as it stands in the file.
+        answer: The answer as it stands in the file; empty where there is one that cannot be asked for: it has several
+            lines or is long, or is not of the kind. Then it only makes others ambiguous.
         first: First line that is needed, counted from 0.
         last: Last line that is needed.
     """
@@ -64,8 +65,7 @@ def find_facts(text: str) -> list[Fact]:
     except (SyntaxError, ValueError, RecursionError):
         return []
     found = [*_tree_facts(tree, text), *_line_facts(text.splitlines())]
-    usable = [f for f in found if 0 < len(f.answer) <= MAX_ANSWER_CHARS and "\n" not in f.answer]
-    return sorted(usable, key=lambda fact: (fact.first, fact.kind, fact.subject))
+    return sorted(found, key=lambda fact: (fact.first, fact.kind, fact.subject))
 
 
 @lru_cache(maxsize=16384)
@@ -85,9 +85,9 @@ def is_askable(line: str) -> bool:
     return 12 <= len(line) <= MAX_ANSWER_CHARS and "`" not in line and not line.startswith(("#", '"'))
 
 
-def is_unambiguous(fact: Fact, facts: list[Fact], first: int, stop: int) -> bool:
-    """Whether lines `first` to `stop` hold the fact and no other one that answers the same question."""
-    if not first <= fact.first <= fact.last < stop:
+def can_be_asked(fact: Fact, facts: list[Fact], first: int, stop: int) -> bool:
+    """Whether lines `first` to `stop` hold the fact's answer and no other one to the same question."""
+    if not fact.answer or not first <= fact.first <= fact.last < stop:
         return False
     return not any(
         other.kind == fact.kind
@@ -120,9 +120,12 @@ def _tree_facts(tree: ast.Module, text: str) -> Iterator[Fact]:
             for item in node.body:
                 if isinstance(item, ast.FunctionDef) and not item.name.startswith("__"):
                     yield _fact("method", (item.name,), node.name, at, item.lineno - 1)
-        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and len(node.targets) == 1:
+        elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            alone = isinstance(node, ast.Assign) and len(targets) == 1 and isinstance(node.value, ast.Constant)
             at = node.lineno - 1
-            yield _fact("constant", (source(node.targets[0]),), source(node.value), at, at)
+            for target in targets:
+                yield _fact("constant", (source(target),), source(node.value) if alone else "", at, at)
         elif isinstance(node, ast.ImportFrom) and node.lineno == node.end_lineno:
             for name in (name for name in node.names if name.name != "*"):
                 module = "." * node.level + (node.module or "")
@@ -135,18 +138,20 @@ def _function_facts(node: ast.FunctionDef | ast.AsyncFunctionDef, source: object
     arguments = [*node.args.posonlyargs, *node.args.args]
     last_argument = max((argument.end_lineno or 0 for argument in arguments), default=0)
     simple = not (node.args.vararg or node.args.kwarg or node.args.kwonlyargs)
-    if arguments and simple and last_argument == node.lineno:
-        yield _fact("parameters", (node.name,), ", ".join(a.arg for a in arguments), at, at)
+    on_one_line = simple and last_argument == node.lineno
+    yield _fact("parameters", (node.name,), ", ".join(a.arg for a in arguments) if on_one_line else "", at, at)
     with_default = arguments[len(arguments) - len(node.args.defaults) :] if node.args.defaults else []
     for argument, default in zip(with_default, node.args.defaults, strict=True):
         yield _fact("default", (node.name, argument.arg), source(default), at, default.lineno - 1)
     inner = list(ast.walk(node))
     returns = [child for child in inner if isinstance(child, ast.Return) and child.value is not None]
-    if len(returns) == 1:
-        yield _fact("return", (node.name,), source(returns[0].value), at, returns[0].lineno - 1)
-    raises = [child.exc for child in inner if isinstance(child, ast.Raise) and isinstance(child.exc, ast.Call)]
-    if len(raises) == 1:
-        yield _fact("raise", (node.name,), source(raises[0].func), at, raises[0].lineno - 1)
+    for returned in returns:
+        answer = source(returned.value) if len(returns) == 1 else ""
+        yield _fact("return", (node.name,), answer, at, returned.lineno - 1)
+    raises = [child for child in inner if isinstance(child, ast.Raise) and child.exc is not None]
+    for raised in raises:
+        answer = source(raised.exc.func) if len(raises) == 1 and isinstance(raised.exc, ast.Call) else ""
+        yield _fact("raise", (node.name,), answer, at, raised.lineno - 1)
 
 
 def _line_facts(lines: list[str]) -> Iterator[Fact]:
@@ -158,11 +163,13 @@ def _line_facts(lines: list[str]) -> Iterator[Fact]:
         here, after = stripped[at], stripped[at + 1]
         comment = _COMMENT.match(lines[at])
         if comment and 8 <= len(after) <= MAX_ANSWER_CHARS and not after.startswith("#") and counts[after] == 1:
-            yield _fact("comment", (after,), comment["text"], at, at + 1)
+            whole = at == 0 or not stripped[at - 1].startswith("#")  # else the end of a longer one
+            yield _fact("comment", (after,), comment["text"] if whole else "", at, at + 1)
         if is_askable(here) and counts[here] == 1 and len(after) >= 8:
             yield _fact("next_line", (here,), after, at, at + 1)
 
 
 def _fact(kind: str, subject: tuple[str, ...], answer: str, first: int, last: int) -> Fact:
-    usable = all(part and "`" not in part for part in subject)
+    nameable = all(part and "`" not in part for part in subject)
+    usable = nameable and len(answer) <= MAX_ANSWER_CHARS and "\n" not in answer
     return Fact(kind=kind, subject=subject, answer=answer if usable else "", first=first, last=last)

@@ -18,7 +18,7 @@ from utils.errors import ConfigError
 from utils.training.data.conversation import conversation
 from utils.training.data.examples import Example, Material
 from utils.training.data.excerpts import draw_file, excerpt_around, excerpt_range
-from utils.training.data.lookups import QUESTIONS, facts_of, is_askable, is_unambiguous, names_defined
+from utils.training.data.lookups import QUESTIONS, can_be_asked, facts_of, is_askable, names_defined
 from utils.training.data.notes import NOUNS, draw_note, draw_note_names, indent_at
 from utils.training.data.sources import SourceFile
 
@@ -74,17 +74,17 @@ def lookup(material: Material) -> Example | None:
     random = material.random
     file = draw_file(random, material.files)
     facts = facts_of(file.text)
-    if not facts:
+    answered = [fact for fact in facts if fact.answer]
+    if not answered:
         return None
-    kinds = sorted({fact.kind for fact in facts})
-    kind = random.choice(kinds)
-    fact = random.choice([fact for fact in facts if fact.kind == kind])
+    kind = random.choice(sorted({fact.kind for fact in answered}))
+    fact = random.choice([fact for fact in answered if fact.kind == kind])
     lines = file.text.splitlines(keepends=True)
     num_chars = material.size.draw_chars(random)
     if sum(map(len, lines[fact.first : fact.last + 1])) > num_chars:
         return None
     first, stop = excerpt_around(random, lines, fact.first, fact.last, num_chars)
-    if not is_unambiguous(fact, facts, first, stop):
+    if not can_be_asked(fact, facts, first, stop):
         return None
     question = random.choice(QUESTIONS[kind]).format(*fact.subject)
     memory = "".join(lines[first:stop]).strip("\n")

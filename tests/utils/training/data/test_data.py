@@ -22,7 +22,7 @@ from utils.training.data.build import build_examples, draw_examples, hash_of, re
 from utils.training.data.cache import TokenCache
 from utils.training.data.chat import answer_questions, chat_questions, replayed_answers
 from utils.training.data.excerpts import SizeRange, excerpt_around
-from utils.training.data.lookups import Fact, find_facts, is_unambiguous
+from utils.training.data.lookups import Fact, can_be_asked, find_facts
 from utils.training.data.sources import EVALUATION_PACKAGES, SourceFile, training_sources
 from utils.training.data.tasks import SYMBOL_TASKS, TASKS
 from utils.training.toy import build_toy_pair
@@ -90,9 +90,31 @@ def test_code_that_does_not_parse_has_no_facts() -> None:
 def test_a_second_answer_in_the_excerpt_makes_a_question_ambiguous() -> None:
     first = Fact(kind="constant", subject=("x",), answer="1", first=2, last=2)
     second = Fact(kind="constant", subject=("x",), answer="2", first=8, last=8)
-    assert is_unambiguous(first, [first, second], 0, 8)
-    assert not is_unambiguous(first, [first, second], 0, 9)
-    assert not is_unambiguous(first, [first, second], 3, 9)
+    assert can_be_asked(first, [first, second], 0, 8)
+    assert not can_be_asked(first, [first, second], 0, 9)
+    assert not can_be_asked(first, [first, second], 3, 9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "code"),
+    [
+        ("constant", "x", "x = None\nx = read(path)\n"),
+        ("constant", "x", "x = 1\nx += 1\n"),
+        ("constant", "x", "x = 1\nx: str = 'one'\n"),
+        ("constant", "x", "x = 1\nx = y = 2\n"),
+        ("constant", "x", f"x = 1\nx = '{'long ' * 20}'\n"),
+        ("parameters", "f", "def f(a):\n    pass\n\n\ndef f(*rest):\n    pass\n"),
+        ("return", "f", "def f():\n    return 1\n\n\ndef f(a):\n    if a:\n        return 1\n    return 2\n"),
+        ("raise", "f", "def f():\n    raise KeyError(1)\n\n\ndef f(e):\n    raise e\n"),
+        ("comment", "call(everything)", "# the end of a sentence\n# that began a line before\ncall(everything)\n"),
+    ],
+)
+def test_a_second_answer_that_cannot_be_asked_for_makes_a_question_ambiguous(kind: str, name: str, code: str) -> None:
+    facts = [fact for fact in find_facts(code) if fact.kind == kind and fact.subject == (name,)]
+    assert facts
+    assert not [fact for fact in facts if can_be_asked(fact, facts, 0, len(code.splitlines()))]
+    alone = facts[0]
+    assert kind == "comment" or can_be_asked(alone, facts, alone.first, alone.last + 1)
 
 
 def test_an_excerpt_holds_the_lines_asked_for() -> None:

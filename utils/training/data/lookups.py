@@ -122,10 +122,10 @@ def _tree_facts(tree: ast.Module, text: str) -> Iterator[Fact]:
                     yield _fact("method", (item.name,), node.name, at, item.lineno - 1)
         elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            alone = isinstance(node, ast.Assign) and len(targets) == 1 and isinstance(node.value, ast.Constant)
-            at = node.lineno - 1
+            plain = isinstance(node, ast.Assign) and len(targets) == 1
+            answer = source(node.value) if plain and isinstance(node.value, ast.Constant) else ""
             for target in targets:
-                yield _fact("constant", (source(target),), source(node.value) if alone else "", at, at)
+                yield _fact("constant", (source(target),), answer, node.lineno - 1, node.lineno - 1)
         elif isinstance(node, ast.ImportFrom) and node.lineno == node.end_lineno:
             for name in (name for name in node.names if name.name != "*"):
                 module = "." * node.level + (node.module or "")

@@ -8,13 +8,13 @@ Exit code 1 with the reason when something is missing.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import platform
 import time
 from pathlib import Path
 
 from utils.cli import EXIT_OK, make_parser, run_command
 from utils.errors import ConfigError
+from utils.files import package_version
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "openai", "tqdm", "nltk", "wonderwords")
 COMMANDS = (
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(_: argparse.Namespace) -> int:
-    print(f"code-llava {importlib.metadata.version('code-llava')}, Python {platform.python_version()}")
+    print(f"code-llava {package_version('code-llava') or '(not installed)'}, Python {platform.python_version()}")
     _print_versions()
     _print_device()
     _compress_something()
@@ -59,15 +59,10 @@ def _run(_: argparse.Namespace) -> int:
 
 
 def _print_versions() -> None:
-    found, missing = [], []
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(name)
-    if missing:
+    versions = {name: package_version(name) for name in PACKAGES}
+    if missing := [name for name, version in versions.items() if version is None]:
         raise ConfigError(f"not installed: {', '.join(missing)}; run `uv sync`")
-    print(", ".join(found))
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
 
 
 def _print_device() -> None:

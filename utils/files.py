@@ -178,13 +178,13 @@ def _git(*args: str) -> str:
 
 
 def provenance(packages: Iterable[str] = ("torch", "transformers", "numpy")) -> dict[str, Any]:
-    """What a result needs to be repeated: our commit, Python, platform and package versions."""
-    versions = {}
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = _version(name)
+    """What a result needs to be repeated: our commit, Python, platform and package versions.
+
+    A package that is not there is left out; the project itself may be run from its folder, and then says so.
+    """
+    versions = {name: version for name in packages if (version := package_version(name)) is not None}
     return {
-        "code_llava": _version("code-llava"),
+        "code_llava": package_version("code-llava") or "not installed",
         "commit": git_commit(),
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -193,6 +193,9 @@ def provenance(packages: Iterable[str] = ("torch", "transformers", "numpy")) -> 
 
 
 @cache
-def _version(package: str) -> str:
-    """Once a process: reading a package's metadata takes milliseconds."""
-    return importlib.metadata.version(package)
+def package_version(package: str) -> str | None:
+    """The installed version of a package; None where it is not installed."""
+    # Once a process: reading a package's metadata takes milliseconds.
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from utils.errors import DatasetError
 from utils.files import (
+    PROJECT_ROOT,
     atomic_folder,
     atomic_path,
     git_commit,
@@ -113,3 +116,20 @@ def test_fingerprints_and_provenance(tmp_path: Path) -> None:
     facts = provenance()
     assert {"code_llava", "commit", "python", "machine", "torch", "transformers", "numpy"} == facts.keys()
     assert facts["commit"] == git_commit()
+
+
+def test_a_project_that_is_not_installed_says_so(tmp_path: Path) -> None:
+    """Run from its folder, as where no package can be added: results are made all the same."""
+    code = (
+        "import importlib.metadata as m\n"
+        "found = m.version\n"
+        "def version(name):\n"
+        "    if name == 'code-llava':\n"
+        "        raise m.PackageNotFoundError(name)\n"
+        "    return found(name)\n"
+        "m.version = version\n"
+        "from utils.files import provenance\n"
+        "print(provenance()['code_llava'], provenance(['no-such-package']).get('no-such-package'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "not installed None\n", done.stderr

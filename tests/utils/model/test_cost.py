@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
+from tests.support import flops
 from tests.support.tiny import make_decoder, make_encoder, make_memory_encoder
 from utils.inference.prompt_embeds import encode_wire
 from utils.model.adapter import Adapter
@@ -32,7 +32,7 @@ CONFIGS = [
 
 
 def counted(run: Any) -> int:
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    with torch.inference_mode(), flops.counter() as counter:
         run()
     return counter.get_total_flops()
 
@@ -70,7 +70,7 @@ def test_training() -> None:
     """Forward and backward; the counter counts the fused kernel's five products as well."""
     encoder = make_encoder("llama").train()
     cost = TransformerCost.of(encoder)
-    with FlopCounterMode(display=False) as counter:
+    with flops.counter() as counter:
         encoder(torch.arange(60)[None], use_cache=False).last_hidden_state.sum().backward()
     expected = cost.training_flops([60], causal=False, learning_weights=cost.matrix_weights)
     assert counter.get_total_flops() == expected

@@ -38,6 +38,8 @@ from utils.inference.latent_store import MAX_LIMIT_BYTES, LatentStore
 if TYPE_CHECKING:
     import torch
 
+    from utils.model.prompt import TokenIds
+
 logger = logging.getLogger(__name__)
 
 CACHE_DIR_VARIABLE = "CODE_LLAVA_CACHE_DIR"
@@ -81,7 +83,7 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get(CACHE_DIR_VARIABLE) or "~/.cache/code-llava/latents").expanduser()
 
 
-def window_key(namespace: bytes, left: Sequence[int], core: Sequence[int], right: Sequence[int]) -> bytes:
+def window_key(namespace: bytes, left: TokenIds, core: TokenIds, right: TokenIds) -> bytes:
     """Key of one encoder window, 32 bytes.
 
     Args:

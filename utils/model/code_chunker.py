@@ -35,7 +35,8 @@ from torch import nn
 from utils.errors import ConfigError
 from utils.model.config import CompressionConfig
 from utils.model.packed_attention import Segments, supports_packed_attention, use_packed_attention
-from utils.model.prompt import num_latents
+from utils.model.prompt import TokenIds, num_latents
+from utils.model.transfer import to_device
 
 # Tokens of one encoder pass. Enough to keep matrix products at full speed, small enough to keep memory flat.
 _CPU_TOKENS, _MOST_CUDA_TOKENS, _LEAST_CUDA_TOKENS = 4096, 65536, 1024
@@ -52,9 +53,9 @@ class Window:
         chunk_size: Tokens of the core per latent.
     """
 
-    left: Sequence[int]
-    core: Sequence[int]
-    right: Sequence[int]
+    left: TokenIds
+    core: TokenIds
+    right: TokenIds
     chunk_size: int
 
     @property
@@ -68,7 +69,7 @@ class Window:
         return len(self.left) + len(self.core) + len(self.right)
 
 
-def plan_windows(token_ids: Sequence[int], config: CompressionConfig) -> list[Window]:
+def plan_windows(token_ids: TokenIds, config: CompressionConfig) -> list[Window]:
     """Cut one span into windows.
 
     Args:
@@ -275,10 +276,7 @@ class CodeChunker(nn.Module):
         return encoder(**inputs, use_cache=False).last_hidden_state
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        host = torch.from_numpy(values)
-        if self.device.type == "cuda":
-            host = host.pin_memory()  # from other memory the copy would wait for the device
-        return host.to(self.device, non_blocking=True)
+        return to_device(values, self.device)
 
     def _pool(self, windows: Sequence[Window], hidden_TH: torch.Tensor) -> torch.Tensor:
         """Pool a micro-batch in one gather; the windows are sorted by chunk size."""

@@ -15,17 +15,19 @@ Shape legend: T packed tokens, h query heads, g key/value heads, K head width, b
 
 from __future__ import annotations
 
-import itertools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from utils.errors import ConfigError
+from utils.model.transfer import to_device
 
 PACKED = "code_llava_packed"
 
@@ -139,7 +141,7 @@ def packed_attention_forward(
 
 
 def _varlen_kernel(query: torch.Tensor) -> Callable[..., Any] | None:
-    """Torch's variable-length attention (torch 2.10) where it serves: half precision, on an Ampere card or newer."""
+    """Torch's variable-length attention where it serves: half precision, on an Ampere card or newer."""
     if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
         return None
     width = query.shape[-1]
@@ -165,6 +167,8 @@ def _varlen_attention(
     borders, longest = _borders(segments.runs, query.device)
     reach = -1 if sliding_window is None else sliding_window - 1
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    # Before torch 2.15 the kernel shares key/value heads without being told, and knows no such argument.
+    grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if _is_told_of_groups(kernel) else {}
     out: torch.Tensor = kernel(
         q,
         k,
@@ -175,17 +179,23 @@ def _varlen_attention(
         longest,
         scale=scale,
         window_size=(reach, 0 if segments.causal else reach),
-        enable_gqa=q.shape[1] != k.shape[1],
+        **grouped,
     )
     return out[None]
+
+
+@cache
+def _is_told_of_groups(kernel: Callable[..., Any]) -> bool:
+    return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 @lru_cache(maxsize=8)
 def _borders(runs: tuple[tuple[int, int, int], ...], device: torch.device) -> tuple[torch.Tensor, int]:
     """Where each sequence begins and the last one ends, int32, once for all layers; and the longest length."""
-    lengths = [length for _, count, length in runs for _ in range(count)]
+    lengths = np.repeat([length for _, _, length in runs], [count for _, count, _ in runs])
+    borders = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     with torch.inference_mode(False):  # what is kept here may serve training next
-        return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device), max(lengths)
+        return to_device(borders, device), int(lengths.max())
 
 
 def _fused_is_slow(query: torch.Tensor) -> bool:

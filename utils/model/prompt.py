@@ -15,11 +15,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from utils.errors import ConfigError, PromptError
 from utils.model.markers import MARKERS, MEMORY, MEMORY_END, MEMORY_START, MarkerIds
 
 _MARKER = re.compile("|".join(re.escape(marker) for marker in MARKERS))
 _EXCERPT = 40
+# Tokens of a text: a list where they come from a tokenizer, an array where they come from a file.
+TokenIds = Sequence[int] | np.ndarray
 
 
 def num_latents(num_tokens: int, chunk_size: int) -> int:
@@ -43,7 +47,7 @@ class MemorySpan:
     """
 
     text: str
-    token_ids: Sequence[int]
+    token_ids: TokenIds
     start: int
     stop: int
     chunk_size: int

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,33 @@ logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 TRAINED, OPTIMIZER, PROGRESS = "trained.safetensors", "optimizer.safetensors", "progress.json"
 _RNG = "rng.cpu"
+
+
+@dataclass
+class Progress:
+    """Where a run stands; stored in checkpoints as JSON.
+
+    Attributes:
+        stage: Index of the stage.
+        step: Steps done in it.
+        place: How far its schedule has come, in steps; ahead of `step` where a time budget drove it.
+        global_step: Steps done in all.
+        skipped: Steps left out because loss or gradient was not finite.
+        labels: Tokens that a loss was taken on.
+        seconds: Time spent in steps.
+        packer: Data cursor of the stage; None at its beginning.
+        started_from: The trained part that the run began with: its fingerprint, run and configuration.
+    """
+
+    stage: int = 0
+    step: int = 0
+    place: float = 0.0
+    global_step: int = 0
+    skipped: int = 0
+    labels: int = 0
+    seconds: float = 0.0
+    packer: dict[str, Any] | None = None
+    started_from: dict[str, Any] | None = None
 
 
 def save_checkpoint(
@@ -131,7 +159,9 @@ def restore(
     for key, value in moments.items():
         name, _, field = key.rpartition("|")
         parameter = trained[name]
-        optimizer.state[parameter][field] = value if field == "step" else part_of(value, parameter)
+        # The count of steps is a number, whole on every process; the fused kernel wants it beside its parameter.
+        whole = field == "step"
+        optimizer.state[parameter][field] = value.to(parameter.device) if whole else part_of(value, parameter)
 
 
 def _all(output: str | Path) -> list[Path]:

@@ -146,7 +146,7 @@ def _memory_bytes(trainer: Trainer, stage: StageConfig, rows: list[PackedRow], l
             activations += tokens * layers * kept * model.config.hidden_size * width_bytes
         labels = max(row.num_labels for row in rows)
         # Logits in float32 and their gradient, at most one piece of the head at a time.
-        activations += min(labels, 2048) * pair.decoder.get_output_embeddings().weight.shape[0] * 8
+        activations += min(labels, pair.head_rows) * pair.decoder.get_output_embeddings().weight.shape[0] * 8
     return weights + learning * _LEARNING_BYTES + activations
 
 

@@ -5,6 +5,9 @@
 
 A step's rows are drawn by every process in the same order and shared out among them, and every loss is divided by the
 labels of the whole step: how many processes and rows a step is split into changes rounding only.
+
+Nothing in a step waits for the device, or a GPU would stand idle while its next step is packed and launched: rows are
+packed ahead, a step that is not finite is left out by the optimiser itself, and results are read now and then.
 """
 
 from __future__ import annotations
@@ -12,13 +15,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
@@ -30,14 +33,17 @@ from utils.errors import ConfigError
 from utils.files import provenance, write_json
 from utils.inference.trained_part import TrainedPart
 from utils.model.processor import Processor
-from utils.training.checkpoints import newest_checkpoint, read_progress, restore, save_checkpoint
+from utils.model.transfer import to_device
+from utils.training.checkpoints import Progress, newest_checkpoint, read_progress, restore, save_checkpoint
 from utils.training.config import StageConfig, TrainConfig
 from utils.training.datasets import open_caches
-from utils.training.metrics import MetricsFile
+from utils.training.fused_norms import use_fused_norms
+from utils.training.metrics import MetricsFile, StepResults
 from utils.training.objective import TrainedPair, check_alignable, loss_units
-from utils.training.packing import ExampleStream, PackedRow, RowPacker
+from utils.training.packing import ExampleStream, PackedRow, RowPacker, packed_ahead
 from utils.training.pairs import load_pair
 from utils.training.parts import add_lora, parameter_groups, set_precision, start_from, trained_names
+from utils.training.schedule import Schedule, rate_factor
 from utils.training.sharding import full, shard, wants_sharding, without_sync
 from utils.training.unpacking import unpacked_tokens
 
@@ -45,31 +51,6 @@ logger = logging.getLogger(__name__)
 
 _MAX_SKIPPED_IN_A_ROW = 20
 _BETAS = (0.9, 0.95)
-
-
-@dataclass
-class Progress:
-    """Where a run stands; stored in checkpoints as JSON.
-
-    Attributes:
-        stage: Index of the stage.
-        step: Steps done in it.
-        global_step: Steps done in all.
-        skipped: Steps left out because loss or gradient was not finite.
-        labels: Tokens that a loss was taken on.
-        seconds: Time spent in steps.
-        packer: Data cursor of the stage; None at its beginning.
-        started_from: The trained part that the run began with: its fingerprint, run and configuration.
-    """
-
-    stage: int = 0
-    step: int = 0
-    global_step: int = 0
-    skipped: int = 0
-    labels: int = 0
-    seconds: float = 0.0
-    packer: dict[str, Any] | None = None
-    started_from: dict[str, Any] | None = None
 
 
 @dataclass
@@ -122,7 +103,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         add_lora(self.pair, config)
         set_precision(self.pair, config)
+        use_fused_norms(self.pair)
         self.progress = Progress()
+        self._skipped_in_a_row = 0
         if config.pair.trained:
             packed = TrainedPart.open(config.pair.trained)
             start_from(packed, trained_names(self.pair, config), config)
@@ -141,7 +124,8 @@ class Trainer:
         """Train from the newest checkpoint, or from the beginning.
 
         Args:
-            deadline_s: Seconds after which the run saves and pauses.
+            deadline_s: Seconds that there are. The schedule of the last stage ends with them; a run that has not got
+                so far by then saves and pauses.
             last_stage: The stage after which it pauses; by default it goes through all.
 
         Returns:
@@ -168,15 +152,19 @@ class Trainer:
                 tracker.finish()
 
     def _run_stages(self, resumed: Path | None, deadline: float | None, last_stage: int | None) -> str:
+        last = len(self.config.stages) - 1 if last_stage is None else last_stage
         while self.progress.stage < len(self.config.stages):
-            if last_stage is not None and self.progress.stage > last_stage:
+            out_of_time = deadline is not None and time.monotonic() >= deadline
+            if self.progress.stage > last or self._agree(out_of_time):
                 return "paused"
             stage = self.config.stages[self.progress.stage]
-            left = None if deadline is None else deadline - time.monotonic()
-            if not self._run_stage(stage, resumed if self.progress.step else None, left):
+            if not self._run_stage(
+                stage, resumed if self.progress.step else None, deadline, self.progress.stage == last
+            ):
                 return "paused"
             resumed = None
-            self.progress = dataclasses.replace(self.progress, stage=self.progress.stage + 1, step=0, packer=None)
+            number = self.progress.stage + 1
+            self.progress = dataclasses.replace(self.progress, stage=number, step=0, place=0.0, packer=None)
             self._save(None)
         return "done"
 
@@ -204,22 +192,41 @@ class Trainer:
         return self.accelerator.prepare_model(self.pair, evaluation_mode=False), optimizer
 
     def optimize(
-        self, wrapped: Any, optimizer: torch.optim.Optimizer, stage: StageConfig, rows: list[PackedRow], step: int
+        self, wrapped: Any, optimizer: torch.optim.Optimizer, stage: StageConfig, rows: list[PackedRow], place: float
     ) -> dict[str, float]:
-        """One optimiser step; a gradient that is not finite leaves the weights as they are.
+        """`train_step`, waited for.
 
         Returns:
-            `loss` a label (or memory token), `grad_norm`, and `skipped`, 1 if the step was left out; with an unpack
-            weight `unpack_loss`, a memory token that it covers.
+            The `step_numbers` by name.
+        """
+        numbers = self.train_step(wrapped, optimizer, stage, rows, place).tolist()
+        return dict(zip(step_numbers(stage), numbers, strict=True))
+
+    def train_step(
+        self, wrapped: Any, optimizer: torch.optim.Optimizer, stage: StageConfig, rows: list[PackedRow], place: float
+    ) -> torch.Tensor:
+        """One optimiser step; a gradient that is not finite leaves weights and optimiser as they are.
+
+        Args:
+            wrapped: From `prepare`, as the next.
+            optimizer: Of the stage.
+            stage: What is trained.
+            rows: The step's rows, of all processes.
+            place: Where the stage's schedule stands.
+
+        Returns:
+            The `step_numbers`, float32, on the device, which has not been waited for.
         """
         align, unpack = stage.preset == "align", stage.unpack_weight > 0
         total = sum(loss_units(row, align) for row in rows)
         unpacked = max(1, sum(unpacked_tokens(row.spans) for row in rows))
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         mine = rows[rank::world]
-        losses = torch.zeros(2 if unpack else 1, device=self.accelerator.device)
-        units = torch.tensor([total, unpacked][: len(losses)], device=losses.device)
-        weights = torch.tensor([1.0, stage.unpack_weight][: len(losses)], device=losses.device)
+        device, count = self.accelerator.device, 2 if unpack else 1
+        losses = torch.zeros(count, device=device)
+        units, weights = to_device(
+            np.array([[total, unpacked], [1.0, stage.unpack_weight]], dtype=np.float32)[:, :count].copy(), device
+        )
         for number, row in enumerate(mine):
             last = number == len(mine) - 1
             with contextlib.nullcontext() if last else without_sync(self.accelerator, wrapped):
@@ -232,101 +239,97 @@ class Trainer:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = full(get_total_norm([p.grad for p in parameters if p.grad is not None]))
         clip_grads_with_norm_(parameters, stage.clip_norm, norm)
-        finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(losses).all())
-        if finite:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate_factor(step, stage)
-            optimizer.step()
+        skipped = 1.0 - (torch.isfinite(norm) & torch.isfinite(losses).all()).float()
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate_factor(place, stage)
+        # What torch's GradScaler tells the fused kernel: where it is 1 nothing is changed, and nobody has to ask.
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        named = dict(zip(("loss", "unpack_loss"), losses.tolist(), strict=False))
-        return {**named, "grad_norm": float(norm), "skipped": float(not finite)}
+        return torch.stack([*losses, norm.float(), skipped])
 
     def _autocast(self) -> Any:
         device = self.accelerator.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
-    def _run_stage(self, stage: StageConfig, resumed: Path | None, left_s: float | None) -> bool:
+    def _run_stage(self, stage: StageConfig, resumed: Path | None, deadline: float | None, is_last: bool) -> bool:
         """Run or go on with the current stage; False if it was interrupted (and saved)."""
-        began = saved = time.monotonic()
         packer = self.packer(self.progress.stage)
         wrapped, optimizer = self.prepare(stage)
         if resumed is not None:
             restore(resumed, self.trained, optimizer)
         if self.progress.packer is not None:
             packer.restore(self.progress.packer)
-        skipped_in_a_row = 0
+        saved = time.monotonic()
+        budget_s = deadline - saved if deadline is not None and is_last else None
+        schedule = Schedule(stage, max(self.progress.place, self.progress.step), budget_s)
+        results = StepResults(step_numbers(stage))
         bar = tqdm(
             total=stage.steps,
-            initial=self.progress.step,
+            initial=int(schedule.place),
             desc=f"stage {self.progress.stage} ({stage.preset})",
             unit="step",
             disable=None if self.accelerator.is_main_process else True,
         )
-        with bar:
-            while self.progress.step < stage.steps:
-                out_of_time = left_s is not None and time.monotonic() - began > left_s
+        steps = packed_ahead(packer, lambda: self.step_rows(packer, stage))
+        with bar, contextlib.closing(steps):
+            while not schedule.is_over:
+                out_of_time = deadline is not None and not is_last and time.monotonic() > deadline
                 if self._agree(out_of_time or self.stop.requested):
+                    self._read(results, bar)
                     self._save(optimizer)
                     return False
-                step_began = time.monotonic()
-                rows = self.step_rows(packer, stage)
-                result = self.optimize(wrapped, optimizer, stage, rows, self.progress.step)
-                seconds = time.monotonic() - step_began
-                skipped_in_a_row = self._check_finite(result, skipped_in_a_row)
-                self._count(rows, seconds, packer)
-                self._report(bar, stage, rows, result, seconds, packer)
-                if time.monotonic() - saved >= 60 * self.config.save_minutes:
+                began = time.monotonic()
+                rows, self.progress.packer = next(steps)
+                place = schedule.rate_place(self.progress.step)
+                results.add(self.train_step(wrapped, optimizer, stage, rows, place), rows)
+                schedule.place = self.progress.place = self._agreed(schedule)
+                self.progress.step += 1
+                self.progress.global_step += 1
+                self.progress.labels += sum(row.num_labels for row in rows)
+                bar.update(int(schedule.place) - bar.n)
+                is_line = schedule.is_over or self.progress.step % self.config.log_every == 0
+                is_save = time.monotonic() - saved >= 60 * self.config.save_minutes
+                if is_line or is_save or results.are_due:
+                    self._read(results, bar)
+                self.progress.seconds += time.monotonic() - began
+                if is_line:
+                    self._write_line(results, rate_factor(place, stage))
+                if is_save:
                     self._save(optimizer)
                     saved = time.monotonic()
+                    results.restart()
         return True
 
-    def _check_finite(self, result: dict[str, float], skipped_in_a_row: int) -> int:
-        if not result["skipped"]:
-            return 0
-        self.progress.skipped += 1
-        logger.warning("step %d left out: its loss or gradient is not finite", self.progress.global_step)
-        if skipped_in_a_row + 1 == _MAX_SKIPPED_IN_A_ROW:
-            raise ConfigError(
-                f"{_MAX_SKIPPED_IN_A_ROW} steps in a row without a finite loss and gradient: lower the learning "
-                "rates of the stage, or train in float32"
-            )
-        return skipped_in_a_row + 1
+    def _read(self, results: StepResults, bar: Any) -> None:
+        """Read what the steps since the last reading gave, which waits for the device."""
+        steps = results.read()
+        for number, step in enumerate(steps, start=self.progress.global_step - len(steps)):
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if step["skipped"] else 0
+            if step["skipped"]:
+                self.progress.skipped += 1
+                logger.warning("step %d left out: its loss or gradient is not finite", number)
+            if self._skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW:
+                raise ConfigError(
+                    f"{_MAX_SKIPPED_IN_A_ROW} steps in a row without a finite loss and gradient: lower the learning "
+                    "rates of the stage, or train in float32"
+                )
+        if steps:
+            bar.set_postfix_str(f"loss {steps[-1]['loss']:.3f}, {results.tokens_per_s:.0f} tokens/s")
 
-    def _count(self, rows: list[PackedRow], seconds: float, packer: RowPacker) -> None:
-        self.progress.step += 1
-        self.progress.global_step += 1
-        self.progress.labels += sum(row.num_labels for row in rows)
-        self.progress.seconds += seconds
-        self.progress.packer = packer.state()
-
-    def _report(
-        self,
-        bar: Any,
-        stage: StageConfig,
-        rows: list[PackedRow],
-        result: dict[str, float],
-        seconds: float,
-        packer: RowPacker,
-    ) -> None:
-        tokens = sum(len(row.input_ids) + row.memory_tokens for row in rows)
-        bar.update(1)
-        bar.set_postfix_str(f"loss {result['loss']:.3f}, {tokens / seconds:.0f} tokens/s")
-        last = self.progress.step == stage.steps
-        if self.accelerator.is_main_process and (last or self.progress.step % self.config.log_every == 0):
-            values = {
-                "stage": self.progress.stage,
-                "step": self.progress.step,
-                "global_step": self.progress.global_step,
-                **result,
-                "rate_factor": rate_factor(self.progress.step - 1, stage),
-                "tokens_per_s": round(tokens / seconds, 1),
-                "labels_per_s": round(sum(row.num_labels for row in rows) / seconds, 1),
-                "examples": sum(len(row.lengths) for row in rows),
-                "too_long": packer.too_long,
-                "skipped_in_all": self.progress.skipped,
-                "labels_in_all": self.progress.labels,
-                "seconds_in_all": round(self.progress.seconds, 1),
-            }
+    def _write_line(self, results: StepResults, factor: float) -> None:
+        values = {
+            "stage": self.progress.stage,
+            "step": self.progress.step,
+            "global_step": self.progress.global_step,
+            **results.line(),
+            "rate_factor": factor,
+            "too_long": self.progress.packer["too_long"] if self.progress.packer else 0,
+            "skipped_in_all": self.progress.skipped,
+            "labels_in_all": self.progress.labels,
+            "seconds_in_all": round(self.progress.seconds, 1),
+        }
+        if self.accelerator.is_main_process:
             self.metrics.append(values)
             self.accelerator.log(values, step=self.progress.global_step)
 
@@ -340,10 +343,18 @@ class Trainer:
 
     def _agree(self, wish: bool) -> bool:
         """Whether any process wishes to stop."""
+        return self._mean(float(wish)) > 0
+
+    def _agreed(self, schedule: Schedule) -> float:
+        """The schedule's next place, the same on every process: clocks differ."""
+        place = schedule.next_place()
+        return place if schedule.budget_s is None else self._mean(place)
+
+    def _mean(self, value: float) -> float:
+        """Over all processes."""
         if self.accelerator.num_processes == 1:
-            return wish
-        flag = torch.tensor(float(wish), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
+            return value
+        return float(self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "mean"))
 
 
 def _checkpoint_activations(model: Any) -> None:
@@ -355,12 +366,11 @@ def _checkpoint_activations(model: Any) -> None:
         model.gradient_checkpointing_enable(settings)
 
 
-def rate_factor(step: int, stage: StageConfig) -> float:
-    """What the peak learning rate is multiplied with at a step: a linear rise, then a cosine to `final_rate`."""
-    if step < stage.warmup_steps:
-        return (step + 1) / stage.warmup_steps
-    share = (step - stage.warmup_steps) / max(1, stage.steps - stage.warmup_steps)
-    return stage.final_rate + (1 - stage.final_rate) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+def step_numbers(stage: StageConfig) -> tuple[str, ...]:
+    """What a step gives: `loss` a label (or memory token), with an unpack weight `unpack_loss`, a memory token that it
+    covers; `grad_norm` before clipping; and `skipped`, 1 if the step was left out."""
+    losses = ("loss", "unpack_loss") if stage.unpack_weight > 0 else ("loss",)
+    return (*losses, "grad_norm", "skipped")
 
 
 def _check_trackers(names: Sequence[str]) -> None:

@@ -1,18 +1,74 @@
-"""A run's metrics: one JSON line every few steps, and the loss curve as a picture."""
+"""A run's metrics: what its steps gave, one JSON line every few steps, and the loss curve as a picture."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from utils.files import atomic_path, read_jsonl, write_jsonl
 from utils.training.config import StageConfig
+from utils.training.packing import PackedRow
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
 _SMOOTHING = 0.9
+_READ_EVERY_S = 1.0
+
+
+class StepResults:
+    """What the steps of a stage gave, on the device until it is read: reading waits for all that is queued there.
+
+    Args:
+        names: Of the numbers that a step gives.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._waiting: list[torch.Tensor] = []
+        self._last: dict[str, Any] = {}
+        self._read_at = time.monotonic()
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval for the speeds: after a line, or after a time that was not spent on steps."""
+        self._began, self._tokens, self._labels = time.monotonic(), 0, 0
+
+    def add(self, result: torch.Tensor, rows: Sequence[PackedRow]) -> None:
+        """Take a step's numbers, in the order of the names, and the rows that it was made on."""
+        self._waiting.append(result)
+        self._tokens += sum(len(row.input_ids) + row.memory_tokens for row in rows)
+        self._labels += sum(row.num_labels for row in rows)
+        self._last = {"examples": sum(len(row.lengths) for row in rows)}
+
+    @property
+    def are_due(self) -> bool:
+        """Whether somebody who watches should see numbers again."""
+        return time.monotonic() - self._read_at >= _READ_EVERY_S
+
+    def read(self) -> list[dict[str, float]]:
+        """The named numbers of each step since the last reading, in order."""
+        rows = torch.stack(self._waiting).tolist() if self._waiting else []
+        read = [dict(zip(self._names, row, strict=True)) for row in rows]
+        self._waiting, self._read_at = [], time.monotonic()
+        self._last |= read[-1] if read else {}
+        return read
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoder rows and memory tokens a second, in the interval so far."""
+        return self._tokens / max(time.monotonic() - self._began, 1e-9)
+
+    def line(self) -> dict[str, Any]:
+        """The newest step's numbers, its examples, and the speeds of the interval, which ends here."""
+        labels_per_s = self.tokens_per_s * self._labels / max(1, self._tokens)
+        speeds = {"tokens_per_s": round(self.tokens_per_s, 1), "labels_per_s": round(labels_per_s, 1)}
+        self.restart()
+        return {**self._last, **speeds}
 
 
 class MetricsFile:

@@ -22,11 +22,13 @@ from utils.model.code_llava_model import CodeLLaVAModel
 from utils.model.markers import MarkerIds
 from utils.model.packed_attention import supports_packed_attention, use_packed_attention
 from utils.model.splice import splice_latents
+from utils.model.transfer import to_device
 from utils.training.packing import PackedRow
 from utils.training.unpacking import Unpacker
 
-# Label rows whose logits exist at the same time; a vocabulary is large.
-_HEAD_ROWS = 2048
+# Room for the float32 logits that exist at the same time; a vocabulary is large. What does not fit is computed in
+# pieces, each a second time on the way back, so a device with more memory takes larger ones.
+_HEAD_BYTES = {"cpu": 1 << 29, "cuda": 1 << 31}
 
 
 class MarkerRows(nn.Module):
@@ -39,6 +41,9 @@ class MarkerRows(nn.Module):
     def __init__(self, markers: MarkerIds, width: int) -> None:
         super().__init__()
         self.ids = (markers.start, markers.end)
+        # Beside the weights on their device: a list would be copied there row after row.
+        self.ids_on_device: torch.Tensor
+        self.register_buffer("ids_on_device", torch.tensor(self.ids), persistent=False)
         self.delta = nn.Parameter(torch.zeros(len(self.ids), width))
 
     def forward(self, ids_T: torch.Tensor, embeds_TD: torch.Tensor) -> torch.Tensor:
@@ -51,7 +56,7 @@ class MarkerRows(nn.Module):
     def add_to_logits(self, hidden_nD: torch.Tensor, logits_nV: torch.Tensor) -> None:
         """Change the logits of the same rows, in place, for a head that is the table itself."""
         change = F.linear(hidden_nD, self.delta.to(hidden_nD.dtype)).to(logits_nV.dtype)
-        logits_nV.index_add_(1, torch.tensor(self.ids, device=logits_nV.device), change)
+        logits_nV.index_add_(1, self.ids_on_device, change)
 
 
 class TrainedPair(nn.Module):
@@ -61,12 +66,15 @@ class TrainedPair(nn.Module):
         model: The pair; its parts become parts of this module under the same names.
         markers: Ids of the marker tokens.
         unpack: Whether to have an unpacker, for the unpack loss.
+        head_rows: Label rows whose logits exist at the same time; None: by vocabulary and device.
 
     Raises:
         ConfigError: The decoder cannot run packed rows.
     """
 
-    def __init__(self, model: CodeLLaVAModel, markers: MarkerIds, *, unpack: bool = False) -> None:
+    def __init__(
+        self, model: CodeLLaVAModel, markers: MarkerIds, *, unpack: bool = False, head_rows: int | None = None
+    ) -> None:
         super().__init__()
         if not supports_packed_attention(model.decoder):
             raise ConfigError(f"{type(model.decoder).__name__} cannot run packed rows, which training needs")
@@ -75,13 +83,24 @@ class TrainedPair(nn.Module):
         width = model.decoder.get_input_embeddings().weight.shape[1]
         self.marker_rows = MarkerRows(markers, width)
         self.unpacker = Unpacker(width, self._encoder_table().shape[1]) if unpack else None
+        self._head_rows = head_rows
         use_packed_attention(self.decoder)
+
+    @property
+    def head_rows(self) -> int:
+        """Label rows whose logits exist at the same time."""
+        if self._head_rows is not None:
+            return self._head_rows
+        table = self.decoder.get_output_embeddings().weight
+        return max(1, _HEAD_BYTES.get(table.device.type, _HEAD_BYTES["cpu"]) // (4 * table.shape[0]))
 
     def forward(self, row: PackedRow, align: bool = False, unpack: bool = False) -> torch.Tensor:
         """The summed loss of a packed row: over its labels, or with `align` over its memory tokens.
 
-        With `unpack` [2]: that, and the unpack loss summed over the memory tokens that it covers.
+        With `unpack` [2]: that, and the unpack loss summed over the memory tokens that it covers. On a GPU nothing here
+        waits for the device: whatever is known beforehand is reckoned on the host.
         """
+        row = row.to(self.decoder.get_input_embeddings().weight.device)
         if align:
             return self._align_loss(row)
         latents = self.memory_encoder(row.spans)
@@ -95,20 +114,17 @@ class TrainedPair(nn.Module):
         return self.memory_encoder.chunker.encoder.get_input_embeddings().weight
 
     def _next_token_loss(self, row: PackedRow, latents: list[torch.Tensor]) -> torch.Tensor:
-        table = self.decoder.get_input_embeddings()
-        device = table.weight.device
-        ids_T = row.input_ids.to(device)
-        embeds_TD = self.marker_rows(ids_T, table(ids_T))
+        embeds_TD = self.decoder.get_input_embeddings()(row.input_ids)
+        embeds_TD = self.marker_rows(row.input_ids, embeds_TD)
         embeds_TD = splice_latents(embeds_TD, latents, [(span.start, span.stop) for span in row.spans])
         hidden_TD = self.decoder.get_decoder()(
             inputs_embeds=embeds_TD[None],
-            position_ids=row.position_ids.to(device)[None],
+            position_ids=row.position_ids[None],
             segments=row.segments,
             use_cache=False,
         ).last_hidden_state[0]
         # Only rows with a label need logits: most rows of a task example have none.
-        hidden_nD = hidden_TD[row.label_rows.to(device)]
-        return self._cross_entropy(hidden_nD, row.labels.to(device), row.label_weights.to(device))
+        return self._cross_entropy(hidden_TD[row.label_rows], row.labels, row.label_weights)
 
     def _cross_entropy(self, hidden_nD: torch.Tensor, labels_n: torch.Tensor, weights_n: torch.Tensor) -> torch.Tensor:
         head = self.decoder.get_output_embeddings()
@@ -121,10 +137,12 @@ class TrainedPair(nn.Module):
             # Not a matrix product, which autocast would take in bfloat16.
             return (F.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
 
-        if len(labels_n) <= _HEAD_ROWS:
+        if len(labels_n) <= self.head_rows:
             return part(hidden_nD, labels_n, weights_n)
-        pieces = zip(*(x.split(_HEAD_ROWS) for x in (hidden_nD, labels_n, weights_n)), strict=True)
-        return torch.stack([checkpoint(part, *piece, use_reentrant=False) for piece in pieces]).sum()
+        pieces = zip(*(x.split(self.head_rows) for x in (hidden_nD, labels_n, weights_n)), strict=True)
+        # Nothing in a piece is random, so there is no state of the generators to keep.
+        settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        return torch.stack([checkpoint(part, *piece, **settings) for piece in pieces]).sum()
 
     def _align_loss(self, row: PackedRow) -> torch.Tensor:
         """Squared error between each memory token's latent and the decoder's embedding of the same token.
@@ -137,15 +155,15 @@ class TrainedPair(nn.Module):
             pooled = torch.cat(self.memory_encoder.chunker(windows))
         latents_ND = self.memory_encoder.adapter(pooled, [window.num_latents for window in windows])
         table_VD = self.decoder.get_input_embeddings().weight
-        ids_N = torch.from_numpy(np.concatenate([window.core for window in windows]).astype(np.int64))
-        wanted_ND = table_VD[ids_N.to(table_VD.device)].detach().float()
+        ids_N = to_device(np.concatenate([window.core for window in windows]).astype(np.int64), table_VD.device)
+        wanted_ND = table_VD[ids_N].detach().float()
         variance = wanted_ND.var(dim=0).mean().clamp_min(1e-12)
         return F.mse_loss(latents_ND.float(), wanted_ND, reduction="sum") / variance / wanted_ND.shape[1]
 
 
 def loss_units(row: PackedRow, align: bool) -> float:
     """What the summed loss of a row is divided by, in the end: its labels' weights, or its memory tokens."""
-    return row.memory_tokens if align else float(row.label_weights.sum())
+    return row.memory_tokens if align else float(row.label_weights.sum())  # the row is on the host
 
 
 def check_alignable(tokenizers: Any) -> None:

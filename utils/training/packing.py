@@ -10,7 +10,9 @@ uninterrupted one would have seen. Shape legend: T decoder rows of a packed row,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -22,6 +24,7 @@ from utils.errors import DatasetError
 from utils.model.markers import MarkerIds
 from utils.model.packed_attention import Segments
 from utils.model.prompt import MemorySpan, num_latents
+from utils.model.transfer import to_device
 from utils.training.data.cache import TokenCache, TokenizedExample
 
 # Examples in a row that may be too long before the data are called unsuitable.
@@ -39,7 +42,7 @@ class PackedRow:
         label_rows: [n] long, rows whose next token is predicted.
         labels: [n] long, those next tokens.
         label_weights: [n] float32, what each counts in the loss.
-        spans: All memory spans, with their places in the row.
+        spans: All memory spans, with their places in the row; their tokens are arrays, int32.
         tasks: Task of each example.
     """
 
@@ -51,6 +54,14 @@ class PackedRow:
     label_weights: torch.Tensor
     spans: tuple[MemorySpan, ...]
     tasks: tuple[str, ...] = ()
+
+    def to(self, device: torch.device) -> PackedRow:
+        """The same row with its tensors on a device; what Python looks at stays on the host."""
+        if self.input_ids.device == device:
+            return self
+        names = [x.name for x in dataclasses.fields(self) if isinstance(getattr(self, x.name), torch.Tensor)]
+        moved: dict[str, Any] = {name: to_device(getattr(self, name), device) for name in names}
+        return dataclasses.replace(self, **moved)
 
     @property
     def segments(self) -> Segments:
@@ -189,6 +200,30 @@ class RowPacker:
         return rows > self.row_tokens or (self.memory_tokens is not None and memory > self.memory_tokens)
 
 
+def packed_ahead(
+    packer: RowPacker, pack_step: Callable[[], list[PackedRow]]
+) -> Generator[tuple[list[PackedRow], dict[str, Any]]]:
+    """The rows of one step after another, each packed by a thread while the device works on the one before.
+
+    Args:
+        packer: Where rows come from; not to be used by anybody else until the iterator is closed.
+        pack_step: Makes the rows of one step from it.
+
+    Yields:
+        A step's rows, and where the packer stood behind these: not behind those that are made ahead.
+    """
+
+    def make() -> tuple[list[PackedRow], dict[str, Any]]:
+        return pack_step(), packer.state()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="packing") as pool:
+        waiting = pool.submit(make)
+        while True:
+            made = waiting.result()
+            waiting = pool.submit(make)
+            yield made
+
+
 def packed_length(example: TokenizedExample, chunk_size: int) -> int:
     """Decoder rows of an example at a chunk size."""
     return len(example.decoder_ids) + sum(num_latents(len(span), chunk_size) - 1 for span in example.spans)
@@ -215,7 +250,8 @@ def pack(
             labels.append(widened[wanted])
             weights.append(np.full(len(wanted), max(1, len(wanted)) ** -length_discount))
         spans += [
-            MemorySpan(text="", token_ids=tokens.tolist(), start=start + a, stop=start + b, chunk_size=draw.chunk_size)
+            # Read here: the file behind the tokens is not looked at again.
+            MemorySpan(text="", token_ids=np.array(tokens), start=start + a, stop=start + b, chunk_size=draw.chunk_size)
             for tokens, (a, b) in zip(example.spans, places, strict=True)
         ]
         ids.append(widened)
@@ -241,7 +277,7 @@ def _widen(example: TokenizedExample, chunk_size: int, placeholder: int) -> tupl
     counts[at] = [num_latents(len(span), chunk_size) for span in example.spans]
     begins = np.concatenate([[0], np.cumsum(counts)])
     targets = [(int(begins[first]), int(begins[stop])) for first, stop in example.targets]
-    return np.repeat(ids, counts), targets, [(begins[a], begins[a + 1]) for a in at]
+    return np.repeat(ids, counts), targets, [(int(begins[a]), int(begins[a + 1])) for a in at]
 
 
 def _tensor(parts: Sequence[np.ndarray]) -> torch.Tensor:

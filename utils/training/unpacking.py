@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from utils.model.prompt import MemorySpan
+from utils.model.transfer import to_device
 
 # Longest chunk that is unpacked: of a longer one's tokens, most do not come back from one linear map.
 MAX_PLACES = 8
@@ -48,19 +50,22 @@ class Unpacker(nn.Module):
         covered = [(rows, span) for rows, span in zip(latents, spans, strict=True) if is_unpacked(span)]
         if not covered:
             return loss
-        ids = torch.cat([torch.tensor(span.token_ids) for _, span in covered]).to(table_VE.device)
-        candidates_K = ids.unique()
-        rows_KE = F.normalize(table_VE[candidates_K].detach().float(), dim=-1)
+        # On the host: which tokens are different is known there without waiting for the device.
+        lengths = [len(span.token_ids) for _, span in covered]
+        candidates_K, places = np.unique(np.concatenate([span.token_ids for _, span in covered]), return_inverse=True)
+        labels = np.split(places, np.cumsum(lengths)[:-1])
+        rows_KE = F.normalize(table_VE[to_device(candidates_K, table_VE.device)].detach().float(), dim=-1)
         for size in sorted({span.chunk_size for _, span in covered}):
-            chosen = [(rows, span) for rows, span in covered if span.chunk_size == size]
-            latents_ND = torch.cat([rows for rows, _ in chosen])
-            wanted_Nc = torch.cat([_in_chunks(span) for _, span in chosen]).to(ids.device)
-            # The last chunk of a span may be short.
-            labels_Nc = torch.where(wanted_Nc < 0, _PADDING, torch.searchsorted(candidates_K, wanted_Nc))
+            chosen = [number for number, (_, span) in enumerate(covered) if span.chunk_size == size]
+            latents_ND = torch.cat([covered[number][0] for number in chosen])
+            labels_Nc = np.concatenate([_in_chunks(labels[number], size) for number in chosen])
             guesses_NcE = torch.einsum("nd,cde->nce", self.norm(latents_ND.float()), self.maps[:size])
             logits_NcK = (guesses_NcE @ rows_KE.T).float()
             loss = loss + F.cross_entropy(
-                logits_NcK.flatten(0, 1), labels_Nc.flatten(), ignore_index=_PADDING, reduction="sum"
+                logits_NcK.flatten(0, 1),
+                to_device(labels_Nc.ravel(), table_VE.device),
+                ignore_index=_PADDING,
+                reduction="sum",
             )
         return loss
 
@@ -75,7 +80,6 @@ def unpacked_tokens(spans: Sequence[MemorySpan]) -> int:
     return sum(len(span.token_ids) for span in spans if is_unpacked(span))
 
 
-def _in_chunks(span: MemorySpan) -> torch.Tensor:
-    """The span's tokens as [N, c], -1 where the last chunk has none."""
-    missing = span.num_latents * span.chunk_size - len(span.token_ids)
-    return F.pad(torch.tensor(span.token_ids), (0, missing), value=-1).unflatten(0, (-1, span.chunk_size))
+def _in_chunks(labels: np.ndarray, size: int) -> np.ndarray:
+    """A span's labels as [N, c]; the last chunk may be short."""
+    return np.pad(labels, (0, -len(labels) % size), constant_values=_PADDING).reshape(-1, size)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from tests.support.fake_cuda import fake_cuda
 from tests.support.marks import requires_gpu
 from utils.model import packed_attention
 from utils.model.packed_attention import Segments, packed_attention_forward
@@ -34,10 +35,11 @@ def sequence_by_sequence(
     max_k: int,
     *,
     scale: float | None,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """What torch documents of `varlen_attn`, plainly: [T, h, K] in, [T, h, K] out."""
+    """What torch 2.15 documents of `varlen_attn`, plainly: [T, h, K] in, [T, h, K] out."""
+    assert enable_gqa == (query.shape[1] != key.shape[1])
     assert cu_seq_q is cu_seq_k
     assert cu_seq_q.dtype == torch.int32
     assert max_q == max_k == max(LENGTHS)
@@ -53,11 +55,30 @@ def sequence_by_sequence(
     return torch.cat(outs)
 
 
+def as_before_2_15(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:
+    """The same of torch 2.11 to 2.14: it finds out by itself that heads are shared."""
+    settings: dict[str, Any] = {"scale": scale, "window_size": window_size}
+    grouped = query.shape[1] != key.shape[1]
+    return sequence_by_sequence(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, enable_gqa=grouped, **settings)
+
+
+@pytest.mark.parametrize("kernel", [sequence_by_sequence, as_before_2_15])
 @pytest.mark.parametrize("sliding_window", [None, 8])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("groups", [4, 2])
 def test_one_call_computes_what_the_runs_do(
-    monkeypatch: pytest.MonkeyPatch, groups: int, causal: bool, sliding_window: int | None
+    monkeypatch: pytest.MonkeyPatch, groups: int, causal: bool, sliding_window: int | None, kernel: Any
 ) -> None:
     segments = Segments.of(LENGTHS, causal=causal)
     qkv = tensors(groups)
@@ -67,8 +88,21 @@ def test_one_call_computes_what_the_runs_do(
         return packed_attention_forward(torch.nn.Identity(), *qkv, None, **settings)[0]
 
     expected = attend()
-    monkeypatch.setattr(packed_attention, "_varlen_kernel", lambda query: sequence_by_sequence)
+    monkeypatch.setattr(packed_attention, "_varlen_kernel", lambda query: kernel)
     torch.testing.assert_close(attend(), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_it_calls_the_installed_torch_as_that_wants_it(groups: int) -> None:
+    """On a device without values, through the real function: an argument that this torch does not know is an error."""
+    query, key, value = tensors(groups, dtype=torch.bfloat16)
+    with fake_cuda(torch.nn.Identity()) as record:
+        moved = [x.to("cuda", non_blocking=True) for x in (query, key, value)]
+        segments = Segments.of(LENGTHS, causal=True)
+        out, _ = packed_attention_forward(torch.nn.Identity(), *moved, None, segments=segments)
+    assert out.shape == (1, sum(LENGTHS), 4, WIDTH)
+    assert sum("varlen_attn" in name for name in record.operations) == 1
+    assert record.waits == []
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

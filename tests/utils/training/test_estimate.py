@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch.utils.flop_counter import FlopCounterMode
 
+from tests.support import flops
 from utils.training.config import TrainConfig
 from utils.training.estimate import step_flops
 from utils.training.loop import Trainer
@@ -24,8 +24,8 @@ def test_flops(run_config: Callable[..., TrainConfig], number: int, gradient_che
     for group in optimizer.param_groups:
         group["peak"] = 0.0
     rows = trainer.step_rows(trainer.packer(number), stage)
-    with FlopCounterMode(display=False) as counter:
-        trainer.optimize(wrapped, optimizer, stage, rows, step=1)
+    with flops.counter() as counter:
+        trainer.optimize(wrapped, optimizer, stage, rows, place=1)
     # The counter counts the whole square of attention, and counts marker rows, which are too few to reckon with.
     assert step_flops(trainer, stage, rows) == pytest.approx(counter.get_total_flops(), rel=0.04)
 

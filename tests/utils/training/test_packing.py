@@ -138,13 +138,11 @@ def test_the_packed_loss_is_the_model_s_own(toy_data: Path, caches: dict[str, To
     torch.testing.assert_close(mine, reference(inputs).loss, rtol=1e-5, atol=1e-5)
 
 
-def test_pieces_of_the_head_change_nothing(caches: dict[str, TokenCache], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_the_head_change_nothing(caches: dict[str, TokenCache]) -> None:
     model, tokenizers = build_toy_pair()
-    pair = TrainedPair(model, tokenizers.markers)
     row = packer_of(caches).next_row()
-    whole = pair(row)
-    monkeypatch.setattr("utils.training.objective._HEAD_ROWS", 7)
-    torch.testing.assert_close(pair(row), whole)
+    whole, pieces = (TrainedPair(model, tokenizers.markers, head_rows=n) for n in (None, 7))
+    torch.testing.assert_close(pieces(row), whole(row))
 
 
 def test_rows_are_filled_and_never_overfilled(caches: dict[str, TokenCache]) -> None:

@@ -24,9 +24,10 @@ from utils.inference.inference import load_model
 from utils.training.checkpoints import newest_checkpoint
 from utils.training.config import TrainConfig
 from utils.training.export import export_pair
-from utils.training.loop import Trainer, rate_factor
+from utils.training.loop import Trainer
 from utils.training.objective import TrainedPair
 from utils.training.packing import PackedRow
+from utils.training.schedule import rate_factor
 from utils.training.train import main
 
 Values = Callable[..., dict[str, Any]]

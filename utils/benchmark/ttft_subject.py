@@ -29,7 +29,6 @@ from utils.benchmark.ttft_cases import Case, Group
 from utils.inference.compressor import Compressor
 from utils.inference.latent_cache import LatentCache
 from utils.inference.prompt_embeds import encode_wire
-from utils.inference.vllm_client import VllmClient
 from utils.inference.weights import load_decoder
 from utils.model.code_llava_model import check_prompt_fits, pad_left
 from utils.model.config import CompressionConfig
@@ -70,6 +69,9 @@ class Subject:
         if not args.server_url:
             yield cls(args, dtype, latents)
             return
+        # Here, not above: a prefill in this process needs no HTTP client.
+        from utils.inference.vllm_client import VllmClient
+
         with asyncio.Runner() as runner:
             client = VllmClient(args.server_url)
 

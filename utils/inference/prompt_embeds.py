@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-import pybase64
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -150,6 +149,8 @@ def encode_wire(values_TD: torch.Tensor, dtype: torch.dtype | None = None) -> st
     Raises:
         DatasetError: The values are not a finite float matrix.
     """
+    import pybase64  # late: training and evaluating need no wire format
+
     # torch.save writes a tensor's whole storage: a slice must be copied first, or its neighbours travel too.
     owned_TD = values_TD.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
     _checked(owned_TD, "the values to send")
@@ -160,6 +161,8 @@ def encode_wire(values_TD: torch.Tensor, dtype: torch.dtype | None = None) -> st
 
 def decode_wire(blob: str) -> torch.Tensor:
     """Read rows that `encode_wire` of this process wrote; what others send is never opened here."""
+    import pybase64  # late: training and evaluating need no wire format
+
     return torch.load(io.BytesIO(pybase64.b64decode(blob, validate=True)), weights_only=True)
 
 

@@ -13,6 +13,9 @@ import pytest
 # Before any Hugging Face module is imported: no test may ask the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Where the project is not installed, PYTHONPATH leads to it: also for processes that tests start in other folders.
+if os.environ.get("PYTHONPATH"):
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, os.environ["PYTHONPATH"].split(os.pathsep)))
 
 # A busy machine is slow, not wrong.
 hypothesis.settings.register_profile("project", deadline=None)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests.support.marks import needs_default_checkpoint
 from utils.files import PROJECT_ROOT
 
 README = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,6 +45,7 @@ def test_the_first_command_prints_what_stands_below_it() -> None:
 
 
 def run_python(arguments: list[str]) -> str:
+    needs_default_checkpoint()
     # The interpreter of this environment: `uv run` would first look for a newer one.
     done = subprocess.run(
         [sys.executable, *arguments], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=600, check=False

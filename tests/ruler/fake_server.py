@@ -10,6 +10,8 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+
 FAULTS = ("error500", "overload429", "drop", "garbage", "wrong_shape", "html", "other_json", "hang")
 
 
@@ -28,6 +30,8 @@ class FakeServer:
     """
 
     def __init__(self, *, fault_rate=0.0, faults=FAULTS, delay_s=0.0, status=200, hang_s=2.0, seed=0, reject=None):
+        for package in ("openai", "orjson", "pybase64"):
+            pytest.importorskip(package)  # what the client asks this server with
         self.fault_rate, self.faults, self.delay_s, self.status = fault_rate, faults, delay_s, status
         self.hang_s, self.reject = hang_s, reject
         self.rng = random.Random(seed)

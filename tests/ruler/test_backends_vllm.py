@@ -11,6 +11,7 @@ from ruler.predict import PredictJob, predict
 from ruler.protocol import BackendSettings, Question
 from tests.ruler.conftest import make_rows
 from tests.support import vllm_server
+from tests.support.marks import needs_default_checkpoint
 from utils.inference.checkpoint import find_checkpoint
 from utils.inference.compressor import Compressor
 from utils.inference.weights import load_decoder
@@ -19,6 +20,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 def test_text_and_memory_of_the_same_rows(make_dataset, tmp_path):
+    pytest.importorskip("openai")
+    needs_default_checkpoint()
     data = make_dataset(tasks=("vt",), count=3)
     files = find_checkpoint(None, 8)
     with vllm_server.running(files.decoder, tmp_path / "server.log", name="smollm2") as url:

@@ -91,6 +91,7 @@ def test_one_failure_does_not_stop_the_others(tmp_path: Path) -> None:
 
 
 def test_command_with_worker_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("wonderwords")
     tokenizer = str(reference_folder() / "tokenizer.json")
     flags = ["prepare", "--output-dir", str(tmp_path), "--tasks", "niah_single_1,vt", "--lengths", "1k,2048"]
     flags += ["--tokenizer-path", tokenizer, "--num-samples", "3", "--workers", "2"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 
 from ruler.counting import PieceCounter
 from ruler.essay import Essay
@@ -23,21 +23,24 @@ ATOMS = re.findall(
 )
 
 
-def nltk_tokenizer() -> PunktSentenceTokenizer:
+@pytest.fixture(scope="module")
+def nltk_tokenizer() -> Any:
+    """NLTK's own splitter with our data."""
+    punkt = pytest.importorskip("nltk.tokenize.punkt")
+
     def lines(name: str) -> list[str]:
         return (ENGLISH / name).read_text(encoding="utf-8").splitlines()
 
-    parameters = PunktParameters()
+    parameters = punkt.PunktParameters()
     parameters.abbrev_types = set(lines("abbrev_types.txt"))
     parameters.sent_starters = set(lines("sent_starters.txt"))
     parameters.collocations = {tuple(line.split("\t")) for line in lines("collocations.tab")}
     for line in lines("ortho_context.tab"):
         word, flags = line.split("\t")
         parameters.ortho_context[word] = int(flags)
-    return PunktSentenceTokenizer(parameters)
+    return punkt.PunktSentenceTokenizer(parameters)
 
 
-NLTK = nltk_tokenizer()
 texts = st.lists(
     st.tuples(st.sampled_from(ATOMS), st.sampled_from([".", "?", "!", "", ""]), st.sampled_from([" ", " ", ""])),
     min_size=1,
@@ -46,14 +49,14 @@ texts = st.lists(
 
 
 @given(texts)
-def test_agrees_with_nltk(text: str) -> None:
-    assert english_splitter().split(text) == NLTK.tokenize(text)
+def test_agrees_with_nltk(nltk_tokenizer: Any, text: str) -> None:
+    assert english_splitter().split(text) == nltk_tokenizer.tokenize(text)
 
 
-def test_agrees_with_nltk_on_an_essay() -> None:
+def test_agrees_with_nltk_on_an_essay(nltk_tokenizer: Any) -> None:
     text = json.loads((reference_folder() / "PaulGrahamEssays.json").read_text())["text"]
     text = re.sub(r"\s+", " ", text).strip()
-    assert english_splitter().split(text) == NLTK.tokenize(text)
+    assert english_splitter().split(text) == nltk_tokenizer.tokenize(text)
 
 
 @pytest.mark.parametrize(

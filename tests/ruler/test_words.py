@@ -22,6 +22,7 @@ def test_pairs_are_the_sorted_set(adjectives: list[str], nouns: list[str]) -> No
 
 
 def test_pairs_of_the_real_lists() -> None:
+    pytest.importorskip("wonderwords")
     pairs = load_word_lists().pairs
     assert len(pairs) == 6171620
     numbers = range(0, len(pairs), 997)
@@ -31,6 +32,7 @@ def test_pairs_of_the_real_lists() -> None:
 
 
 def test_release_is_known_by_its_hash() -> None:
+    pytest.importorskip("wonderwords")
     lists = load_word_lists()
     assert lists.provenance["wonderwords"] == "3.0.1"
     assert KNOWN_NOUNS[lists.provenance["nouns"]] == "3.0.1"

@@ -12,8 +12,10 @@ import pytest
 @pytest.fixture(scope="session")
 def default_checkpoint() -> Path:
     """The embedded default checkpoint, assembled if it is not there."""
+    from tests.support.marks import needs_default_checkpoint
     from utils.inference.default_checkpoint import assemble_default_checkpoint
 
+    needs_default_checkpoint()
     return assemble_default_checkpoint()
 
 

@@ -37,6 +37,7 @@ def test_encode(tiny: list[str], result_of: Run, tmp_path: Path) -> None:
 
 
 def test_ttft(tiny: list[str], result_of: Run, tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    pytest.importorskip("pybase64")  # what it times includes the wire format
     sweep = ["--tokens", 100, "--also-tokens", 50, "--also-chunk-sizes", 8, "--also-spans", 5]
     sweep += ["--also-dtypes", "bfloat16", "--also-batches", 2, "--repeats", 2]
     result = result_of("ttft", *tiny, *sweep, "--output", tmp_path / "out")
@@ -62,6 +63,7 @@ def test_ttft(tiny: list[str], result_of: Run, tmp_path: Path, checkpoints: dict
 def test_ttft_counts_the_ideal_as_the_cost_model_does(
     tiny: list[str], result_of: Run, compressor_of: Callable[[], Any]
 ) -> None:
+    pytest.importorskip("pybase64")  # what it times includes the wire format
     result = result_of("ttft", *tiny, "--tokens", 64, *NO_SWEEPS, "--repeats", 1)
     fresh, cached = result["cases"]
     compressor = compressor_of()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.support import fake_server, gateway_server
+from tests.support import fake_server
 from utils.inference.compressor import Compressor
 from utils.inference.latent_cache import LatentCache
 
@@ -21,6 +21,8 @@ def test_cache(checkpoints: dict[str, Path], result_of: Run) -> None:
 
 
 def test_gateway(checkpoints: dict[str, Path], tmp_path: Path, result_of: Run) -> None:
+    from tests.support import gateway_server
+
     folder = str(checkpoints["lclm"])
     with fake_server.running() as backend, LatentCache.open(tmp_path) as cache:
         with gateway_server.running(Compressor.load(folder, device="cpu", cache=cache), backend.url) as url:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from jinja2 import Environment
 
+from tests.support.marks import needs_default_checkpoint
 from utils.errors import CheckpointError
 from utils.files import package_version, write_text
 from utils.inference import default_checkpoint
@@ -24,6 +25,7 @@ from utils.inference.inference import load_model
 @pytest.fixture
 def assemblies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Replace the work by writing one file; the folders that were assembled are noted."""
+    needs_default_checkpoint()
     done: list[Path] = []
 
     def assemble(folder: Path, *_: object) -> None:
@@ -136,6 +138,7 @@ def test_parts_render_as_plain_text(system: bool, generation: bool) -> None:
 
 @pytest.mark.slow
 def test_it_is_whole_and_serves_its_chunk_sizes() -> None:
+    needs_default_checkpoint()
     for size in default_checkpoint.CONFIG.chunk_sizes:
         files = find_checkpoint(None, size)
         assert files.config.chunk_size == size
@@ -146,6 +149,7 @@ def test_it_is_whole_and_serves_its_chunk_sizes() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_decoder_knows_what_it_knew(trained: bool) -> None:
+    needs_default_checkpoint()
     # Dequantised rightly; and training for memory, which once cost it this, keeps it (the task chat, without France).
     model, tokenizer, processor = load_model(assemble_default_checkpoint(trained=trained), device="cpu")
     prompt = processor.parse_chat([{"role": "user", "content": "What is the capital of France?"}])
@@ -155,6 +159,7 @@ def test_the_decoder_knows_what_it_knew(trained: bool) -> None:
 
 @pytest.mark.slow
 def test_the_trained_pair_answers_from_memory() -> None:
+    needs_default_checkpoint()
     model, tokenizer, processor = load_model(device="cpu")
     code = "def connect(host, port):\n    # the access code is 59364\n    return open_socket(host, port)"
     question = f"<|memory_start|>{code}<|memory_end|>\nWhat is the access code?"
@@ -165,6 +170,7 @@ def test_the_trained_pair_answers_from_memory() -> None:
 
 @pytest.mark.slow
 def test_new_rows_of_the_table_are_one_mean() -> None:
+    needs_default_checkpoint()
     # Not drawn at random, so that every load gives the same table; training then changes the two around a span.
     model, _, processor = load_model(assemble_default_checkpoint(trained=False), device="cpu")
     marks = processor.tokenizers.markers

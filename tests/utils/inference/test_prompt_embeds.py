@@ -159,6 +159,7 @@ def test_format_and_name_must_agree(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_wire_blob_is_a_safe_torch_file_of_the_rows_alone(dtype: torch.dtype | None) -> None:
+    pytest.importorskip("pybase64")
     whole = torch.randn(1000, 8, generator=torch.Generator().manual_seed(1))
     blob = encode_wire(whole[10:13].requires_grad_(), dtype)
     data = base64.b64decode(blob, validate=True)
@@ -170,11 +171,13 @@ def test_wire_blob_is_a_safe_torch_file_of_the_rows_alone(dtype: torch.dtype | N
 
 @pytest.mark.parametrize("values", [torch.ones(3), torch.full((1, 2), torch.inf), torch.ones(2, 2, dtype=torch.int64)])
 def test_wire_refuses_what_a_server_would(values: torch.Tensor) -> None:
+    pytest.importorskip("pybase64")
     with pytest.raises(DatasetError):
         encode_wire(values)
 
 
 def test_wire_refuses_values_that_overflow_the_servers_dtype() -> None:
+    pytest.importorskip("pybase64")
     with pytest.raises(DatasetError, match="infinity"):
         encode_wire(torch.full((1, 2), 1e6), torch.float16)
 

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("openai")
+pytest.importorskip("orjson")
+
 from tests.support import fake_server
 from tests.support.fake_server import FakeServer, answer, drop, event, refuse, rows_of, silence, stream
 from utils.errors import ConfigError, DatasetError, ServerError

@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("openai")
+pytest.importorskip("orjson")
+
 from tests.support.vllm_server import local_answer
 from utils.errors import ServerError
 from utils.inference.vllm_client import VllmClient

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 import torch
 
@@ -20,6 +19,8 @@ from tests.support.fake_server import FakeServer, drop, refuse, rows_of, silence
 from utils.inference.compressor import Compressor
 from utils.inference.latent_cache import LatentCache
 from utils.model.markers import MEMORY_END, MEMORY_START
+
+openai = pytest.importorskip("openai")
 
 CODE = "def area(width, height):\n    return width * height\n"
 CHAT = "/v1/chat/completions"

@@ -21,6 +21,10 @@ from tests.support.fake_server import stream
 from tests.support.vllm_server import free_port
 from utils.model.markers import MEMORY_END, MEMORY_START
 
+pytest.importorskip("fastapi")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("uvicorn")
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("clients", [1, 40])

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 from tests.support import gateway_server, vllm_server
@@ -18,6 +17,7 @@ from tests.support.vllm_server import local_answer
 from utils.inference.compressor import Compressor
 from utils.model.markers import MEMORY_END, MEMORY_START
 
+openai = pytest.importorskip("openai")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 NEW_TOKENS = 12

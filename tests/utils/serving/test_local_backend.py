@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 
 from tests.support import local_gateway
@@ -22,6 +21,8 @@ from utils.model.markers import MEMORY_END, MEMORY_START
 from utils.serving.local_decoder import LocalDecoder, Sampling
 from utils.serving.local_request import LocalRequest
 from utils.serving.text_pieces import TextPieces
+
+openai = pytest.importorskip("openai")
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 CODE = "def area(width, height):\n    return width * height\n"

@@ -16,7 +16,13 @@ from utils.files import PROJECT_ROOT
 FLOORS: dict[int, tuple[str, ...]] = {
     0: ("utils.errors", "utils.files", "utils.intervals", "utils.cli", "utils.model.markers", "utils.model.config"),
     1: ("utils.model.prompt", "utils.inference.prompt_embeds"),
-    2: ("utils.model.packed_attention", "utils.model.code_chunker", "utils.model.adapter", "utils.model.splice"),
+    2: (
+        "utils.model.transfer",
+        "utils.model.packed_attention",
+        "utils.model.code_chunker",
+        "utils.model.adapter",
+        "utils.model.splice",
+    ),
     3: ("utils.model.processor", "utils.model.code_llava_model", "utils.model.cost"),
     4: (
         "utils.inference.checkpoint",

@@ -13,9 +13,9 @@ from utils.serving.local_decoder import LocalDecoder
 
 
 @contextlib.contextmanager
-def running(compressor: Compressor, max_waiting: int = 256, **settings: Any) -> Iterator[str]:
+def running(compressor: Compressor, max_waiting: int = 256, device: str = "cpu", **settings: Any) -> Iterator[str]:
     """Serve until the block ends; yields the address."""
-    decoder = LocalDecoder.load(compressor.files, device="cpu", dtype=compressor.dtype)
+    decoder = LocalDecoder.load(compressor.files, device=device, dtype=compressor.dtype)
     backend = LocalBackend(decoder, max_waiting)
     with gateway_server.running(compressor, LOCAL_URL, backend=backend, **settings) as url:
         yield url

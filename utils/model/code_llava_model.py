@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
@@ -24,6 +25,7 @@ from utils.model.config import CompressionConfig
 from utils.model.processor import ModelInputs
 from utils.model.prompt import MemoryPrompt, MemorySpan
 from utils.model.splice import copy_rows, join_rows, splice_latents
+from utils.model.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,7 +248,7 @@ class CodeLLaVAModel(nn.Module):
             check_prompt_fits(len(prompt.input_ids), self.decoder.config, max_new_tokens, f"prompt {number}")
 
     def _splice(self, prompt: MemoryPrompt, latents: Sequence[torch.Tensor]) -> torch.Tensor:
-        ids = torch.tensor(prompt.input_ids, device=self.device)
+        ids = to_device(np.array(prompt.input_ids), self.device)
         embeds = self.decoder.get_input_embeddings()(ids)
         return splice_latents(embeds, latents, [(span.start, span.stop) for span in prompt.spans])
 

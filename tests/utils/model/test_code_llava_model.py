@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from tests.support.marks import DEVICES
 from tests.support.tiny import DECODER_WIDTH, MAX_POSITIONS, make_model, tokenizers
 from utils.errors import ConfigError, PromptError
-from utils.model.code_llava_model import CodeLLaVAModel
+from utils.model.code_llava_model import CodeLLaVAModel, pad_left
 from utils.model.config import CompressionConfig
 from utils.model.markers import MEMORY_END, MEMORY_START
 from utils.model.processor import Processor
@@ -86,6 +88,30 @@ def test_batched_greedy_generation_is_that_of_one_by_one(model: CodeLLaVAModel) 
     assert together == [model.generate([prompt], max_new_tokens=10)[0] for prompt in PROMPTS]
     assert model.generate(PROMPTS[::-1], max_new_tokens=10) == together[::-1]
     assert model.generate([], max_new_tokens=10) == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_generation_on_a_device_is_the_cpus_batched_and_single(model: CodeLLaVAModel, device: str) -> None:
+    moved = copy.deepcopy(model).to(device)
+    expected = model.generate(PROMPTS, max_new_tokens=10)
+    assert moved.generate(PROMPTS, max_new_tokens=10) == expected
+    assert [moved.generate([prompt], max_new_tokens=10)[0] for prompt in PROMPTS] == expected
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.inference_mode()
+def test_bfloat16_on_a_device_computes_nearly_the_same(model: CodeLLaVAModel, device: str) -> None:
+    """Ids may differ where two are nearly as likely; prompt rows, and what follows in a batch and alone, may not."""
+    moved = copy.deepcopy(model).to(device, torch.bfloat16)
+    for embeds, expected in zip(moved.embed_prompts(PROMPTS), model.embed_prompts(PROMPTS), strict=True):
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(embeds.float().cpu(), expected, atol=4e-2 * scale, rtol=0)
+    rows, mask = pad_left(moved.embed_prompts(PROMPTS))
+    together = moved.decoder(inputs_embeds=rows, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
+    for logits, prompt in zip(together.logits[:, -1], PROMPTS, strict=True):
+        alone = moved.decoder(inputs_embeds=moved.embed_prompt(prompt)[None]).logits[0, -1]
+        torch.testing.assert_close(logits, alone, atol=4e-2 * float(alone.abs().max()), rtol=0)
+    assert all(1 <= len(ids) <= 10 for ids in moved.generate(PROMPTS, max_new_tokens=10))
 
 
 def test_padding_does_not_hide_tokens_from_the_repetition_penalty(model: CodeLLaVAModel) -> None:

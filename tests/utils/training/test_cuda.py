@@ -13,10 +13,11 @@ from accelerate.state import AcceleratorState
 
 from tests.support.fake_cuda import fake_cuda
 from tests.support.marks import DEVICES
+from tests.support.stopping import StopAfter
 from utils.files import read_jsonl
 from utils.training.config import TrainConfig
 from utils.training.fused_norms import use_fused_norms
-from utils.training.loop import StopRequest, Trainer
+from utils.training.loop import Trainer
 from utils.training.packing import PackedRow
 
 Config = Callable[..., TrainConfig]
@@ -103,19 +104,6 @@ def test_losses_and_gradients_are_the_cpus(run_config: Config, precision: str, d
             else:
                 scale = float(reference.abs().max())
                 torch.testing.assert_close(got, reference.flatten(), rtol=1e-3, atol=1e-4 * scale, msg=name)
-
-
-class StopAfter(StopRequest):
-    """Asked for the n-th time, it says stop."""
-
-    def __init__(self, times: int) -> None:
-        self.times = times
-        self.by_keyboard = False
-
-    @property
-    def requested(self) -> bool:  # type: ignore[override]
-        self.times -= 1
-        return self.times < 0
 
 
 @pytest.mark.parametrize("device", DEVICES)

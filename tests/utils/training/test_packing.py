@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from utils.files import read_jsonl
 from utils.model.processor import IGNORED_LABEL, Processor
 from utils.training.data.cache import TokenCache
 from utils.training.objective import TrainedPair, loss_units
-from utils.training.packing import Draw, ExampleStream, RowPacker, pack, packed_length
+from utils.training.packing import Draw, ExampleStream, RowPacker, pack, packed_ahead, packed_length
 from utils.training.toy import build_toy_pair
 
 SIZES = {1: 1.0, 2: 1.0, 4: 1.0}
@@ -161,6 +163,27 @@ def test_a_resumed_stream_sees_what_an_uninterrupted_one_sees(caches: dict[str, 
     resumed.restore(packer.state())
     for _ in range(6):
         assert torch.equal(packer.next_row().input_ids, resumed.next_row().input_ids)
+
+
+def test_rows_packed_ahead_are_the_same_and_so_is_the_cursor(caches: dict[str, TokenCache]) -> None:
+    plain, ahead = packer_of(caches), packer_of(caches)
+    with contextlib.closing(packed_ahead(ahead, lambda: [ahead.next_row(), ahead.next_row()])) as steps:
+        for rows, cursor in itertools.islice(steps, 4):
+            for row in rows:
+                expected = plain.next_row()
+                assert torch.equal(row.input_ids, expected.input_ids)
+                assert torch.equal(row.labels, expected.labels)
+            assert cursor == plain.state()
+    resumed = packer_of(caches)
+    resumed.restore(cursor)
+    assert torch.equal(resumed.next_row().input_ids, plain.next_row().input_ids)
+
+
+def test_an_error_while_packing_ahead_comes_with_its_step(caches: dict[str, TokenCache]) -> None:
+    packer = packer_of({"copy_symbols": caches["copy_symbols"]}, row_tokens=5)
+    steps = packed_ahead(packer, lambda: [packer.next_row()])
+    with contextlib.closing(steps), pytest.raises(DatasetError, match="longer than row_tokens 5"):
+        next(steps)
 
 
 def test_an_epoch_shows_every_example_once(caches: dict[str, TokenCache]) -> None:

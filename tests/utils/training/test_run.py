@@ -27,7 +27,6 @@ from utils.training.export import export_pair
 from utils.training.loop import Trainer
 from utils.training.objective import TrainedPair
 from utils.training.packing import PackedRow
-from utils.training.schedule import rate_factor
 from utils.training.train import main
 
 Values = Callable[..., dict[str, Any]]
@@ -253,14 +252,6 @@ def test_the_exported_pair_computes_what_was_trained(run_config: Config, tmp_pat
     with torch.no_grad():
         found = TrainedPair(model, processor.tokenizers.markers)(row)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_the_learning_rate_rises_then_falls_to_its_floor(run_config: Config) -> None:
-    stage = run_config().stages[1]
-    factors = [rate_factor(step, stage) for step in range(stage.steps + 1)]
-    assert factors[0] == 1.0
-    assert sorted(factors[1:], reverse=True) == factors[1:]
-    assert factors[-1] == pytest.approx(stage.final_rate)
 
 
 def test_a_dry_run_counts_and_writes_nothing(

@@ -42,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--seed", type=int, default=1000, help="of the examples; default 1000")
     run = parser.add_argument_group("run")
     run.add_argument("--chunk-sizes", default="4,8,16,32", help="default 4,8,16,32")
-    run.add_argument("--batch-size", type=int, default=8, help="prompts generated together; default 8")
+    run.add_argument(
+        "--batch-size", type=int, help="prompts generated together; default: 8, on a GPU as many as fit, 128 at most"
+    )
     run.add_argument("--threads", type=int, help="torch threads; default: torch's choice")
     run.add_argument("--output", type=Path, help="folder for result.json, records.jsonl, table.md and result.png")
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
@@ -103,7 +105,7 @@ def _examples(args: argparse.Namespace) -> list[Example]:
     from utils.training.data.build import draw_examples, read_sources
     from utils.training.data.excerpts import SizeRange
 
-    if args.num_examples < 1 or args.batch_size < 1:
+    if args.num_examples < 1 or (args.batch_size is not None and args.batch_size < 1):
         raise ConfigError("--num-examples and --batch-size must be at least 1")
     bounds = _numbers("--memory-tokens", args.memory_tokens, "-")
     size = SizeRange(shortest=bounds[0], longest=bounds[-1], chars_per_token=args.chars_per_token)

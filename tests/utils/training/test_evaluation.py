@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.inference.saving import save_checkpoint
+from utils.model.cost import TransformerCost
 from utils.training.evaluate import main
+from utils.training.evaluation.evaluator import prompts_that_fit
 from utils.training.evaluation.scores import contains, edit_similarity, is_exact, mean, share
 from utils.training.toy import build_toy_pair
 
@@ -49,6 +51,15 @@ def test_intervals() -> None:
     assert mean([1.0] * 5).low == mean([1.0] * 5).high == 1.0
     spread = mean([0.0, 1.0] * 20)
     assert 0.2 < spread.low < 0.5 < spread.high < 0.8
+
+
+def test_a_gpu_takes_as_many_prompts_as_its_memory_holds() -> None:
+    model, _ = build_toy_pair()
+    assert prompts_that_fit(model.decoder, 1000, None) == 8
+    row_bytes = TransformerCost.of(model.decoder).kv_cache_bytes(1)
+    assert prompts_that_fit(model.decoder, 1000, 3 * 50 * 1000 * row_bytes) == 50
+    assert prompts_that_fit(model.decoder, 1000, 80 << 30) == 128
+    assert prompts_that_fit(model.decoder, 1000, 0) == 1
 
 
 def test_the_command_measures_every_task_under_every_condition(

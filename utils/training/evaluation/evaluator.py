@@ -4,7 +4,7 @@
     truncated@8    as many rows of plain text: the beginning of the memory
     full           the memory as plain text, uncompressed
 
-    evaluator = Evaluator(model, processor, batch_size=8)
+    evaluator = Evaluator(model, processor)
     records = evaluator.run(examples, conditions)
 
 A record is one example under one condition, a JSON object. Greedy decoding throughout.
@@ -13,7 +13,7 @@ A record is one example under one condition, a JSON object. Greedy decoding thro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from utils.errors import ConfigError
 from utils.model.code_llava_model import CodeLLaVAModel
+from utils.model.cost import TransformerCost
 from utils.model.markers import MEMORY_END, MEMORY_START
 from utils.model.processor import Processor
 from utils.model.prompt import MemoryPrompt, num_latents
@@ -32,6 +33,7 @@ from utils.training.evaluation.scores import contains, edit_similarity, is_exact
 FULL, MEMORY, TRUNCATED = "full", "memory", "truncated"
 # Room for an answer that says more than was asked.
 _SPARE_TOKENS = 16
+_CPU_PROMPTS, _MOST_CUDA_PROMPTS = 8, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +66,12 @@ class Evaluator:
     Attributes:
         model: In eval mode.
         processor: Parses prompts for it.
-        batch_size: Prompts generated together.
+        batch_size: Prompts generated together; None: by device, on a GPU as many as there is memory for.
     """
 
     model: CodeLLaVAModel
     processor: Processor
-    batch_size: int = 8
+    batch_size: int | None = None
 
     def run(self, examples: Sequence[Example], conditions: Sequence[Condition]) -> Iterator[dict[str, Any]]:
         """Records of all examples under all conditions, condition by condition."""
@@ -86,8 +88,9 @@ class Evaluator:
         # Prompts and answers of like length side by side waste least.
         prompts = {i: self._prompt(e, condition) for i, e in examples}
         order = sorted(examples, key=lambda item: (len(item[1].answer), len(prompts[item[0]].input_ids)))
-        for at in range(0, len(order), self.batch_size):
-            batch = order[at : at + self.batch_size]
+        size = self.batch_size or self._batch_size(prompts.values())
+        for at in range(0, len(order), size):
+            batch = order[at : at + size]
             longest = max(len(self.processor.target_ids(e.answer)) for _, e in batch)
             ids = self.model.generate([prompts[i] for i, _ in batch], max_new_tokens=longest + _SPARE_TOKENS)
             for (number, example), row in zip(batch, ids, strict=True):
@@ -100,6 +103,12 @@ class Evaluator:
                     "edit_similarity": round(edit_similarity(answer.strip(), example.answer.strip()), 4),
                 }
             bar.update(len(batch))
+
+    def _batch_size(self, prompts: Iterable[MemoryPrompt]) -> int:
+        device = self.model.device
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+        longest = max((len(prompt.input_ids) for prompt in prompts), default=1)
+        return prompts_that_fit(self.model.decoder, longest, free)
 
     @torch.inference_mode()
     def _continuations(
@@ -146,6 +155,16 @@ class Evaluator:
 
     def _chunk_size(self, condition: Condition) -> int:
         return condition.chunk_size if condition.kind == MEMORY else self.processor.chunk_size
+
+
+def prompts_that_fit(decoder: Any, num_rows: int, free_bytes: int | None) -> int:
+    """How many prompts of so many rows are generated together; None for the CPU, which more prompts do not speed up.
+
+    A third of the free memory is for keys and values; the rest is for activations of the first pass, and to spare.
+    """
+    if free_bytes is None:
+        return _CPU_PROMPTS
+    return max(1, min(_MOST_CUDA_PROMPTS, free_bytes // 3 // TransformerCost.of(decoder).kv_cache_bytes(num_rows)))
 
 
 def check_chunk_sizes(chunk_sizes: Sequence[int], model: CodeLLaVAModel) -> None:

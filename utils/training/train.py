@@ -24,7 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
         examples="""\
   uv run python -m utils.training.train --config utils/training/configs/toy.yaml
   uv run python -m utils.training.train --config utils/training/configs/cpu_default.yaml --dry-run
-  uv run python -m utils.training.train --config utils/training/configs/cpu_default.yaml --max-minutes 30
+  timeout 30m uv run python -m utils.training.train --config utils/training/configs/cpu_default.yaml
+  uv run python -m utils.training.train --config utils/training/configs/gpu_default.yaml --max-minutes 10
   uv run accelerate launch --num-processes 8 -m utils.training.train --config utils/training/configs/qwen3_pair.yaml""",
         prog="python -m utils.training.train",
     )
@@ -32,7 +33,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", help="folder of the run; default: the one in the configuration")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu"), help="default auto: a GPU if there is one")
     parser.add_argument("--stage", type=int, metavar="N", help="stop after stage N (from 0); default: after the last")
-    parser.add_argument("--max-minutes", type=float, help="save and stop after so long; default: no limit")
+    parser.add_argument(
+        "--max-minutes",
+        type=float,
+        help="all the time there is: the learning rates come down with it, and the run is done when it is over (or "
+        "paused, if the last stage has not begun); default: no limit, the stages' steps count",
+    )
     parser.add_argument("--no-export", action="store_true", help="do not write the trained pair at the end")
     parser.add_argument("--dry-run", action="store_true", help="print counts, FLOPs, memory and time; train nothing")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -65,7 +71,10 @@ def _run(args: argparse.Namespace) -> int:
 
         result["model"] = str(export_pair(config))
     if trainer.accelerator.is_main_process:
-        text = f"{outcome}: {result['steps']} of {result['total_steps']} steps in {config.output}"
+        # A run that went by the clock is done before its steps are.
+        planned = outcome != "done" or result["steps"] == result["total_steps"]
+        steps = f"{result['steps']} of {result['total_steps']} steps" if planned else f"{result['steps']} steps"
+        text = f"{outcome}: {steps} in {config.output}"
         text += f"; model in {result['model']}" if "model" in result else ""
         _print(result if args.json else text, args.json)
     return EXIT_INTERRUPTED if stop.by_keyboard else EXIT_OK

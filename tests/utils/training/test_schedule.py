@@ -78,10 +78,11 @@ def test_a_run_of_so_many_minutes_is_done_when_they_are_over(
     values["stages"] = long_last_stage(values)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(values))
-    assert main(["--config", str(path), "--device", "cpu", "--max-minutes", "0.1", "--no-export", "--json"]) == 0
+    assert main(["--config", str(path), "--device", "cpu", "--max-minutes", "0.1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["outcome"] == "done"
     assert result["steps"] < 1_000_000
+    assert (Path(result["model"]) / "model_config.json").is_file()
     factors = rates(values["output"])
     assert factors[0] == 1.0
     assert sorted(factors, reverse=True) == factors

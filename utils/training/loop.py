@@ -289,7 +289,8 @@ class Trainer:
                 self.progress.labels += sum(row.num_labels for row in rows)
                 bar.update(int(schedule.place) - bar.n)
                 is_line = schedule.is_over or self.progress.step % self.config.log_every == 0
-                is_save = time.monotonic() - saved >= 60 * self.config.save_minutes
+                # All processes or none: they wait for one another while one writes.
+                is_save = self._agree(time.monotonic() - saved >= 60 * self.config.save_minutes)
                 if is_line or is_save or results.are_due:
                     self._read(results, bar)
                 self.progress.seconds += time.monotonic() - began
@@ -342,7 +343,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _agree(self, wish: bool) -> bool:
-        """Whether any process wishes to stop."""
+        """Whether any process wishes it."""
         return self._mean(float(wish)) > 0
 
     def _agreed(self, schedule: Schedule) -> float:

@@ -9,14 +9,16 @@ import pytest
 import torch
 
 from utils.errors import CheckpointError, ConfigError, DatasetError
+from utils.files import PROJECT_ROOT
 from utils.inference.inference import load_model
 from utils.inference.saving import save_checkpoint
 from utils.inference.trained_part import TrainedPart, merge_into_checkpoint
 from utils.training import pack
-from utils.training.config import TrainConfig
+from utils.training.config import TrainConfig, load_config
 from utils.training.export import export_pair
 from utils.training.loop import Trainer
 from utils.training.pairs import load_pair
+from utils.training.parts import lora_scales
 
 Config = Callable[..., TrainConfig]
 
@@ -134,3 +136,14 @@ def test_a_rate_of_0_keeps_a_part_as_it_is(run_config: Config, tmp_path: Path) -
     changed = [n for n, t in part.tensors().items() if not torch.equal(trainer.trained[n].bfloat16(), t)]
     assert changed
     assert all(".adapter." in name for name in changed)
+
+
+def test_the_gpu_recipe_goes_on_from_the_shipped_part() -> None:
+    """It must fit what was packed, or a borrowed GPU is lost to an error; and what it packs must serve as much."""
+    config = load_config(PROJECT_ROOT / "utils/training/configs/gpu_default.yaml")
+    assert config.pair.trained is not None
+    part = TrainedPart.open(PROJECT_ROOT / config.pair.trained)
+    assert lora_scales(config) == part.lora_scales
+    assert set(part.chunk_sizes) <= {size for stage in config.stages for size in stage.chunk_sizes}
+    # The last stage takes what time there is.
+    assert max(config.stages, key=lambda stage: stage.steps) is config.stages[-1]

@@ -73,11 +73,10 @@ def fake_cuda(model: torch.nn.Module) -> Iterator[Record]:
         moved: dict[torch.Tensor, torch.Tensor] = {}
         for module in model.modules():
             for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                is_parameter = isinstance(tensor, torch.nn.Parameter)
                 if tensor not in moved:
                     there = fake.from_tensor(tensor.detach()).to("cuda")
-                    is_parameter = isinstance(tensor, torch.nn.Parameter)
                     moved[tensor] = torch.nn.Parameter(there, tensor.requires_grad) if is_parameter else there
-                kind = module._parameters if isinstance(tensor, torch.nn.Parameter) else module._buffers
-                kind[name] = moved[tensor]
+                (module._parameters if is_parameter else module._buffers)[name] = moved[tensor]
         with _Recorder(record):
             yield record

@@ -105,7 +105,6 @@ class Trainer:
         set_precision(self.pair, config)
         use_fused_norms(self.pair)
         self.progress = Progress()
-        self._skipped_in_a_row = 0
         if config.pair.trained:
             packed = TrainedPart.open(config.pair.trained)
             start_from(packed, trained_names(self.pair, config), config)
@@ -306,11 +305,11 @@ class Trainer:
         """Read what the steps since the last reading gave, which waits for the device."""
         steps = results.read()
         for number, step in enumerate(steps, start=self.progress.global_step - len(steps)):
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if step["skipped"] else 0
+            results.skipped_in_a_row = results.skipped_in_a_row + 1 if step["skipped"] else 0
             if step["skipped"]:
                 self.progress.skipped += 1
                 logger.warning("step %d left out: its loss or gradient is not finite", number)
-            if self._skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW:
+            if results.skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW:
                 raise ConfigError(
                     f"{_MAX_SKIPPED_IN_A_ROW} steps in a row without a finite loss and gradient: lower the learning "
                     "rates of the stage, or train in float32"

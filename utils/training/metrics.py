@@ -25,9 +25,13 @@ class StepResults:
 
     Args:
         names: Of the numbers that a step gives.
+
+    Attributes:
+        skipped_in_a_row: Steps that were left out, up to the last that was read; counted by the reader.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
+        self.skipped_in_a_row = 0
         self._names = names
         self._waiting: list[torch.Tensor] = []
         self._last: dict[str, Any] = {}

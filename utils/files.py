@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -195,7 +194,9 @@ def provenance(packages: Iterable[str] = ("torch", "transformers", "numpy")) -> 
 @cache
 def package_version(package: str) -> str | None:
     """The installed version of a package; None where it is not installed."""
-    # Once a process: reading a package's metadata takes milliseconds.
+    # Once a process: reading a package's metadata takes milliseconds. Late: the module takes 30 ms of every `--help`.
+    import importlib.metadata
+
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     return None

@@ -86,6 +86,7 @@ for name in modules:
 """
 
 
+@pytest.mark.slow
 def test_training_and_answering_need_few_packages() -> None:
     """A GPU machine trains, evaluates and answers; it may lack what servers, clients and data makers need."""
     files = [

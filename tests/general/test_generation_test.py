@@ -119,6 +119,7 @@ def test_instruction_needs_chat(server: FakeServer, embedding_file: Path, capsys
     assert "--instruction needs --api chat" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_from_a_shell_in_another_folder(server: FakeServer, embedding_file: Path) -> None:
     import subprocess
 

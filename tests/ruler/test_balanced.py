@@ -12,6 +12,7 @@ from tests.ruler.generation import recipe
 from utils.errors import DatasetError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_seq_length", [1100, 4096])
 @pytest.mark.parametrize("task", RULER_13)
 def test_every_row_fills_the_budget(task: str, max_seq_length: int) -> None:

@@ -22,6 +22,7 @@ def test_files_are_what_the_script_makes() -> None:
     assert sum(path.stat().st_size for path in BUILTIN.iterdir()) < 3_000_000
 
 
+@pytest.mark.slow
 def test_squad_questions_have_one_true_answer() -> None:
     source = RulerData().squad
     assert len({question.text for question in source.questions}) == len(source.questions)

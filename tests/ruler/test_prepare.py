@@ -61,6 +61,7 @@ def test_rows_changed_by_hand_are_noticed(tmp_path: Path) -> None:
         prepare_datasets([job(tmp_path)])
 
 
+@pytest.mark.slow
 def test_finished_units_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A balanced run that fails in its third unit resumes with the two it has."""
     import ruler.generate
@@ -90,6 +91,7 @@ def test_one_failure_does_not_stop_the_others(tmp_path: Path) -> None:
     assert "does not fit into 300 tokens" in str(errors["qa_2 @ 300"])
 
 
+@pytest.mark.slow
 def test_command_with_worker_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("wonderwords")
     tokenizer = str(reference_folder() / "tokenizer.json")

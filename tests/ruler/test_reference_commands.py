@@ -23,6 +23,7 @@ def start(script, *flags, cwd=None):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_call_api_then_evaluate(make_dataset, tmp_path, chunks):
     data, save = make_dataset(count=5) / "1024", tmp_path / "pred"

@@ -41,6 +41,7 @@ def runs(tmp_path):
     return [write_run(tmp_path / "text", 4), write_run(tmp_path / "memory", 2, latents=25)]
 
 
+@pytest.mark.slow
 def test_all_files_are_written_and_agree(runs, tmp_path, capsys):
     out = tmp_path / "report"
     assert main(["report", *map(str, runs), "--output-dir", str(out), "--title", "Ours"]) == 0

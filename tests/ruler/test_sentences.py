@@ -72,6 +72,7 @@ def test_examples(text: str, expected: list[str]) -> None:
     assert english_splitter().split(text) == expected
 
 
+@pytest.mark.slow
 @given(st.lists(texts, min_size=1, max_size=6), st.data())
 def test_sentences_of_the_first_words(parts: list[str], data: st.DataObject) -> None:
     """Growing text by text gives what splitting each prefix anew gives, repetitions included."""

@@ -88,6 +88,7 @@ def test_one_family() -> None:
     assert all(issubclass(error, CodeLlavaError) for error in family)
 
 
+@pytest.mark.slow
 def test_what_deepspeed_logs_stays_off_stdout() -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: uv sync --extra deepspeed")
     code = "import utils.cli; import deepspeed.utils as d; d.logger.warning('odd device')"

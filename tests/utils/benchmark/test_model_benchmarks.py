@@ -28,6 +28,7 @@ def tiny(checkpoints: dict[str, Path]) -> list[str]:
     return ["--checkpoint", str(checkpoints["lclm"]), "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_encode(tiny: list[str], result_of: Run, tmp_path: Path) -> None:
     flags = ["--tokens", 200, "--spans", 1, 30, "--bare-batches", 1, "--repeats", 2, "--output", tmp_path / "out"]
     result = result_of("encode", *tiny, *flags)
@@ -36,6 +37,7 @@ def test_encode(tiny: list[str], result_of: Run, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "throughput_by_spans.png").is_file()
 
 
+@pytest.mark.slow
 def test_ttft(tiny: list[str], result_of: Run, tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     pytest.importorskip("pybase64")  # what it times includes the wire format
     sweep = ["--tokens", 100, "--also-tokens", 50, "--also-chunk-sizes", 8, "--also-spans", 5]
@@ -60,6 +62,7 @@ def test_ttft(tiny: list[str], result_of: Run, tmp_path: Path, checkpoints: dict
     assert finer["ideal_operations"] > base["ideal_operations"]
 
 
+@pytest.mark.slow
 def test_ttft_counts_the_ideal_as_the_cost_model_does(
     tiny: list[str], result_of: Run, compressor_of: Callable[[], Any]
 ) -> None:
@@ -88,6 +91,7 @@ def test_ttft_refuses_a_text_that_the_decoder_cannot_read(tiny: list[str], capsy
     assert "the full text of 600 memory tokens needs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ttft_through_a_server(tiny: list[str], result_of: Run) -> None:
     with fake_server.running() as server:
         result = result_of("ttft", *tiny, "--tokens", 40, *NO_SWEEPS, "--repeats", 2, "--server-url", server.url)

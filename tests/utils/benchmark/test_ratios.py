@@ -52,6 +52,7 @@ def held(measure: Callable[[], dict[str, tuple[float, float]]]) -> None:
             pytest.fail(f"twice below its floor (measured, floor): {low}")
 
 
+@pytest.mark.slow
 def test_many_spans_encode_as_fast_as_a_bare_forward(flags: list[str], result_of: Run) -> None:
     def measure() -> dict[str, tuple[float, float]]:
         sizes = ["--tokens", 2048, "--spans", 1, 60, "--bare-batches", 2, 4, "--repeats", 5]

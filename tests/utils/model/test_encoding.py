@@ -103,6 +103,7 @@ def test_a_linear_map_takes_each_state_out_of_a_rotary_sum() -> None:
     torch.testing.assert_close(_rotated_sum(single), single[:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "config"), WITH_FAMILIES, ids=name_of)
 @torch.inference_mode()
 def test_every_path_agrees_with_the_plain_encoder(family: str, config: CompressionConfig) -> None:
@@ -117,6 +118,7 @@ def test_every_path_agrees_with_the_plain_encoder(family: str, config: Compressi
         assert_all_close(grouped(spans), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", SEMANTICS[::3], ids=name_of)
 @pytest.mark.parametrize("packed", [True, False])
 @torch.inference_mode()

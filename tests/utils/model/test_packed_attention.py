@@ -105,6 +105,7 @@ def test_it_calls_the_installed_torch_as_that_wants_it(groups: int) -> None:
     assert record.waits == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("sliding_window", [None, 8])
 @pytest.mark.parametrize("causal", [True, False])

@@ -89,6 +89,7 @@ def write_back(prompt: MemoryPrompt) -> str:
     return text + TOKENIZERS.decoder.decode(prompt.input_ids[copied:])
 
 
+@pytest.mark.slow
 @given(marked_texts(), st.integers(1, 40))
 def test_raw_ids_reassemble(pieces: tuple[list[str], list[str]], chunk_size: int) -> None:
     plain, memories = pieces

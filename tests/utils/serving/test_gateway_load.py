@@ -146,6 +146,7 @@ def test_two_gateways_share_one_cache(checkpoints: dict[str, Path], tmp_path: Pa
     assert sent[0] == sent[1] == sent[2]
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_and_a_full_disk_change_no_answer(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     plain = Compressor.load(checkpoints["lclm"], device="cpu")
     with fake_server.running() as backend, LatentCache.open(tmp_path) as cache:

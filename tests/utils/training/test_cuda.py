@@ -44,6 +44,7 @@ def pair_and_row(config: TrainConfig) -> tuple[torch.nn.Module, PackedRow]:
     return trainer.pair, row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("align", [False, True], ids=["next token and unpack", "align"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_forward_pass_waits_for_nothing(run_config: Config, precision: str, align: bool) -> None:
@@ -106,6 +107,7 @@ def test_losses_and_gradients_are_the_cpus(run_config: Config, precision: str, d
                 torch.testing.assert_close(got, reference.flatten(), rtol=1e-3, atol=1e-4 * scale, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_run_that_is_resumed_goes_on_as_it_would_have(
@@ -126,6 +128,7 @@ def test_a_run_that_is_resumed_goes_on_as_it_would_have(
     assert losses[1] == (losses[0] if exact else pytest.approx(losses[0], rel=1e-3 if precision == "float32" else 3e-2))
 
 
+@pytest.mark.slow
 def test_the_optimisers_state_comes_back_beside_its_parameters(run_config: Config) -> None:
     """Fused AdamW on CUDA refuses a count of steps that lies elsewhere; the meta device shows it without one."""
     from utils.training.checkpoints import newest_checkpoint, restore

@@ -14,6 +14,7 @@ from utils.training.estimate import step_flops
 from utils.training.loop import Trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("number", [0, 1], ids=["align", "decoder"])
 def test_flops(run_config: Callable[..., TrainConfig], number: int, gradient_checkpointing: bool) -> None:

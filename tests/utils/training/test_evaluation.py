@@ -62,6 +62,7 @@ def test_a_gpu_takes_as_many_prompts_as_its_memory_holds() -> None:
     assert prompts_that_fit(model.decoder, 1000, 0) == 1
 
 
+@pytest.mark.slow
 def test_the_command_measures_every_task_under_every_condition(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,7 @@ from utils.training.parts import lora_scales
 Config = Callable[..., TrainConfig]
 
 
+@pytest.mark.slow
 def test_packed_and_merged_is_the_exported_pair(
     run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,6 +79,7 @@ def _packed(run_config: Config, folder: Path) -> tuple[TrainConfig, TrainedPart]
     return config, TrainedPart.open(folder)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_packed_part(run_config: Config, tmp_path: Path) -> None:
     config, part = _packed(run_config, tmp_path / "trained")
     pair = {"checkpoint": "toy", "trained": str(part.folder)}
@@ -111,6 +113,7 @@ def test_a_run_goes_on_from_a_packed_part(run_config: Config, tmp_path: Path) ->
         torch.testing.assert_close(tensor, expected[name], rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_part_that_the_run_cannot_go_on_from_is_refused(run_config: Config, tmp_path: Path) -> None:
     _, part = _packed(run_config, tmp_path / "trained")
     pair = {"checkpoint": "toy", "trained": str(part.folder)}
@@ -126,6 +129,7 @@ def test_a_part_that_the_run_cannot_go_on_from_is_refused(run_config: Config, tm
         Trainer(run_config(pair={"checkpoint": "toy", "trained": str(tmp_path / "none")}), device="cpu")
 
 
+@pytest.mark.slow
 def test_a_rate_of_0_keeps_a_part_as_it_is(run_config: Config, tmp_path: Path) -> None:
     _, part = _packed(run_config, tmp_path / "trained")
     rates = {"adapter": 1e-3, "markers": 0, "encoder": 0, "decoder": 0}

@@ -93,6 +93,7 @@ def test_killed_and_resumed_is_bit_for_bit_an_uninterrupted_run(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["term", "ctrl-c"])
 def test_a_signal_saves_and_ends_well(run_values: Values, tmp_path: Path, number: int, code: int) -> None:
     values = run_values()
@@ -106,6 +107,7 @@ def test_a_signal_saves_and_ends_well(run_values: Values, tmp_path: Path, number
     assert state_of(Path(values["output"]))[0] >= 3
 
 
+@pytest.mark.slow
 def test_resuming_under_other_settings_is_refused(run_config: Config) -> None:
     Trainer(run_config(), device="cpu").run(last_stage=0)
     with pytest.raises(ConfigError, match=r"was written with seed = 0, the configuration says 1"):
@@ -113,6 +115,7 @@ def test_resuming_under_other_settings_is_refused(run_config: Config) -> None:
     assert Trainer(run_config(threads=2, save_minutes=1.0), device="cpu").run() == "done"
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(run_values: Values, tmp_path: Path) -> None:
     values = run_values()
     values["stages"] = long_stages(values)
@@ -134,6 +137,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(run_values: Values, tmp_path: Pa
     assert not list(Path(values["output"]).rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_skipped_and_counted(
     run_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -151,6 +155,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     assert "not finite" in caplog.text
 
 
+@pytest.mark.slow
 def test_trackers_get_what_the_metrics_file_gets(run_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     class Recorder(GeneralTracker):
         name = "recorder"
@@ -198,6 +203,7 @@ def test_training_that_diverges_ends_with_advice(run_config: Config, monkeypatch
         Trainer(run_config(), device="cpu").run()
 
 
+@pytest.mark.slow
 def test_only_the_parts_of_a_stage_learn(run_config: Config) -> None:
     config = run_config()
     trainer = Trainer(config, device="cpu")
@@ -214,6 +220,7 @@ def test_only_the_parts_of_a_stage_learn(run_config: Config) -> None:
     assert not frozen
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_time_and_memory_only(run_config: Config, tmp_path: Path) -> None:
     states = []
     for again in (False, True):
@@ -224,6 +231,7 @@ def test_gradient_checkpointing_changes_time_and_memory_only(run_config: Config,
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_and_keeps_what_learns_in_float32(run_config: Config) -> None:
     trainer = Trainer(run_config(precision="bfloat16"), device="cpu")
     assert trainer.run() == "done"
@@ -234,6 +242,7 @@ def test_bfloat16_trains_and_keeps_what_learns_in_float32(run_config: Config) ->
     assert all(0 < loss < 200 for loss in losses)
 
 
+@pytest.mark.slow
 def test_the_exported_pair_computes_what_was_trained(run_config: Config, tmp_path: Path) -> None:
     config = run_config()
     trainer = Trainer(config, device="cpu")
@@ -268,6 +277,7 @@ def test_a_dry_run_counts_and_writes_nothing(
     assert "hours in all" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_metrics_and_the_curve_are_written(run_config: Config) -> None:
     config = run_config()
     Trainer(config, device="cpu").run()

@@ -71,6 +71,7 @@ def rates(output: str) -> list[float]:
     return [row["rate_factor"] for row in rows if row["stage"] == 1]
 
 
+@pytest.mark.slow
 def test_a_run_of_so_many_minutes_is_done_when_they_are_over(
     run_values: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,6 +98,7 @@ def test_time_that_ends_before_the_last_stage_pauses_the_run(run_config: Callabl
     assert trainer.progress.stage == 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_from_its_place(
     run_values: Callable[..., dict[str, Any]], run_config: Callable[..., TrainConfig]
 ) -> None:

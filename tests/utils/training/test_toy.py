@@ -16,6 +16,7 @@ from utils.training.loop import Trainer
 TOY = PROJECT_ROOT / "utils/training/configs/toy.yaml"
 
 
+@pytest.mark.slow
 def test_a_short_run_lowers_the_loss(run_config: Callable[..., TrainConfig]) -> None:
     rates = {"adapter": 3e-3, "markers": 3e-3, "encoder": 3e-3, "decoder": 3e-3}
     stages = [

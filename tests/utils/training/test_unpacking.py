@@ -59,6 +59,7 @@ def test_a_row_without_short_chunks_still_reaches_every_parameter() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in unpacker.parameters())
 
 
+@pytest.mark.slow
 def test_latents_learn_the_order_in_their_chunks() -> None:
     model, tokenizers = build_toy_pair()
     processor = Processor(tokenizers=tokenizers, chunk_size=2)

@@ -252,6 +252,7 @@ def test_the_question_stands_before_the_memory_in_the_part_asked_for(tmp_path: P
     assert [row["target"] for row in never] == [row["target"] for row in some]
 
 
+@pytest.mark.slow
 def test_files_of_a_weighted_package_are_drawn_more_often(tmp_path: Path) -> None:
     (tmp_path / "code").mkdir()
     for number in range(2):
@@ -267,6 +268,7 @@ def test_files_of_a_weighted_package_are_drawn_more_often(tmp_path: Path) -> Non
         read_sources(str(tmp_path / "code"), ["lookup"], package_weights={"numpy": 2})
 
 
+@pytest.mark.slow
 def test_questions_for_chat_are_different_ones_and_do_not_ask_for_france() -> None:
     pytest.importorskip("wonderwords")
     questions = chat_questions(Random("0"), 500)

@@ -49,6 +49,7 @@ _REFUSED = {
     "megatron_config": "a module that would be imported: remove the key",
 }
 _KERNEL_KEYS = ("attn_implementation", "experts_implementation")
+_TOKEN_IDS = ("eos_token_id", "pad_token_id", "bos_token_id")
 _MAX_JSON_BYTES = 1 << 28
 # Lists and modules of these lengths are made before any size is compared with the weights.
 _COUNTED = ("layer", "expert", "block", "depth", "num_labels")
@@ -111,7 +112,7 @@ def read_tokenizer(name: str | Path, **options: Any) -> Any:
 
     folder = fetch(name)
     _check_settings(folder)
-    with loading(lambda: _tokenizer_culprit(folder), "cannot be used as a tokenizer"):
+    with loading(lambda: _tokenizer_culprit(folder), "cannot be used"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **options)
         # Ids and specials of the wrong kind show only when they are used.
         tokenizer(tokenizer.decode(tokenizer("a b")["input_ids"]))
@@ -278,8 +279,11 @@ def _generation_config(folder: Path) -> Any:
         return None
     with loading(path, "cannot be used as generation settings"):
         settings = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
-        value = getattr(settings, key)
-        if any(type(item) is not int for item in (value if isinstance(value, list) else [value])) and value is not None:
-            raise CheckpointError(f"{path}: {key}: expected token ids, got {value!r}")
+    # What generating finds out only later, in many ways.
+    for key, value in settings.to_dict().items():
+        items = value if isinstance(value, list) else [value]
+        if key in _TOKEN_IDS and value is not None and any(type(item) is not int for item in items):
+            raise CheckpointError(f"{path}: {key}: expected token ids, got {value!r:.100}")
+        if key.startswith("output_") and not isinstance(value, bool | None):
+            raise CheckpointError(f"{path}: {key}: expected true or false, got {value!r:.100}")
     return settings

@@ -122,7 +122,8 @@ def assemble_default_checkpoint(progress: Callable[[str], None] | None = None, *
         # Of an OSError without a number nothing is known.
         if isinstance(error, OSError) and error.errno is None:
             raise
-        raise CheckpointError(_no_place(target, first_line(error))) from None
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise CheckpointError(_no_place(target, str(reason))) from None
     return target
 
 
@@ -146,8 +147,8 @@ def _assemble_into(target: Path, progress: Callable[[str], None] | None, part: T
 
 def _no_place(target: Path, reason: str) -> str:
     return (
-        f"the default checkpoint cannot be assembled in {target} ({reason}): it needs a folder that can be written, "
-        f"with {_ROOM_BYTES / 1e6:.0f} MB of room; name one in $CODE_LLAVA_CHECKPOINTS, or pass --checkpoint"
+        f"the default checkpoint cannot be assembled ({reason}): name a folder with {_ROOM_BYTES / 1e6:.0f} MB of room "
+        f"in $CODE_LLAVA_CHECKPOINTS, or another checkpoint; this was tried: {target}"
     )
 
 

@@ -34,7 +34,11 @@ def merge_lora(model: Any, folder: Path) -> Any:
 
     path = folder / ADAPTER_WEIGHTS
     with loading(path, "cannot be read"), safe_open(path, framework="pt") as file:
-        stored = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        stored = {name: tensor.get_shape() for name, tensor in slices.items()}
+        whole = sorted(name for name, tensor in slices.items() if "F" not in tensor.get_dtype())
+    if whole:
+        raise CheckpointError(f"{path}: {whole[0]}: expected floating-point numbers ({len(whole)} such tensors in all)")
     _check_settings(read_settings(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG, stored)
     with loading(folder, "holds LoRA weights that do not fit their base"), warnings.catch_warnings():
         # What they say of missing tensors is an error below.

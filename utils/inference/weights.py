@@ -37,7 +37,7 @@ from utils.model.adapter import Adapter
 from utils.model.code_chunker import CodeChunker
 from utils.model.code_llava_model import MemoryEncoder, explain_out_of_memory
 from utils.model.prompt import PromptTokenizers
-from utils.pretrained import CONFIG, loading, read_config, read_model, read_tokenizer
+from utils.pretrained import CONFIG, TOKENIZER_CONFIG, loading, read_config, read_model, read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +121,8 @@ def load_memory_encoder(
     _round_rotary_frequencies(encoder, DTYPES[files.config.rope_dtype])
     tokenizer = tokenizer or read_tokenizer(files.encoder)
     check_vocabulary(tokenizer, encoder.get_input_embeddings().weight, files.encoder)
+    if files.config.pooling == "eos" and tokenizer.pad_token_id is None:
+        raise CheckpointError(f"{files.encoder / TOKENIZER_CONFIG}: pad_token is missing, which eos pooling needs")
     chunker = CodeChunker(
         encoder,
         files.config,

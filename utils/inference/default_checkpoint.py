@@ -22,9 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from utils.errors import CheckpointError, CodeLlavaError, first_line
+from utils.errors import CheckpointError, CodeLlavaError
 from utils.files import PROJECT_ROOT, atomic_folder, package_version, sha256_bytes, write_json, write_text
 from utils.inference.checkpoint import find_checkpoint
 from utils.inference.trained_part import MANIFEST, TrainedPart
@@ -118,17 +116,18 @@ def assemble_default_checkpoint(progress: Callable[[str], None] | None = None, *
         return target
     try:
         _assemble_into(target, progress, part)
-    except (OSError, SafetensorError) as error:
-        # Of an OSError without a number nothing is known.
-        if isinstance(error, OSError) and error.errno is None:
+    except OSError as error:
+        # Of one without a number nothing is known.
+        if error.errno is None:
             raise
-        reason = error.strerror if isinstance(error, OSError) else first_line(error)
-        raise CheckpointError(_no_place(target, str(reason))) from None
+        raise CheckpointError(_no_place(target, str(error.strerror))) from None
     return target
 
 
 def _assemble_into(target: Path, progress: Callable[[str], None] | None, part: TrainedPart | None) -> None:
     from filelock import FileLock
+
+    from utils.inference.saving import writing
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.parent / f".{target.name}.lock"):
@@ -140,7 +139,7 @@ def _assemble_into(target: Path, progress: Callable[[str], None] | None, part: T
             if (free := shutil.disk_usage(target.parent).free) < _ROOM_BYTES:
                 raise CheckpointError(_no_place(target, f"{free / 1e6:.0f} MB are free there"))
             logger.info("assembling the default checkpoint in %s (once, about half a minute)", target)
-            with atomic_folder(target) as folder:
+            with atomic_folder(target) as folder, writing(target):
                 _assemble(folder, progress, part)
                 write_json(folder / STAMP_FILE, {"recipe": _recipe_fingerprint(part), "files": _sizes(folder)})
 

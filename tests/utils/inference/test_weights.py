@@ -141,7 +141,7 @@ WHOLE = lora_tensors(range(2))
         (WHOLE | lora_tensors(range(2), module="self_attn.k_proj"), {}, r"k_proj\.lora_A.* no place .* 4 unknown"),
         (WHOLE | {"x": torch.ones(1)}, {}, "x has no place"),
         (lora_tensors(range(2), rank=3), {}, r"q_proj\.lora_A.*\[3, 24\].*\[2, 24\]"),
-        ({name: tensor.to(torch.int8) for name, tensor in WHOLE.items()}, {}, r"lora_A.* 4 such tensors"),
+        ({name: tensor.to(torch.int8) for name, tensor in WHOLE.items()}, {}, r"lora_A.*\(4 such tensors"),
         (WHOLE, {"r": 10**12}, "rank 1000000000000"),
         (WHOLE, {"r": 0}, "rank 0"),
         (WHOLE, {"r": None}, "rank None"),

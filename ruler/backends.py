@@ -30,7 +30,8 @@ from ruler.protocol import (
     Sampling,
     TransientError,
 )
-from utils.errors import CheckpointError, ConfigError
+from utils.errors import ConfigError
+from utils.pretrained import fetch, loading, read_model, read_tokenizer
 
 if TYPE_CHECKING:
     from utils.inference.latent_cache import LatentCache
@@ -264,7 +265,9 @@ class LocalCausalLm:
 
     def __init__(self, settings: BackendSettings) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
+
+        from utils.inference.weights import check_report
 
         self.batch_size = settings.batch_size
         self._settings = settings
@@ -272,11 +275,11 @@ class LocalCausalLm:
         device = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(settings.model, padding_side="left")
-            self._model = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto").to(device).eval()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{settings.model}: cannot be loaded as a causal language model: {error}") from None
+        folder = fetch(str(settings.model))
+        self._tokenizer = read_tokenizer(folder, padding_side="left")
+        model, report = read_model(AutoModelForCausalLM, folder)
+        check_report(report, folder)
+        self._model = model.to(device).eval()
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self.details: dict[str, Any] = {"model": Path(str(settings.model)).name}
@@ -318,7 +321,8 @@ class LocalCausalLm:
 
     def _in_template(self, text: str) -> str:
         messages = self._settings.messages(text)
-        return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        with loading(self._tokenizer.name_or_path, "has a chat template that cannot write this question"):
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def _is_plain_model(model: str | None) -> bool:

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from utils.errors import ConfigError
-from utils.files import read_json, sha256_file
+from utils.errors import CheckpointError, ConfigError
+from utils.files import sha256_file
+from utils.pretrained import loading, read_settings, read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -110,7 +111,8 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: Path) -> None:
         spm = _import("sentencepiece")
-        self._backend = spm.SentencePieceProcessor(model_file=str(path))
+        with loading(path, "is not a model that sentencepiece can read"):
+            self._backend = spm.SentencePieceProcessor(model_file=str(path))
         self.name = str(path)
         self.fingerprint = sha256_file(path)
 
@@ -135,7 +137,10 @@ def load_tokenizer(kind: str, path: str) -> TextTokenizer:
     loaders = {"hf": _load_hugging_face, "openai": _load_tiktoken, "nemo": _load_sentencepiece}
     if kind not in loaders:
         raise ConfigError(f"unknown tokenizer type {kind!r}: expected one of {', '.join(TOKENIZER_TYPES)}")
-    return loaders[kind](path)
+    try:
+        return loaders[kind](path)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
 
 
 def read_chat_template(path: str) -> str:
@@ -143,6 +148,7 @@ def read_chat_template(path: str) -> str:
 
     Raises:
         ConfigError: It carries none.
+        CheckpointError: A file of it cannot be read.
     """
     folder = Path(path)
     if not folder.exists():
@@ -152,9 +158,14 @@ def read_chat_template(path: str) -> str:
         folder = folder if folder.is_dir() else folder.parent
         found = [folder / "chat_template.jinja", folder / "tokenizer_config.json"]
     for file in filter(Path.exists, found):
-        template = file.read_text(encoding="utf-8") if file.suffix == ".jinja" else read_json(file).get("chat_template")
+        if file.suffix == ".jinja":
+            with loading(file, "cannot be read"):
+                template: Any = file.read_text(encoding="utf-8")
+        else:
+            template = read_settings(file).get("chat_template")
         if isinstance(template, list):  # several named ones
-            template = next((item["template"] for item in template if item["name"] == "default"), None)
+            named = [item for item in template if isinstance(item, dict)]
+            template = next((item.get("template") for item in named if item.get("name") == "default"), None)
         if template:
             return str(template)
     raise ConfigError(
@@ -177,22 +188,13 @@ def _load_hugging_face(path: str) -> TextTokenizer:
         found = _hub_file(path, "tokenizer.json", required=True)
         assert found is not None
         file = found
-    try:
+    with loading(file, "is not a tokenizer that `tokenizers` can read"):
         backend = Tokenizer.from_file(str(file))
-    except Exception as error:  # the Rust side raises bare Exception
-        raise ConfigError(f"{file} is not a tokenizer that `tokenizers` can read: {error}") from None
     return HuggingFaceTokenizer(backend, path, sha256_file(file))
 
 
 def _load_with_transformers(path: str) -> TextTokenizer:
-    from transformers import AutoTokenizer
-
-    try:
-        return TransformersTokenizer(AutoTokenizer.from_pretrained(path), path)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(
-            f"{path} holds no tokenizer: expected tokenizer.json or files transformers reads ({error})"
-        ) from None
+    return TransformersTokenizer(read_tokenizer(path), path)
 
 
 def _hub_file(repo: str, name: str, *, required: bool) -> Path | None:

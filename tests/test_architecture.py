@@ -14,7 +14,15 @@ from utils.files import PROJECT_ROOT
 # function also what stands beside it on its floor. A name that ends in `.` is a folder: its modules may import each
 # other. A new module must find its place here and in docs/architecture.md.
 FLOORS: dict[int, tuple[str, ...]] = {
-    0: ("utils.errors", "utils.files", "utils.intervals", "utils.cli", "utils.model.markers", "utils.model.config"),
+    0: (
+        "utils.errors",
+        "utils.files",
+        "utils.pretrained",
+        "utils.intervals",
+        "utils.cli",
+        "utils.model.markers",
+        "utils.model.config",
+    ),
     1: ("utils.model.prompt", "utils.inference.prompt_embeds"),
     2: (
         "utils.model.transfer",
@@ -27,6 +35,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     4: (
         "utils.inference.checkpoint",
         "utils.inference.saving",
+        "utils.inference.lora_folder",
         "utils.inference.weights",
         "utils.inference.trained_part",
         "utils.inference.trainer_names",

@@ -29,7 +29,7 @@ _IMPORTS = "import torch, transformers"
 _LEAST = f"""{_IMPORTS}
 import sys
 from transformers import AutoModel
-AutoModel.from_pretrained(sys.argv[1], dtype="auto")
+AutoModel.from_pretrained(sys.argv[1], dtype="auto", trust_remote_code=False, local_files_only=True)
 print("loaded", flush=True)"""
 _IMPORT_LINE = re.compile(r"import time:\s+(\d+) \|\s+(\d+) \| ( *)(\S+)")
 

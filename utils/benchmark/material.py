@@ -75,8 +75,10 @@ def bare_encoder(compressor: Compressor) -> Any:
     """The encoder as transformers loads and runs it, in the dtype and on the device of ours."""
     from transformers import AutoModel
 
+    from utils.pretrained import read_model
+
     ours = compressor.memory_encoder.chunker.encoder
-    return AutoModel.from_pretrained(compressor.files.encoder, dtype=ours.dtype).to(ours.device).eval()
+    return read_model(AutoModel, compressor.files.encoder, dtype=ours.dtype)[0].to(ours.device).eval()
 
 
 def bare_forward(encoder: Any, tokens: Sequence[int], window: int, batch: int) -> Callable[[], Any]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,11 +24,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from utils.errors import CheckpointError, ConfigError, first_line
-from utils.files import read_json, sha256_bytes, sha256_file
+from utils.files import sha256_bytes, sha256_file
 from utils.model.config import CONFIG_FILE, CompressionConfig
+from utils.pretrained import ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG, loading, read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +108,7 @@ class CheckpointFiles:
         parts = [(f"{self.layout.encoder}/{path.name}", path) for path in _model_files(self.encoder)]
         parts += [(name, self.root / name) for name in self.layout.adapter]
         if is_peft_folder(self.encoder):
-            parts += [(f"base/{path.name}", path) for path in _model_files(Path(base_of(self.encoder)))]
+            parts += [(f"base/{path.name}", path) for path in _model_files(base_of(self.encoder))]
         settings = {key: value for key, value in self.config.to_json().items() if key != "compression_ratio"}
         if self.config.window_follows:
             del settings["encoder_window_size"]
@@ -143,23 +145,12 @@ def weight_files(folder: Path) -> dict[str, Path]:
     Raises:
         CheckpointError: No safetensors weights, or a shard of the index is missing, damaged or another one.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map", {})
-        missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
-        if missing:
-            raise CheckpointError(
-                f"{folder}: the index names {len(missing)} shards that are not there ({', '.join(missing[:3])}): the "
-                "checkpoint is half copied; copy it again"
-            )
-        for shard in set(weight_map.values()):
-            lacking = {name for name, place in weight_map.items() if place == shard} - set(tensor_names(folder / shard))
-            if lacking:
-                raise CheckpointError(f"{folder / shard}: the index promises {min(lacking)}, which is not in it")
-        return {name: folder / shard for name, shard in weight_map.items()}
     single = folder / "model.safetensors"
     if single.is_file():
         return dict.fromkeys(tensor_names(single), single)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return _shards(index)
     if any(folder.glob("pytorch_model*.bin")):
         raise CheckpointError(
             f"{folder}: its weights are pickled (pytorch_model*.bin): python -m utils.inference.convert writes the "
@@ -170,19 +161,39 @@ def weight_files(folder: Path) -> dict[str, Path]:
     )
 
 
+def _shards(index: Path) -> dict[str, Path]:
+    folder, weight_map = index.parent, read_settings(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map: expected an object of tensor name → file, got {weight_map!r:.60}")
+    for name, shard in weight_map.items():
+        # Also what lies outside of the folder is somebody else's.
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: {name}: expected a .safetensors file beside the index, got {shard!r:.100}")
+    promised: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        promised.setdefault(shard, set()).add(name)
+    missing = sorted(shard for shard in promised if not os.path.isfile(folder / shard))  # noqa: PTH113
+    if missing:
+        raise CheckpointError(
+            f"{index} names {len(missing)} shards that are not there ({', '.join(missing[:3])}): the checkpoint is "
+            "half copied; copy it again"
+        )
+    for shard, names in promised.items():
+        if lacking := names - set(tensor_names(folder / shard)):
+            raise CheckpointError(f"{folder / shard}: the index promises {min(lacking)}, which is not in it")
+    return {name: folder / shard for name, shard in weight_map.items()}
+
+
 def tensor_names(path: Path) -> list[str]:
     """Names in a safetensors file.
 
     Raises:
         CheckpointError: The file is missing, truncated or not safetensors.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): the file is damaged or half copied") from None
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing or no plain file")
+    with loading(path, "cannot be read, being damaged or half copied"), safe_open(path, framework="pt") as file:
+        return list(file.keys())
 
 
 def is_peft_folder(folder: Path) -> bool:
@@ -190,19 +201,34 @@ def is_peft_folder(folder: Path) -> bool:
     return (folder / ADAPTER_WEIGHTS).is_file()
 
 
-def base_of(folder: Path) -> str:
-    """Folder or hub id of the base model that a LoRA folder stands on.
+def base_of(folder: Path) -> Path:
+    """Folder of the base model that a LoRA folder stands on; only the user himself may have one fetched.
 
     Raises:
-        CheckpointError: The folder does not say.
+        CheckpointError: The LoRA folder does not say, or its base is not on this machine.
     """
-    path = folder / "adapter_config.json"
-    base = read_json(path).get("base_model_name_or_path") if path.is_file() else None
-    if not base:
-        raise CheckpointError(f"{path}: base_model_name_or_path is missing: the LoRA weights do not say their base")
-    # A relative base is meant from the LoRA folder, a bare name is a hub id.
-    beside = folder / base
-    return str(beside) if beside.is_dir() else str(base)
+    path = folder / ADAPTER_CONFIG
+    base = read_settings(path).get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
+        raise CheckpointError(
+            f"{path}: base_model_name_or_path: expected a folder, got {base!r:.60}: the LoRA weights do not say their "
+            "base"
+        )
+    # A relative base is meant from the LoRA folder.
+    for place in (folder / base, Path(base)):
+        # Unlike Path.is_dir, this takes any text.
+        if os.path.isdir(place):  # noqa: PTH112
+            if is_peft_folder(place):
+                raise CheckpointError(f"{path}: base_model_name_or_path: {place} holds LoRA weights itself")
+            return place
+    way = "put its folder there"
+    if _HUB_ID.fullmatch(base):
+        local = f"bases/{base.rpartition('/')[2]}"
+        way = f"fetch it (hf download {base} --local-dir {local}) and put that folder's path there"
+    raise CheckpointError(
+        f"{path}: base_model_name_or_path: {base!r:.200} is no folder on this machine, and nothing is fetched that you "
+        f"did not ask for: {way}"
+    )
 
 
 def _local_folder(path_or_id: str | Path | None) -> Path:
@@ -253,7 +279,7 @@ def _layout_of(root: Path) -> Layout:
 def _read_config(root: Path, layout: Layout, chunk_size: int | None) -> CompressionConfig:
     path = root / CONFIG_FILE
     if path.is_file():
-        return CompressionConfig.from_json(read_json(path), str(path)).with_chunk_size(chunk_size)
+        return CompressionConfig.from_json(read_settings(path), str(path)).with_chunk_size(chunk_size)
     if layout is LCLM:
         raise CheckpointError(f"{path} is missing: an LCLM checkpoint does not say without it how it compresses")
     if chunk_size is None:
@@ -268,8 +294,8 @@ def _check_complete(files: CheckpointFiles) -> None:
     for name in files.layout.adapter:
         tensor_names(files.root / name)
     for folder in (files.decoder, files.encoder):
-        config = "adapter_config.json" if is_peft_folder(folder) else "config.json"
-        for name in (config, "tokenizer_config.json"):
+        config = ADAPTER_CONFIG if is_peft_folder(folder) else CONFIG
+        for name in (config, TOKENIZER_CONFIG):
             if not (folder / name).is_file():
                 raise CheckpointError(f"{folder / name} is missing: the checkpoint is half copied; copy it again")
         if not is_peft_folder(folder):
@@ -277,7 +303,7 @@ def _check_complete(files: CheckpointFiles) -> None:
 
 
 def _model_files(folder: Path) -> list[Path]:
-    """Weights, configuration and tokenizer; nothing for a hub id, whose name stands in the LoRA configuration."""
+    """Weights, configuration and tokenizer."""
     suffixes = (".safetensors", ".json", ".model", ".bin")
     return sorted(path for path in folder.glob("*") if path.suffix in suffixes and path.is_file())
 

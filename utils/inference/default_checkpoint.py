@@ -22,10 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from utils.errors import CheckpointError
-from utils.files import PROJECT_ROOT, atomic_folder, package_version, read_json, sha256_bytes, write_json, write_text
+from utils.errors import CheckpointError, CodeLlavaError
+from utils.files import PROJECT_ROOT, atomic_folder, package_version, sha256_bytes, write_json, write_text
+from utils.inference.checkpoint import find_checkpoint
 from utils.inference.trained_part import MANIFEST, TrainedPart
 from utils.model.config import CompressionConfig
+from utils.pretrained import read_settings, read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ NUM_ENCODER_LAYERS = 8
 CONFIG = CompressionConfig(chunk_size=4, window=512, pooling="rotary", chunk_sizes=(4, 8, 16, 32))
 STAMP_FILE = "assembled.json"
 TRAINED_FOLDER = Path(__file__).parent / "trained"
+# Twice the folder: the trained part is merged into a copy.
+_ROOM_BYTES = 800_000_000
 _RECIPE_VERSION = 1
 _ADAPTER_SEED = 0
 
@@ -102,7 +106,7 @@ def assemble_default_checkpoint(progress: Callable[[str], None] | None = None, *
         Its folder.
 
     Raises:
-        CheckpointError: There is something to make, and the package with the weights is not installed.
+        CheckpointError: There is something to make, and no package with the weights, or no place for it.
     """
     part = _trained_part() if trained else None
     target = default_checkpoint_path()
@@ -110,7 +114,20 @@ def assemble_default_checkpoint(progress: Callable[[str], None] | None = None, *
         target = target.with_name(f"{NAME}-untrained")
     if _is_current(target, part):
         return target
+    try:
+        _assemble_into(target, progress, part)
+    except OSError as error:
+        # Of one without a number nothing is known.
+        if error.errno is None:
+            raise
+        raise CheckpointError(_no_place(target, str(error.strerror))) from None
+    return target
+
+
+def _assemble_into(target: Path, progress: Callable[[str], None] | None, part: TrainedPart | None) -> None:
     from filelock import FileLock
+
+    from utils.inference.saving import writing
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.parent / f".{target.name}.lock"):
@@ -119,11 +136,25 @@ def assemble_default_checkpoint(progress: Callable[[str], None] | None = None, *
             # What a killed process left behind; the lock says that nobody is at work on it.
             for leftover in target.parent.glob(f".{target.name}.*.tmp"):
                 shutil.rmtree(leftover, ignore_errors=True)
+            if (free := shutil.disk_usage(target.parent).free) < _ROOM_BYTES:
+                raise CheckpointError(_no_place(target, f"{free / 1e6:.0f} MB are free there"))
             logger.info("assembling the default checkpoint in %s (once, about half a minute)", target)
-            with atomic_folder(target) as folder:
+            with atomic_folder(target) as folder, writing(target):
                 _assemble(folder, progress, part)
-                write_json(folder / STAMP_FILE, {"recipe": _recipe_fingerprint(part)})
-    return target
+                write_json(folder / STAMP_FILE, {"recipe": _recipe_fingerprint(part), "files": _sizes(folder)})
+
+
+def _no_place(target: Path, reason: str) -> str:
+    return (
+        f"the default checkpoint cannot be assembled ({reason}): name a folder with {_ROOM_BYTES / 1e6:.0f} MB of room "
+        f"in $CODE_LLAVA_CHECKPOINTS, or another checkpoint; this was tried: {target}"
+    )
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Weights and settings of an assembled folder → bytes."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".safetensors")]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths if path.name != STAMP_FILE}
 
 
 def _trained_part() -> TrainedPart | None:
@@ -131,8 +162,26 @@ def _trained_part() -> TrainedPart | None:
 
 
 def _is_current(folder: Path, part: TrainedPart | None) -> bool:
+    """Whether the folder is there, whole and of this recipe; what cannot be told is made anew."""
     stamp = folder / STAMP_FILE
-    return stamp.is_file() and read_json(stamp).get("recipe") == _recipe_fingerprint(part)
+    if not stamp.exists():
+        return False
+    try:
+        values = read_settings(stamp)
+        if values.get("recipe") != _recipe_fingerprint(part):
+            return False
+        files = values.get("files")
+        if not isinstance(files, dict):
+            # Assembled before sizes were noted.
+            find_checkpoint(folder)
+            return True
+        there = _sizes(folder)
+        if lost := [name for name, size in files.items() if there.get(name) != size]:
+            raise CheckpointError(f"{folder / lost[0]} is missing or of another size")
+    except (CodeLlavaError, OSError) as error:
+        logger.warning("%s: the default checkpoint is assembled again", error)
+        return False
+    return True
 
 
 def _recipe_fingerprint(part: TrainedPart | None) -> str:
@@ -192,12 +241,10 @@ def _assemble(folder: Path, progress: Callable[[str], None] | None, part: Traine
 
 
 def _read_tokenizer(state: dict[str, Any]) -> None:
-    from transformers import AutoTokenizer
-
     from utils.model.markers import MARKERS
 
     path = _gguf_path()
-    decoder_tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    decoder_tokenizer = read_tokenizer(path.parent, gguf_file=path.name)
     encoder_tokenizer = copy.deepcopy(decoder_tokenizer)
     encoder_tokenizer.chat_template = None
     decoder_tokenizer.add_special_tokens({"additional_special_tokens": list(MARKERS)})
@@ -218,6 +265,8 @@ def _read_weights(state: dict[str, Any]) -> None:
             gguf_file=path.name,
             quantization_config=GgufConfig(gguf_file=path.name, dequantize=True),
             dtype=torch.bfloat16,
+            trust_remote_code=False,
+            local_files_only=True,
         )
     # Rebuilt from a configuration without the quantisation entry, as a plain model that can be saved.
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}

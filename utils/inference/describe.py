@@ -60,16 +60,15 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _part(folder: Any) -> dict[str, Any]:
-    from transformers import AutoConfig
-
     from utils.inference.checkpoint import base_of, is_peft_folder
+    from utils.pretrained import read_config
 
-    config = AutoConfig.from_pretrained(base_of(folder) if is_peft_folder(folder) else folder)
+    config = read_config(base_of(folder) if is_peft_folder(folder) else folder)
     return {
         "model_type": config.model_type,
-        "layers": config.num_hidden_layers,
-        "width": config.hidden_size,
-        "positions": config.max_position_embeddings,
+        "layers": getattr(config, "num_hidden_layers", None),
+        "width": getattr(config, "hidden_size", None),
+        "positions": getattr(config, "max_position_embeddings", None),
         "lora": is_peft_folder(folder),
         "size_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
     }

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: The layout cannot hold this adapter.
     """
-    with atomic_folder(path) as folder:
+    with atomic_folder(path) as folder, writing(path):
         save_adapter(folder, model.memory_encoder.adapter, model.config, layout)
         for name, part, tokenizer in (
             (layout.decoder, model.decoder, tokenizers.decoder),
@@ -54,8 +58,21 @@ def save_adapter(folder: Path, adapter: Adapter, config: CompressionConfig, layo
         tensors = {disk: state[ours] for disk, ours in renamed.items()} if renamed else state
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path)
+        with writing(path):
+            save_file(tensors, path)
     write_json(folder / CONFIG_FILE, config.to_json())
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn what the libraries in Rust raise for a full disk and the like into the `OSError` that it is."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None or isinstance(error, OSError):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def _save_pretrained(model: Any, folder: Path) -> None:

@@ -10,6 +10,7 @@ them. `utils.training.pack` writes the folder, the default checkpoint's assembly
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.errors import CheckpointError
-from utils.files import read_json, sha256_bytes, sha256_file, write_text
+from utils.errors import CheckpointError, DatasetError
+from utils.files import sha256_bytes, sha256_file, write_text
+from utils.pretrained import loading, read_settings
 
 if TYPE_CHECKING:
     import torch
@@ -47,12 +49,16 @@ class TrainedPart:
 
         Raises:
             DatasetError: There is no manifest.
-            CheckpointError: A file of the manifest is missing or damaged.
+            CheckpointError: It cannot be used, or a file of it is missing or damaged.
         """
         folder = Path(folder)
-        manifest = read_json(folder / MANIFEST)
+        if not (folder / MANIFEST).exists():
+            raise DatasetError(f"{folder / MANIFEST} does not exist: give the folder of a trained part")
+        manifest = read_settings(folder / MANIFEST)
+        _check_manifest(manifest, folder / MANIFEST)
         for name, digest in manifest["files"].items():
-            if not (folder / name).is_file() or sha256_file(folder / name) != digest:
+            # Unlike Path.is_file, this takes any text.
+            if not os.path.isfile(folder / name) or sha256_file(folder / name) != digest:  # noqa: PTH113
                 raise CheckpointError(f"{folder / name} is missing or damaged: restore it from the repository")
         return cls(folder=folder, manifest=manifest)
 
@@ -80,7 +86,25 @@ class TrainedPart:
         """All tensors, by name."""
         from safetensors.torch import load_file
 
-        return {name: t for file in self.manifest["files"] for name, t in load_file(self.folder / file).items()}
+        tensors: dict[str, torch.Tensor] = {}
+        for file in self.manifest["files"]:
+            with loading(self.folder / file, "cannot be read"):
+                tensors |= load_file(self.folder / file)
+        return tensors
+
+
+def _check_manifest(manifest: Mapping[str, Any], path: Path) -> None:
+    files, scales, sizes = (manifest.get(key) for key in ("files", "lora_scales", "chunk_sizes"))
+    # A name that leads elsewhere is not a part of the folder.
+    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
+        raise CheckpointError(f"{path}: files: expected names of files beside it with their sha256, got {files!r:.100}")
+    if not isinstance(scales, dict) or any(type(scale) not in (int, float) for scale in scales.values()):
+        raise CheckpointError(f"{path}: lora_scales: expected numbers by prefix, got {scales!r:.100}")
+    if not isinstance(sizes, list) or any(type(size) is not int or size < 1 for size in sizes):
+        raise CheckpointError(f"{path}: chunk_sizes: expected a list of whole numbers, got {sizes!r:.100}")
+    for key in ("run", "config"):
+        if not isinstance(manifest.get(key), dict):
+            raise CheckpointError(f"{path}: {key}: expected an object, got {manifest.get(key)!r:.100}")
 
 
 def merge_trained_state(
@@ -101,7 +125,7 @@ def merge_trained_state(
         Names that the module has no place for.
 
     Raises:
-        CheckpointError: A tensor of another shape.
+        CheckpointError: A tensor of another shape, or a LoRA matrix without its other half or its scale.
     """
     import torch
 
@@ -118,10 +142,19 @@ def merge_trained_state(
                 continue
             value = tensor.to(target.device).float()
             if lora:
-                scale = next(s for prefix, s in lora_scales.items() if name.startswith(prefix))
-                b = state[name.replace(".lora_A.", ".lora_B.")].to(value)
+                scale = next((s for prefix, s in lora_scales.items() if name.startswith(prefix)), None)
+                b = state.get(name.replace(".lora_A.", ".lora_B."))
+                if scale is None or b is None:
+                    lacking = "scale" if scale is None else "lora_B"
+                    raise CheckpointError(f"trained tensor {name}: its {lacking} is missing")
+                rank = next(iter(value.shape), 0)
+                if list(b.shape) != [target.shape[0], rank] or list(value.shape) != [rank, target.shape[-1]]:
+                    raise CheckpointError(
+                        f"trained tensor {name}: LoRA of shapes {list(b.shape)} and {list(value.shape)} does not fit a "
+                        f"matrix of shape {list(target.shape)}"
+                    )
                 # The state may also hold the matrix that it changes, as whole-model states do.
-                value = state.get(f"{lora['layer']}.weight", target).to(value) + scale * (b @ value)
+                value = state.get(f"{lora['layer']}.weight", target).to(value) + scale * (b.to(value) @ value)
             elif f"{name.removesuffix('.weight')}.lora_A.default.weight" in state:
                 continue
             if value.shape != target.shape:
@@ -131,6 +164,9 @@ def merge_trained_state(
         # Last, for the table itself may be part of the state.
         if MARKER_DELTA in state:
             table = model.decoder.get_input_embeddings().weight
+            if (got := list(state[MARKER_DELTA].shape)) != [len(marker_ids), table.shape[1]]:
+                expected = [len(marker_ids), table.shape[1]]
+                raise CheckpointError(f"trained tensor {MARKER_DELTA}: expected shape {expected}, got {got}")
             for row, marker in zip(state[MARKER_DELTA], marker_ids, strict=True):
                 table[marker] += row.to(table)
     return unused

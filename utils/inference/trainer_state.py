@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from utils.errors import CheckpointError, first_line
-from utils.files import read_json
 from utils.inference.checkpoint import newest_child, weight_files
+from utils.pretrained import read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,9 @@ def _read_bin(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix != ".json":
         return _tensors_of(_load(path), path)
     state: dict[str, torch.Tensor] = {}
-    weight_map = read_json(path).get("weight_map", {})
+    weight_map = read_settings(path).get("weight_map")
+    if not isinstance(weight_map, dict) or any(Path(str(name)).name != name for name in weight_map.values()):
+        raise CheckpointError(f"{path}: weight_map: expected tensor name → a file beside the index")
     for name in sorted(set(weight_map.values())):
         if not (path.parent / name).is_file():
             raise CheckpointError(f"{path} names {name}, which is not there: the checkpoint is half copied")
@@ -142,7 +144,8 @@ def _read_bin(path: Path) -> dict[str, torch.Tensor]:
 def _load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:
+        # A damaged pickle can fail in any way.
         raise CheckpointError(
             f"{path} cannot be read as plain tensors ({first_line(error)}): it is damaged, or holds Python objects, "
             "which are never loaded; save the model's state_dict alone"

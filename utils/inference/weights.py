@@ -19,24 +19,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from utils.errors import CheckpointError, ConfigError, first_line
+from utils.errors import CheckpointError, ConfigError
 from utils.inference.checkpoint import (
     CheckpointFiles,
     base_of,
     check_state,
     is_peft_folder,
-    tensor_names,
     weight_files,
 )
+from utils.inference.lora_folder import merge_lora
 from utils.model.adapter import Adapter
 from utils.model.code_chunker import CodeChunker
 from utils.model.code_llava_model import MemoryEncoder, explain_out_of_memory
 from utils.model.prompt import PromptTokenizers
+from utils.pretrained import CONFIG, TOKENIZER_CONFIG, loading, read_config, read_model, read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def load_tokenizers(files: CheckpointFiles) -> PromptTokenizers:
     Raises:
         CheckpointError: A tokenizer cannot be read, or the decoder's lacks a marker.
     """
-    return PromptTokenizers(decoder=_tokenizer(files.decoder), encoder=_tokenizer(files.encoder))
+    return PromptTokenizers(decoder=read_tokenizer(files.decoder), encoder=read_tokenizer(files.encoder))
 
 
 def load_memory_encoder(
@@ -118,8 +119,10 @@ def load_memory_encoder(
     target, wanted = resolve_device(device), resolve_dtype(dtype)
     encoder = _load_model(AutoModel, files.encoder, wanted, attn_implementation)
     _round_rotary_frequencies(encoder, DTYPES[files.config.rope_dtype])
-    tokenizer = tokenizer or _tokenizer(files.encoder)
+    tokenizer = tokenizer or read_tokenizer(files.encoder)
     check_vocabulary(tokenizer, encoder.get_input_embeddings().weight, files.encoder)
+    if files.config.pooling == "eos" and tokenizer.pad_token_id is None:
+        raise CheckpointError(f"{files.encoder / TOKENIZER_CONFIG}: pad_token is missing, which eos pooling needs")
     chunker = CodeChunker(
         encoder,
         files.config,
@@ -172,9 +175,10 @@ def load_embedding_table(files: CheckpointFiles, dtype: str | torch.dtype | None
     if len(places) != 1:
         raise CheckpointError(f"{files.decoder}: expected one input embedding table, found {sorted(places) or 'none'}")
     name, path = next(iter(places.items()))
-    with safe_open(path, framework="pt") as file:
+    with loading(path, "cannot be read"), safe_open(path, framework="pt") as file:
         table = file.get_tensor(name)
-    if table.shape[1] != config.hidden_size or table.shape[0] < config.vocab_size:
+    _check_dtype(table.dtype, path)
+    if table.ndim != 2 or table.shape[1] != config.hidden_size or table.shape[0] < config.vocab_size:
         expected = [config.vocab_size, config.hidden_size]
         raise CheckpointError(f"{path}: {name}: expected shape {expected}, got {list(table.shape)}")
     return table if wanted is None else table.to(wanted)
@@ -183,10 +187,10 @@ def load_embedding_table(files: CheckpointFiles, dtype: str | torch.dtype | None
 def load_decoder_config(files: CheckpointFiles) -> Any:
     """The decoder's Hugging Face configuration (its base model's for a LoRA folder)."""
     folder = base_of(files.decoder) if is_peft_folder(files.decoder) else files.decoder
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: its config.json cannot be used: {first_line(error)}") from None
+    config = read_config(folder)
+    for name in ("hidden_size", "vocab_size"):
+        _check_size(config, name, folder)
+    return config
 
 
 def check_vocabulary(tokenizer: Any, table_VD: torch.Tensor, folder: Path) -> None:
@@ -230,30 +234,46 @@ def without_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _tokenizer(folder: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: its tokenizer cannot be read: {first_line(error)}") from None
-
-
 def _load_model(kind: Any, folder: Path, dtype: torch.dtype | None, attn_implementation: str | None) -> Any:
-    base = base_of(folder) if is_peft_folder(folder) else folder
-    arguments: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
-    # Wrong shapes come back in the report, which names them; transformers' own error does not.
-    arguments["ignore_mismatched_sizes"] = True
-    if attn_implementation is not None:
-        arguments["attn_implementation"] = attn_implementation
-    try:
-        with without_progress_bars():
-            model, report = kind.from_pretrained(base, **arguments)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise CheckpointError(f"{base}: the model cannot be loaded: {first_line(error)}") from None
-    _check_report(report, base)
-    return _merge_lora(model, folder) if is_peft_folder(folder) else model
+    peft = is_peft_folder(folder)
+    base = base_of(folder) if peft else folder
+    if peft:
+        # Those of any other folder were checked when it was found.
+        weight_files(base)
+    with without_progress_bars():
+        model, report = read_model(kind, base, dtype=dtype or "auto", attn_implementation=attn_implementation)
+    check_report(report, base)
+    _check_dtype(model.dtype, base)
+    _check_size(model.config, "hidden_size", base)
+    if peft:
+        resize_table(model, len(read_tokenizer(folder)))
+        model = merge_lora(model, folder)
+    return model
 
 
-def _check_report(report: dict[str, Any], folder: Path | str) -> None:
+def _check_size(config: Any, name: str, folder: Path) -> None:
+    value = getattr(config, name, None)
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{folder / CONFIG}: {name}: expected a whole number of at least 1, got {value!r}")
+
+
+def _check_dtype(dtype: torch.dtype, path: Path) -> None:
+    # Below two bytes a number torch can store, but not compute with.
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        names = ", ".join(DTYPES)
+        raise CheckpointError(f"{path}: its weights are {dtype}: save them as one of {names}, or pass --dtype")
+
+
+def check_report(report: dict[str, Any], folder: Path) -> None:
+    """Refuse weights and a configuration that are not of one model.
+
+    Args:
+        report: What `read_model` gave.
+        folder: For the message.
+
+    Raises:
+        CheckpointError: Names the first tensor that is missing, unknown or of another shape.
+    """
     # A pooler on top of an encoder is never used here; checkpoints often lack it.
     missing = sorted(name for name in report["missing_keys"] if "pooler." not in name)
     mismatched = sorted(report["mismatched_keys"])
@@ -268,13 +288,6 @@ def _check_report(report: dict[str, Any], folder: Path | str) -> None:
         raise CheckpointError(f"{folder}: {name}: expected shape {list(expected)}, got {list(got)}")
 
 
-def _merge_lora(model: Any, folder: Path) -> Any:
-    from peft import PeftModel
-
-    resize_table(model, len(_tokenizer(folder)))
-    return PeftModel.from_pretrained(model, folder).merge_and_unload()
-
-
 def _round_rotary_frequencies(encoder: Any, dtype: torch.dtype) -> None:
     for module in encoder.modules():
         if isinstance(getattr(module, "inv_freq", None), torch.Tensor):
@@ -285,23 +298,31 @@ def _load_adapter(files: CheckpointFiles, chunker: CodeChunker, dtype: torch.dty
     state: dict[str, torch.Tensor] = {}
     for name, renamed in files.layout.adapter.items():
         path = files.root / name
-        tensors = load_file(path)
+        with loading(path, "cannot be read"):
+            tensors = load_file(path)
         if renamed and set(tensors) != set(renamed):
-            raise CheckpointError(f"{path}: expected the keys {sorted(renamed)}, got {sorted(tensor_names(path))}")
+            raise CheckpointError(f"{path}: expected the keys {sorted(renamed)}, got {sorted(tensors)}")
         state |= {renamed.get(key, key): value for key, value in tensors.items()}
     where = " and ".join(str(files.root / name) for name in files.layout.adapter)
     for key in ("fc1.weight", "fc2.weight"):
-        if key not in state or state[key].ndim != 2:
+        if key not in state or state[key].ndim != 2 or not state[key].numel():
             raise CheckpointError(f"{where}: {key} is missing or is not a matrix")
+    # Compared before they are built: a configuration may ask for any number of layers.
+    layers = len({key.split(".")[1] for key in state if key.startswith("attention_layers.")})
+    if layers != (wanted := files.config.num_adapter_layers):
+        raise CheckpointError(f"{where}: expected {wanted} attention layers (num_adapter_layers), got {layers}")
     decoder_config = load_decoder_config(files)
-    adapter = Adapter(
-        chunker.width,
-        int(decoder_config.hidden_size),
-        config=files.config,
-        middle_width=state["fc1.weight"].shape[0],
-        layer_config=chunker.encoder.config if files.config.adapter == "attn_mlp" else decoder_config,
-    )
-    check_state(state, adapter.state_dict(), where)
+    layer_config, source = decoder_config, files.decoder
+    if files.config.adapter == "attn_mlp":
+        layer_config, source = chunker.encoder.config, files.encoder
+    sizes: dict[str, Any] = {"middle_width": state["fc1.weight"].shape[0], "layer_config": layer_config}
+    with loading(source / CONFIG, "describes no layers that an adapter can be built of"), torch.device("meta"):
+        shapes = Adapter(chunker.width, decoder_config.hidden_size, config=files.config, **sizes).state_dict()
+    check_state(state, shapes, where)
+    for key, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{where}: {key}: expected floating-point numbers, got {tensor.dtype}")
+    adapter = Adapter(chunker.width, decoder_config.hidden_size, config=files.config, **sizes)
     adapter.load_state_dict(state)
     # The parameters only: rotary frequencies stay in float32.
     for parameter in adapter.parameters():

@@ -187,8 +187,10 @@ def _apply_template(tokenizer: Any, messages: list[dict[str, Any]], arguments: M
 
     try:
         return tokenizer.apply_chat_template(messages, **arguments)
-    except TemplateError as error:
-        raise PromptError(f"the decoder's chat template refuses these messages: {error}") from None
+    except Exception as error:
+        # A template is a program that came with the checkpoint: it may fail in any way.
+        name = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+        raise PromptError(f"the decoder's chat template refuses these messages: {name}{error}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,18 +6,19 @@ model, tokenizers = load_pair(config.pair, seed=0)
 from __future__ import annotations
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM
 
 from utils.inference.checkpoint import find_checkpoint
 from utils.inference.default_checkpoint import assemble_default_checkpoint
 from utils.inference.inference import end_tokens, load_model
-from utils.inference.weights import resize_table, without_progress_bars
+from utils.inference.weights import check_report, resize_table, without_progress_bars
 from utils.model.adapter import Adapter
 from utils.model.code_chunker import CodeChunker
 from utils.model.code_llava_model import CodeLLaVAModel, MemoryEncoder
 from utils.model.config import CompressionConfig
 from utils.model.markers import MARKERS
 from utils.model.prompt import PromptTokenizers
+from utils.pretrained import fetch, read_model, read_tokenizer
 from utils.training.config import PairConfig
 from utils.training.toy import build_toy_pair
 
@@ -46,11 +47,15 @@ def load_pair(config: PairConfig, seed: int = 0) -> tuple[CodeLLaVAModel, Prompt
 
 
 def _new_pair(config: PairConfig, seed: int) -> tuple[CodeLLaVAModel, PromptTokenizers]:
-    with without_progress_bars():
-        encoder = AutoModel.from_pretrained(config.encoder, dtype="auto")
-        decoder = AutoModelForCausalLM.from_pretrained(config.decoder, dtype="auto")
-    encoder_tokenizer = AutoTokenizer.from_pretrained(config.encoder)
-    decoder_tokenizer = AutoTokenizer.from_pretrained(config.decoder)
+    models, tokenizers = [], []
+    for kind, name in ((AutoModel, config.encoder), (AutoModelForCausalLM, config.decoder)):
+        folder = fetch(name)
+        with without_progress_bars():
+            model, report = read_model(kind, folder)
+        check_report(report, folder)
+        models.append(model)
+        tokenizers.append(read_tokenizer(folder))
+    (encoder, decoder), (encoder_tokenizer, decoder_tokenizer) = models, tokenizers
     decoder_tokenizer.add_special_tokens({"additional_special_tokens": list(MARKERS)})
     resize_table(decoder, len(decoder_tokenizer))
     compression = CompressionConfig(chunk_size=1, window=config.window, pooling=config.pooling)

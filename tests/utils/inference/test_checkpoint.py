@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from tests.support.tiny import make_memory_encoder, make_model, tokenizers
 from utils.errors import CheckpointError
@@ -141,6 +142,19 @@ def test_saving_replaces_a_whole_folder_or_nothing(tmp_path: Path, monkeypatch: 
     assert [path.name for path in tmp_path.iterdir()] == ["pair"]
     save_checkpoint(target, model, tokenizers())
     assert not (target / "stale").exists()
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(CONFIG)
+
+    def fail(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(model.decoder, "save_pretrained", fail)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        save_checkpoint(tmp_path / "pair", model, tokenizers())
+    assert (caught.value.errno, caught.value.filename) == (28, str(tmp_path / "pair"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_attention_adapters_are_saved_as_lclm_only(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +58,63 @@ def test_assembled_again_when_the_recipe_changes(
     assert assemble_default_checkpoint() == folder
     assert (folder / "weights").read_text() == "2"
     assert is_assembled()
+
+
+@pytest.mark.parametrize(
+    "stamp", ["", "[]", "null", "{", "[" * 100_000, '{"recipe": 5}', '{"recipe": "x", "files": 7}']
+)
+def test_a_stamp_that_says_nothing_means_assemble_again(
+    stamp: str, assemblies: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = assemble_default_checkpoint()
+    (folder / "assembled.json").write_text(stamp)
+    assert not is_assembled()
+    assert assemble_default_checkpoint() == folder
+    assert (folder / "weights").read_text() == "2"
+    assert is_assembled()
+
+
+@pytest.mark.parametrize("size", [None, 0, 3])
+def test_a_half_deleted_folder_is_assembled_again(
+    size: int | None, assemblies: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def assemble(folder: Path, *_: object) -> None:
+        write_text(folder / "llm" / "model.safetensors", "whole")
+
+    monkeypatch.setattr(default_checkpoint, "_assemble", assemble)
+    weights = assemble_default_checkpoint() / "llm" / "model.safetensors"
+    weights.unlink()
+    if size is not None:
+        weights.write_text("x" * size)
+    assert not is_assembled()
+    assert "model.safetensors" in caplog.text
+    assemble_default_checkpoint()
+    assert weights.read_text() == "whole"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
+def test_no_place_to_assemble(code: int, assemblies: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(default_checkpoint, "_assemble", fail)
+    with pytest.raises(CheckpointError, match=r"MB of room.*\$CODE_LLAVA_CHECKPOINTS") as caught:
+        assemble_default_checkpoint()
+    assert os.strerror(code) in str(caught.value)
+
+
+def test_a_disk_without_room_is_known_at_once(assemblies: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))  # type: ignore[attr-defined]
+    with pytest.raises(CheckpointError, match=r"1 MB are free.*\$CODE_LLAVA_CHECKPOINTS"):
+        assemble_default_checkpoint()
+    assert assemblies == []
+
+
+def test_a_place_that_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("CODE_LLAVA_CHECKPOINTS", str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match="CODE_LLAVA_CHECKPOINTS"):
+        assemble_default_checkpoint()
 
 
 def test_a_failed_assembly_leaves_what_was_there(assemblies: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from tests.support.tiny import make_model, tokenizers, write_checkpoint
@@ -106,6 +107,90 @@ def test_lora_without_a_base(copied: Callable[[str], Path]) -> None:
     (root / "llm" / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="do not say their base"):
         load_model(root, device="cpu")
+
+
+def lora_tensors(layers: range, rank: int = 2, module: str = "self_attn.q_proj") -> dict[str, torch.Tensor]:
+    """Tensors of a LoRA on the tiny encoder (width 24, 4 heads of 8), as peft names them."""
+    name = f"base_model.model.layers.{{}}.{module}.lora_{{}}.weight"
+    state = {name.format(layer, "A"): torch.ones(rank, 24) for layer in layers}
+    return state | {name.format(layer, "B"): torch.ones(32, rank) for layer in layers}
+
+
+def write_lora(root: Path, tensors: dict[str, torch.Tensor], **changes: Any) -> Path:
+    """Put LoRA weights in place of the encoder's own; returns their folder."""
+    folder = root / "embedder"
+    shutil.copytree(folder, root / "base")
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"base_model_name_or_path": "../base", "peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    settings |= {"target_modules": ["q_proj"], **changes}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+WHOLE = lora_tensors(range(2))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "changes", "wanted"),
+    [
+        (lora_tensors(range(1)), {}, r"layers\.1\.self_attn\.q_proj\.lora_A.* is missing \(2 of 4 missing"),
+        ({}, {}, "is missing .4 of 4 missing, 0 unknown"),
+        (lora_tensors(range(3)), {}, r"layers\.2\..* no place .* 2 unknown"),
+        (WHOLE | lora_tensors(range(2), module="self_attn.k_proj"), {}, r"k_proj\.lora_A.* no place .* 4 unknown"),
+        (WHOLE | {"x": torch.ones(1)}, {}, "x has no place"),
+        (lora_tensors(range(2), rank=3), {}, r"q_proj\.lora_A.*\[3, 24\].*\[2, 24\]"),
+        ({name: tensor.to(torch.int8) for name, tensor in WHOLE.items()}, {}, r"lora_A.*\(4 such tensors"),
+        (WHOLE, {"r": 10**12}, "rank 1000000000000"),
+        (WHOLE, {"r": 0}, "rank 0"),
+        (WHOLE, {"r": None}, "rank None"),
+        (WHOLE, {"rank_pattern": {"q_proj": 10**12}}, "rank 1000000000000"),
+        (WHOLE, {"peft_type": "PREFIX_TUNING"}, "peft_type"),
+        (WHOLE, {"target_modules": ["nothing"]}, "nothing"),
+        (WHOLE, {"target_modules": 5}, "."),
+        (WHOLE, {"lora_alpha": "x"}, "."),
+        (WHOLE, {"megatron_config": {"a": 1}}, "megatron_config"),
+        (WHOLE, {"auto_map": {"a": "b"}}, "auto_map"),
+        (WHOLE, {"base_model_name_or_path": "."}, "LoRA weights itself"),
+        (WHOLE, {"base_model_name_or_path": 5}, "base_model_name_or_path"),
+        (WHOLE, {"base_model_name_or_path": "x" * 5000}, "no folder on this machine"),
+        (WHOLE, {"base_model_name_or_path": "\ud800"}, "no folder on this machine"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+def test_lora_that_does_not_fit(
+    tensors: dict[str, torch.Tensor], changes: dict[str, Any], wanted: str, copied: Callable[[str], Path]
+) -> None:
+    folder = write_lora(copied("code-llava"), tensors, **changes)
+    with pytest.raises(CheckpointError, match=wanted) as caught:
+        weights.load_memory_encoder(find_checkpoint(folder.parent), device="cpu")
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+def test_whole_lora_is_added_to_the_base(copied: Callable[[str], Path]) -> None:
+    root = copied("code-llava")
+    name = "layers.1.self_attn.q_proj.weight"
+    before = weights.load_memory_encoder(find_checkpoint(root), device="cpu").chunker.encoder.state_dict()[name]
+    write_lora(root, WHOLE)
+    after = weights.load_memory_encoder(find_checkpoint(root), device="cpu").chunker.encoder.state_dict()[name]
+    # B·A of ones at rank 2, times alpha / rank.
+    torch.testing.assert_close(after, before + 2.0)
+
+
+def test_a_base_on_the_hub_is_named_and_not_fetched(
+    copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    folder = write_lora(copied("code-llava"), WHOLE, base_model_name_or_path="some-org/some-model")
+    for way in (
+        lambda: find_checkpoint(folder.parent).fingerprint,
+        lambda: weights.load_memory_encoder(find_checkpoint(folder.parent), device="cpu"),
+    ):
+        with pytest.raises(CheckpointError, match="hf download some-org/some-model --local-dir") as caught:
+            way()
+        assert str(folder / "adapter_config.json") in str(caught.value)
 
 
 def test_new_table_rows_are_the_mean_of_the_old() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.errors import ConfigError, PromptError
+from utils.errors import ConfigError, PromptError, first_line
 from utils.model.markers import MARKERS, MEMORY, MEMORY_END, MEMORY_START, MarkerIds
 
 _MARKER = re.compile("|".join(re.escape(marker) for marker in MARKERS))
@@ -174,12 +174,21 @@ def chat_token_ids(messages: Sequence[Mapping[str, Any]], tokenizer: Any, **temp
     Raises:
         PromptError: The tokenizer has no chat template, or the template refuses the messages.
     """
+    text = chat_text(messages, tokenizer, **template_arguments)
+    # The template wrote the special tokens; adding them again would put a second BOS in front.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any, **template_arguments: Any) -> str:
+    """The text of a chat from which `chat_token_ids` makes ids.
+
+    Raises:
+        PromptError: As `chat_token_ids`.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise PromptError("the decoder tokenizer has no chat template: use the raw-text command instead")
     arguments = {"add_generation_prompt": True, **template_arguments, "tokenize": False}
-    text = _apply_template(tokenizer, [dict(message) for message in messages], arguments)
-    # The template wrote the special tokens; adding them again would put a second BOS in front.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _apply_template(tokenizer, [dict(message) for message in messages], arguments)
 
 
 def _apply_template(tokenizer: Any, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> str:
@@ -187,8 +196,9 @@ def _apply_template(tokenizer: Any, messages: list[dict[str, Any]], arguments: M
 
     try:
         return tokenizer.apply_chat_template(messages, **arguments)
-    except TemplateError as error:
-        raise PromptError(f"the decoder's chat template refuses these messages: {error}") from None
+    except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        # What a template does with a field of a shape that it does not expect is Python's own error.
+        raise PromptError(f"the decoder's chat template refuses these messages: {first_line(error)[:200]}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,25 +283,48 @@ def _assemble(
     chunk_size: int | Sequence[int],
     limit: MemoryLimit | None,
 ) -> MemoryPrompt:
-    """Widen each single placeholder to its span's number of latents and note where it came to lie."""
-    # Placeholders are special tokens: one, or a run of them, leaves the ids around them the same.
-    marks = tokenizers.markers
-    places = [index for index, token in enumerate(ids) if token == marks.memory]
-    intact = all(ids[at - 1] == marks.start and ids[at + 1 : at + 2] == [marks.end] for at in places)
-    if len(places) != len(memories) or not intact:
-        raise PromptError(
-            f"the prompt has {len(memories)} memory spans but {len(places)} came out of the decoder's chat template "
-            "and tokenizer; use a template that writes each message's content once and unchanged"
-        )
-    sizes = _sizes_per_span(chunk_size, len(memories))
+    """Tokenise the spans and place them."""
     texts = list(memories)
     token_ids = tokenizers.encoder(texts, add_special_tokens=False)["input_ids"] if texts else []
+    return place_spans(ids, texts, token_ids, tokenizers.markers, chunk_size, limit)
+
+
+def place_spans(
+    ids: list[int],
+    texts: Sequence[str],
+    token_ids: Sequence[TokenIds],
+    marks: MarkerIds,
+    chunk_size: int | Sequence[int],
+    limit: MemoryLimit | None = None,
+) -> MemoryPrompt:
+    """Widen each single placeholder to its span's number of latents and note where it came to lie.
+
+    Args:
+        ids: Decoder ids with one placeholder between markers for each span.
+        texts: The spans' texts.
+        token_ids: Their encoder tokens.
+        marks: The decoder's marker ids.
+        chunk_size: Encoder tokens per latent, one for all spans or one a span.
+        limit: Longest allowed span; no limit by default.
+
+    Raises:
+        PromptError: Another number of placeholders than spans, an empty span, a span over the limit.
+    """
+    # Placeholders are special tokens: one, or a run of them, leaves the ids around them the same.
+    places = [index for index, token in enumerate(ids) if token == marks.memory]
+    intact = all(ids[at - 1] == marks.start and ids[at + 1 : at + 2] == [marks.end] for at in places)
+    if len(places) != len(texts) or not intact:
+        raise PromptError(
+            f"the prompt has {len(texts)} memory spans but {len(places)} came out of the decoder's chat template "
+            "and tokenizer; use a template that writes each message's content once and unchanged"
+        )
+    sizes = _sizes_per_span(chunk_size, len(texts))
     input_ids: list[int] = []
     spans: list[MemorySpan] = []
     copied = 0
     for number, (place, text, tokens, size) in enumerate(zip(places, texts, token_ids, sizes, strict=True)):
         kept, cut = _apply_limit(tokens, limit, number)
-        if not kept:
+        if len(kept) == 0:
             raise PromptError(f"memory span {number} ({text[:_EXCERPT]!r}) has no encoder tokens; fill it or remove it")
         input_ids += ids[copied:place]
         start = len(input_ids)
@@ -318,7 +351,7 @@ def _sizes_per_span(chunk_size: int | Sequence[int], num_spans: int) -> Sequence
     return sizes
 
 
-def _apply_limit(tokens: list[int], limit: MemoryLimit | None, number: int) -> tuple[list[int], int]:
+def _apply_limit(tokens: TokenIds, limit: MemoryLimit | None, number: int) -> tuple[TokenIds, int]:
     if limit is None or limit.max_tokens is None or len(tokens) <= limit.max_tokens:
         return tokens, 0
     if not limit.truncate:

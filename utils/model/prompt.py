@@ -22,6 +22,8 @@ from utils.model.markers import MARKERS, MEMORY, MEMORY_END, MEMORY_START, Marke
 
 _MARKER = re.compile("|".join(re.escape(marker) for marker in MARKERS))
 _EXCERPT = 40
+# Characters that are searched for markers in one go, in which Python runs nothing else.
+_STRETCH = 1 << 20
 # Tokens of a text: a list where they come from a tokenizer, an array where they come from a file.
 TokenIds = Sequence[int] | np.ndarray
 
@@ -222,7 +224,7 @@ def split_spans(text: str, where: str) -> Iterator[Piece]:
         PromptError: Unpaired, nested or empty spans, a literal placeholder.
     """
     position, opened = 0, None
-    for match in _MARKER.finditer(text):
+    for match in _find_markers(text):
         marker, at = match.group(), match.start()
         if marker == MEMORY:
             raise PromptError(
@@ -250,6 +252,23 @@ def split_spans(text: str, where: str) -> Iterator[Piece]:
     yield Piece(text[position:], False)
 
 
+def has_markers(text: str) -> bool:
+    """Whether a text holds a marker, paired or not."""
+    return next(_find_markers(text), None) is not None
+
+
+def _find_markers(text: str) -> Iterator[re.Match[str]]:
+    longest = max(map(len, MARKERS))
+    begin = 0
+    while begin < len(text):
+        end = begin + _STRETCH
+        # A marker that begins in this stretch may end in the next.
+        for match in _MARKER.finditer(text, begin, end + longest - 1):
+            yield match
+            end = max(end, match.end())
+        begin = end
+
+
 def _place(text: str, at: int, where: str) -> str:
     excerpt = text[max(0, at - _EXCERPT // 2) : at + _EXCERPT]
     return f"{where}, character {at} ({excerpt!r})"
@@ -271,7 +290,7 @@ def _role_and_content(message: Mapping[str, Any], number: int) -> tuple[str, str
         if not isinstance(message.get(key), str):
             raise PromptError(f"message {number}: {key} must be a text, got {type(message.get(key)).__name__}")
     role = message["role"]
-    if _MARKER.search(role):
+    if has_markers(role):
         raise PromptError(f"message {number}: the role holds a memory marker; memory belongs into the content")
     return role, message["content"]
 

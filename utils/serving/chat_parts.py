@@ -148,10 +148,14 @@ class SpanSplitter:
             PromptError: As `split_spans`.
             ApiError: 413, too many spans.
         """
-        self._num_spans += text.count(MEMORY_START)
-        if self._max_spans is not None and self._num_spans > self._max_spans:
-            raise ApiError(413, f"{self._num_spans} memory spans or more, the limit is {self._max_spans}")
-        return [*split_spans(text, where)]
+        pieces = []
+        for piece in split_spans(text, where):
+            pieces.append(piece)
+            self._num_spans += piece.is_memory
+            if self._max_spans is not None and self._num_spans > self._max_spans:
+                num_spans = self._num_spans + text.count(MEMORY_START) - sum(piece.is_memory for piece in pieces)
+                raise ApiError(413, f"{num_spans} memory spans, the limit is {self._max_spans}")
+        return pieces
 
 
 def _content_pieces(content: Any, number: int, splitter: SpanSplitter) -> list[Piece | Part]:

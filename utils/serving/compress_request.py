@@ -21,7 +21,7 @@ import orjson
 from utils.errors import CodeLlavaError, PromptError
 from utils.inference.compressor import Compressor
 from utils.inference.prompt_embeds import encode_wire
-from utils.model.prompt import MemoryPrompt
+from utils.model.prompt import MemoryPrompt, has_markers
 from utils.serving.api_error import ApiError, shown
 from utils.serving.chat_parts import ChatOutline, SpanSplitter, outline_chat
 from utils.serving.encoder_queue import EncodedSpan, EncoderQueue
@@ -228,11 +228,15 @@ class RequestCompressor:
             raise PromptError("prompt_embeds are not taken from clients: send text")
         given = body.get("prompt")
         prompts = given if isinstance(given, list) else [given]
-        splitter = SpanSplitter(self._settings.max_spans)
-        pieces = [splitter.split(text, "the prompt") if isinstance(text, str) else [] for text in prompts]
-        spans = [piece.text for prompt in pieces for piece in prompt if piece.is_memory]
-        if spans and not all(isinstance(text, str) for text in prompts):
+        texts = [text for text in prompts if isinstance(text, str)]
+        if not any(map(has_markers, texts)):
+            return self._read(raw, body, owner, []), []
+        if len(texts) < len(prompts):
             raise ApiError(400, "prompts with memory and prompts of token ids cannot share a request")
+        self._rows.check_together(len(texts))
+        splitter = SpanSplitter(self._settings.max_spans)
+        pieces = [splitter.split(text, "the prompt") for text in texts]
+        spans = [piece.text for prompt in pieces for piece in prompt if piece.is_memory]
         return self._read(raw, body, owner, spans), [[piece.text for piece in prompt] for prompt in pieces]
 
     def _read(self, raw: bytes, body: Body, owner: str, spans: Sequence[str]) -> _Read:
@@ -286,7 +290,6 @@ class RequestCompressor:
             self._rows.check_count(len(prompt))
 
     def _parse_prompts(self, read: _Read, prompts: list[list[str]]) -> list[MemoryPrompt]:
-        self._rows.check_together(len(prompts))
         sources = iter(read.sources)
         parsed: list[MemoryPrompt] = []
         num_rows = 0

@@ -56,8 +56,10 @@ def read_object(raw: bytes) -> dict[str, Any]:
     if skeleton.count(b":") != num_names:
         # Another reader may take the first: what is checked here and what the backend reads would differ.
         raise ApiError(400, f"an object in the body has the field {_repeated_name(raw)} twice")
-    if has_huge_number and (number := _LONG_NUMBER.search(skeleton)):
-        raise ApiError(400, f"the body holds a whole number of more than 64 bits: {shown(number[0].decode())}")
+    for match in _LONG_NUMBER.finditer(skeleton) if has_huge_number else ():
+        number = match[0].decode()
+        if len(number) > 20 or not -(1 << 63) <= int(number) < 1 << 64:
+            raise ApiError(400, f"the body holds a whole number of more than 64 bits: {shown(number)}")
     return value
 
 

@@ -9,7 +9,7 @@ Of the decoder only the embedding table is opened, memory-mapped. Shape legend: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,11 @@ class Compressor:
         """Columns of the prompt embeddings: the decoder's width."""
         return int(self._table_VD.shape[1])
 
+    @property
+    def max_positions(self) -> int | None:
+        """Longest prompt that the decoder reads, in rows; None where its configuration does not say."""
+        return getattr(self._decoder_config, "max_position_embeddings", None)
+
     def parse_raw(self, text: str, chunk_size: int | Sequence[int] | None = None) -> MemoryPrompt:
         """Parse one text; see `utils.model.prompt.parse_raw_prompt`."""
         return self.processor.parse_raw(text, chunk_size)
@@ -141,9 +146,11 @@ class Compressor:
         encoded = iter(self.encode_spans([span for prompt in prompts for span in prompt.spans]))
         return [self.embed(prompt, [next(encoded) for _ in prompt.spans]) for prompt in prompts]
 
-    def encode_spans(self, spans: Sequence[MemorySpan]) -> list[tuple[torch.Tensor, int]]:
-        """Latents [n, D] of each span on the CPU, and how many of its tokens came from the cache."""
-        return self._span_encoder.encode(spans)
+    def encode_spans(
+        self, spans: Sequence[MemorySpan], salts: Sequence[bytes] = (), stopped: Callable[[], bool] | None = None
+    ) -> list[tuple[torch.Tensor, int]]:
+        """Latents [n, D] of each span on the CPU, and its tokens from the cache; see `SpanEncoder.encode`."""
+        return self._span_encoder.encode(spans, salts, stopped)
 
     def provenance(self) -> dict[str, Any]:
         """What the sidecar of an output says about where it came from."""

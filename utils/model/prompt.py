@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from utils.errors import ConfigError, PromptError
+from utils.errors import ConfigError, PromptError, first_line
 from utils.model.markers import MARKERS, MEMORY, MEMORY_END, MEMORY_START, MarkerIds
 
 _MARKER = re.compile("|".join(re.escape(marker) for marker in MARKERS))
 _EXCERPT = 40
+# Characters that are searched for markers in one go, in which Python runs nothing else.
+_STRETCH = 1 << 20
 # Tokens of a text: a list where they come from a tokenizer, an array where they come from a file.
 TokenIds = Sequence[int] | np.ndarray
 
@@ -174,12 +176,21 @@ def chat_token_ids(messages: Sequence[Mapping[str, Any]], tokenizer: Any, **temp
     Raises:
         PromptError: The tokenizer has no chat template, or the template refuses the messages.
     """
+    text = chat_text(messages, tokenizer, **template_arguments)
+    # The template wrote the special tokens; adding them again would put a second BOS in front.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any, **template_arguments: Any) -> str:
+    """The text of a chat from which `chat_token_ids` makes ids.
+
+    Raises:
+        PromptError: As `chat_token_ids`.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise PromptError("the decoder tokenizer has no chat template: use the raw-text command instead")
     arguments = {"add_generation_prompt": True, **template_arguments, "tokenize": False}
-    text = _apply_template(tokenizer, [dict(message) for message in messages], arguments)
-    # The template wrote the special tokens; adding them again would put a second BOS in front.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _apply_template(tokenizer, [dict(message) for message in messages], arguments)
 
 
 def _apply_template(tokenizer: Any, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> str:
@@ -190,7 +201,8 @@ def _apply_template(tokenizer: Any, messages: list[dict[str, Any]], arguments: M
     except Exception as error:
         # A template is a program that came with the checkpoint: it may fail in any way.
         name = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
-        raise PromptError(f"the decoder's chat template refuses these messages: {name}{error}") from None
+        message = first_line(error)[:200]
+        raise PromptError(f"the decoder's chat template refuses these messages: {name}{message}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +226,7 @@ def split_spans(text: str, where: str) -> Iterator[Piece]:
         PromptError: Unpaired, nested or empty spans, a literal placeholder.
     """
     position, opened = 0, None
-    for match in _MARKER.finditer(text):
+    for match in _find_markers(text):
         marker, at = match.group(), match.start()
         if marker == MEMORY:
             raise PromptError(
@@ -242,6 +254,23 @@ def split_spans(text: str, where: str) -> Iterator[Piece]:
     yield Piece(text[position:], False)
 
 
+def has_markers(text: str) -> bool:
+    """Whether a text holds a marker, paired or not."""
+    return next(_find_markers(text), None) is not None
+
+
+def _find_markers(text: str) -> Iterator[re.Match[str]]:
+    longest = max(map(len, MARKERS))
+    begin = 0
+    while begin < len(text):
+        end = begin + _STRETCH
+        # A marker that begins in this stretch may end in the next.
+        for match in _MARKER.finditer(text, begin, end + longest - 1):
+            yield match
+            end = max(end, match.end())
+        begin = end
+
+
 def _place(text: str, at: int, where: str) -> str:
     excerpt = text[max(0, at - _EXCERPT // 2) : at + _EXCERPT]
     return f"{where}, character {at} ({excerpt!r})"
@@ -263,7 +292,7 @@ def _role_and_content(message: Mapping[str, Any], number: int) -> tuple[str, str
         if not isinstance(message.get(key), str):
             raise PromptError(f"message {number}: {key} must be a text, got {type(message.get(key)).__name__}")
     role = message["role"]
-    if _MARKER.search(role):
+    if has_markers(role):
         raise PromptError(f"message {number}: the role holds a memory marker; memory belongs into the content")
     return role, message["content"]
 
@@ -275,25 +304,48 @@ def _assemble(
     chunk_size: int | Sequence[int],
     limit: MemoryLimit | None,
 ) -> MemoryPrompt:
-    """Widen each single placeholder to its span's number of latents and note where it came to lie."""
-    # Placeholders are special tokens: one, or a run of them, leaves the ids around them the same.
-    marks = tokenizers.markers
-    places = [index for index, token in enumerate(ids) if token == marks.memory]
-    intact = all(ids[at - 1] == marks.start and ids[at + 1 : at + 2] == [marks.end] for at in places)
-    if len(places) != len(memories) or not intact:
-        raise PromptError(
-            f"the prompt has {len(memories)} memory spans but {len(places)} came out of the decoder's chat template "
-            "and tokenizer; use a template that writes each message's content once and unchanged"
-        )
-    sizes = _sizes_per_span(chunk_size, len(memories))
+    """Tokenise the spans and place them."""
     texts = list(memories)
     token_ids = tokenizers.encoder(texts, add_special_tokens=False)["input_ids"] if texts else []
+    return place_spans(ids, texts, token_ids, tokenizers.markers, chunk_size, limit)
+
+
+def place_spans(
+    ids: list[int],
+    texts: Sequence[str],
+    token_ids: Sequence[TokenIds],
+    marks: MarkerIds,
+    chunk_size: int | Sequence[int],
+    limit: MemoryLimit | None = None,
+) -> MemoryPrompt:
+    """Widen each single placeholder to its span's number of latents and note where it came to lie.
+
+    Args:
+        ids: Decoder ids with one placeholder between markers for each span.
+        texts: The spans' texts.
+        token_ids: Their encoder tokens.
+        marks: The decoder's marker ids.
+        chunk_size: Encoder tokens per latent, one for all spans or one a span.
+        limit: Longest allowed span; no limit by default.
+
+    Raises:
+        PromptError: Another number of placeholders than spans, an empty span, a span over the limit.
+    """
+    # Placeholders are special tokens: one, or a run of them, leaves the ids around them the same.
+    places = [index for index, token in enumerate(ids) if token == marks.memory]
+    intact = all(ids[at - 1] == marks.start and ids[at + 1 : at + 2] == [marks.end] for at in places)
+    if len(places) != len(texts) or not intact:
+        raise PromptError(
+            f"the prompt has {len(texts)} memory spans but {len(places)} came out of the decoder's chat template "
+            "and tokenizer; use a template that writes each message's content once and unchanged"
+        )
+    sizes = _sizes_per_span(chunk_size, len(texts))
     input_ids: list[int] = []
     spans: list[MemorySpan] = []
     copied = 0
     for number, (place, text, tokens, size) in enumerate(zip(places, texts, token_ids, sizes, strict=True)):
         kept, cut = _apply_limit(tokens, limit, number)
-        if not kept:
+        if len(kept) == 0:
             raise PromptError(f"memory span {number} ({text[:_EXCERPT]!r}) has no encoder tokens; fill it or remove it")
         input_ids += ids[copied:place]
         start = len(input_ids)
@@ -320,7 +372,7 @@ def _sizes_per_span(chunk_size: int | Sequence[int], num_spans: int) -> Sequence
     return sizes
 
 
-def _apply_limit(tokens: list[int], limit: MemoryLimit | None, number: int) -> tuple[list[int], int]:
+def _apply_limit(tokens: TokenIds, limit: MemoryLimit | None, number: int) -> tuple[TokenIds, int]:
     if limit is None or limit.max_tokens is None or len(tokens) <= limit.max_tokens:
         return tokens, 0
     if not limit.truncate:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import hmac
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import httpx
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from utils.errors import PromptError
@@ -25,10 +25,12 @@ from utils.inference.compressor import Compressor
 from utils.serving.api_error import ApiError, error_body
 from utils.serving.compress_request import EXTENSION, CompressedRequest, RequestCompressor
 from utils.serving.encoder_queue import EncoderQueue
-from utils.serving.memories import MemoryStore
+from utils.serving.json_body import read_object
+from utils.serving.memories import Memory, MemoryStore
 from utils.serving.metrics import Metrics
+from utils.serving.off_loop import OffLoop
 from utils.serving.page import PAGE_FILES, add_page
-from utils.serving.settings import GatewaySettings
+from utils.serving.settings import GatewaySettings, owner_of
 from utils.serving.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -41,11 +43,14 @@ _OPEN_PATHS = ("/healthz", *PAGE_FILES)
 
 
 class Admission:
-    """Checks the key, counts requests and answers; plain ASGI, so that streams and disconnects pass untouched."""
+    """Checks the key, counts requests and answers; plain ASGI, so that streams and disconnects pass untouched.
 
-    def __init__(self, app: ASGIApp, api_key: str | None, metrics: Metrics) -> None:
+    Routes find under `request.state.owner` whose request it is; "" where there are no keys.
+    """
+
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], metrics: Metrics) -> None:
         self._app = app
-        self._api_key = api_key
+        self._owners = {_digest(key.encode()): owner_of(key.encode()) for key in api_keys}
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,18 +66,22 @@ class Admission:
             await send(message)
 
         with self._metrics.active.track_inprogress():
-            if self._may_enter(scope):
+            owner = self._owner(scope)
+            if owner is not None:
+                scope.setdefault("state", {})["owner"] = owner
                 await self._app(scope, receive, counting_send)
             else:
                 error = ApiError(401, "wrong or missing API key")
                 await _json(error.body(), 401, {"WWW-Authenticate": "Bearer"})(scope, receive, counting_send)
 
-    def _may_enter(self, scope: Scope) -> bool:
-        if self._api_key is None or scope["path"] in _OPEN_PATHS:
-            return True
-        given = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
-        # Constant time: the answer's delay must not tell how much of a guess is right.
-        return hmac.compare_digest(given.encode(), self._api_key.encode())
+    def _owner(self, scope: Scope) -> str | None:
+        """Whose request this is; None for one that may not enter."""
+        if not self._owners or scope["path"] in _OPEN_PATHS:
+            return ""
+        given = _digest(dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer "))
+        # Constant time: the answer's delay must tell neither how much of a guess is right nor whose key it is.
+        matches = [owner for known, owner in self._owners.items() if hmac.compare_digest(given, known)]
+        return matches[0] if matches else None
 
 
 def create_app(
@@ -89,19 +98,23 @@ def create_app(
     upstream = Upstream(settings.backend_url, settings.backend_key, settings.timeout_s, backend)
     queue = EncoderQueue(compressor, settings.max_waiting, settings.max_batch_tokens, metrics.note_batch)
     metrics.watch_queue(lambda: queue.num_waiting)
-    memories = MemoryStore(settings.max_memories, settings.max_memories_bytes)
-    requests = RequestCompressor(compressor, queue, memories, settings)
+    memories = MemoryStore(
+        settings.max_memories, settings.max_memories_bytes, settings.memory_ttl_s, len(settings.api_keys)
+    )
+    requests = RequestCompressor(compressor, queue, memories, settings, is_local=backend is not None)
+    long_work = OffLoop("answers")
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         queue.close()
         requests.close()
+        long_work.close()
         await upstream.close()
 
     app = FastAPI(title="Code-LLaVA gateway", lifespan=lifespan, docs_url=None, redoc_url=None)
 
-    app.add_middleware(Admission, api_key=settings.api_key, metrics=metrics)
+    app.add_middleware(Admission, api_keys=settings.api_keys, metrics=metrics)
     add_page(app)
 
     @app.exception_handler(ApiError)
@@ -118,22 +131,21 @@ def create_app(
         return _json(error_body("the gateway failed; its log says why", 500), 500)
 
     async def forward(
-        request: Request, path: str, compress: Callable[[dict[str, Any]], Coroutine[Any, Any, CompressedRequest]]
+        request: Request, path: str, compress: Callable[[bytes, str], Coroutine[Any, Any, CompressedRequest]]
     ) -> Response:
         raw = await _read_body(request, settings.max_body_bytes)
-        compressed = await _unless_gone(request, compress(_object(raw)))
-        body = raw if compressed.body is None else orjson.dumps(compressed.body)
+        compressed = await _unless_gone(request, compress(raw, request.state.owner))
         metrics.note_spans(compressed.spans)
         metrics.fallbacks.inc(compressed.fallback)
-        answer = await _unless_gone(request, upstream.post(path, body))
+        answer = await _unless_gone(request, upstream.post(path, compressed.content))
         kind = answer.headers.get("content-type", "application/json")
         headers = _report_headers(compressed)
         if kind.startswith("text/event-stream"):
             pieces = upstream.pieces(answer)
             return StreamingResponse(pieces, answer.status_code, headers, media_type=kind)
         content = await _unless_gone(request, upstream.whole(answer))
-        if compressed.body is not None and answer.status_code == 200:
-            content = orjson.dumps({**orjson.loads(content), EXTENSION: compressed.report()})
+        if compressed.is_ours and answer.status_code == 200:
+            content = await long_work.run_if_long(len(content), lambda: _with_report(content, compressed))
         if retry_after := answer.headers.get("retry-after"):
             headers["Retry-After"] = retry_after
         return Response(content, answer.status_code, headers, media_type=kind)
@@ -157,18 +169,24 @@ def create_app(
 
     @app.post("/v1/memories", status_code=201)
     async def add_memory(request: Request) -> Response:
-        text = _object(await _read_body(request, settings.max_body_bytes)).get("text")
-        if not isinstance(text, str) or not text.strip():
-            raise ApiError(400, 'expected {"text": "…"} with a text that is not empty')
-        return _json(memories.add(text).summary(), 201)
+        raw = await _read_body(request, settings.max_body_bytes)
+
+        def add() -> Memory:
+            text = read_object(raw).get("text")
+            if not isinstance(text, str) or not text.strip():
+                raise ApiError(400, 'expected {"text": "…"} with a text that is not empty')
+            return memories.add(text, request.state.owner)
+
+        return _json((await long_work.run_if_long(len(raw), add)).summary(), 201)
 
     @app.get("/v1/memories")
-    async def list_memories() -> Response:
-        return _json({"object": "list", "data": [memory.summary() for memory in memories.list()]})
+    async def list_memories(request: Request) -> Response:
+        data = [memory.summary() for memory in memories.list(request.state.owner)]
+        return _json({"object": "list", "data": data})
 
     @app.delete("/v1/memories/{memory_id}")
-    async def delete_memory(memory_id: str) -> Response:
-        memories.delete(memory_id)
+    async def delete_memory(memory_id: str, request: Request) -> Response:
+        memories.delete(memory_id, request.state.owner)
         return _json({"id": memory_id, "object": "memory", "deleted": True})
 
     @app.get("/healthz")
@@ -196,14 +214,12 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-def _object(raw: bytes) -> dict[str, Any]:
+def _with_report(content: bytes, compressed: CompressedRequest) -> bytes:
     try:
-        value = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise ApiError(400, f"the body is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ApiError(400, f"the body must be a JSON object, got {type(value).__name__}")
-    return value
+        answer = orjson.loads(content)
+        return orjson.dumps({**answer, EXTENSION: compressed.report()})
+    except (orjson.JSONDecodeError, TypeError):  # broken, no object, or nested deeper than can be written
+        raise ApiError(502, "the backend's answer is not a JSON object that can be read") from None
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
@@ -228,7 +244,7 @@ async def _disconnected(request: Request) -> None:
 
 
 def _report_headers(compressed: CompressedRequest) -> dict[str, str]:
-    if compressed.body is None:
+    if not compressed.is_ours:
         return {}
     report = compressed.report()
     names = ("memory_tokens", "latents", "cached_tokens", "encode_milliseconds")
@@ -239,6 +255,10 @@ def _report_headers(compressed: CompressedRequest) -> dict[str, str]:
     if len(spans) <= _MAX_HEADER_BYTES:
         headers[_HEADER + "Spans"] = spans.decode()
     return headers
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

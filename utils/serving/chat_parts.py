@@ -2,6 +2,7 @@
 
     outline = outline_chat(messages)       # outline.spans: the texts between the markers
     outline.fill([part, …])                # one content part a span: latents between the markers, or plain text
+    flat_chat(messages)                    # contents as texts, as the local decoder's template takes them
 
 A message without memory stays as it was, strings included.
 """
@@ -13,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.errors import PromptError
-from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START
 from utils.model.prompt import Piece, split_spans
+from utils.serving.api_error import ApiError, shown
 
 Part = dict[str, Any]
 
@@ -41,49 +43,124 @@ class ChatOutline:
             if pieces is None:
                 filled.append(message)
                 continue
-            content: list[Part] = []
+            content = _Content()
             for piece in pieces:
                 if isinstance(piece, dict):
-                    content.append(piece)
+                    content.add_part(piece)
                 elif not piece.is_memory:
-                    _append_text(content, piece.text)
+                    content.add_text(piece.text)
+                elif (part := next(remaining))["type"] == "text":
+                    content.add_text(part["text"])
                 else:
-                    part = next(remaining)
-                    is_latents = part["type"] != "text"
-                    _append_text(content, MEMORY_START if is_latents else part["text"])
-                    if is_latents:
-                        content.append(part)
-                        _append_text(content, MEMORY_END)
-            filled.append({**message, "content": content})
+                    content.add_text(MEMORY_START)
+                    content.add_part(part)
+                    content.add_text(MEMORY_END)
+            filled.append({**message, "content": content.parts()})
         return filled
 
 
-def outline_chat(messages: Any) -> ChatOutline:
+class _Content:
+    """Content parts in which neighbouring texts are one: parts then do not depend on where spans were cut."""
+
+    def __init__(self) -> None:
+        self._parts: list[Part] = []
+        self._texts: list[str] = []
+
+    def add_text(self, text: str) -> None:
+        self._texts.append(text)
+
+    def add_part(self, part: Part) -> None:
+        self._end_text()
+        self._parts.append(part)
+
+    def parts(self) -> list[Part]:
+        self._end_text()
+        return self._parts
+
+    def _end_text(self) -> None:
+        if text := "".join(self._texts):
+            self._parts.append({"type": "text", "text": text})
+        self._texts = []
+
+
+def outline_chat(messages: Any, max_spans: int | None = None) -> ChatOutline:
     """Find the memory spans of a chat; content is a string or a list of parts.
+
+    Args:
+        messages: The body's field.
+        max_spans: Most spans; None for any number.
 
     Raises:
         PromptError: Markers that do not pair, a literal placeholder, memory in a role, messages of another shape,
             or embeddings sent by the client.
+        ApiError: 413, more spans.
     """
     if not isinstance(messages, list) or not messages:
         raise PromptError("messages must be a list of at least one {'role': …, 'content': …}")
     all_pieces: list[list[Piece | Part] | None] = []
     spans: list[str] = []
+    splitter = SpanSplitter(max_spans)
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
             raise PromptError(f"message {number}: expected an object, got {type(message).__name__}")
-        if any(piece.is_memory for piece in split_spans(str(message.get("role")), f"the role of message {number}")):
+        role = message.get("role")
+        if isinstance(role, str) and len(splitter.split(role, f"the role of message {number}")) > 1:
             raise PromptError(f"message {number}: the role holds memory; memory belongs into the content")
-        pieces = _content_pieces(message.get("content"), number)
+        pieces = _content_pieces(message.get("content"), number, splitter)
         memories = [piece.text for piece in pieces if isinstance(piece, Piece) and piece.is_memory]
+        if memories:
+            _check_role(role, number)
+            _check_texts(message["content"], number)
         spans += memories
         all_pieces.append(pieces if memories else None)
     return ChatOutline(messages=messages, pieces=all_pieces, spans=spans)
 
 
-def _content_pieces(content: Any, number: int) -> list[Piece | Part]:
+def flat_chat(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Messages whose contents are texts with a placeholder for each part of latents; and the parts' data in order.
+
+    Raises:
+        PromptError: A role or content of another shape, or a part that a local decoder cannot read.
+    """
+    blobs: list[str] = []
+    flat = []
+    for number, message in enumerate(messages):
+        _check_role(message.get("role"), number)
+        flat.append({**message, "content": _flat_content(message.get("content"), number, blobs)})
+    return flat, blobs
+
+
+class SpanSplitter:
+    """`split_spans` over the texts of one request, whose spans are counted before anything is made of them.
+
+    Args:
+        max_spans: Most spans of all texts; None for any number.
+    """
+
+    def __init__(self, max_spans: int | None = None) -> None:
+        self._max_spans = max_spans
+        self._num_spans = 0
+
+    def split(self, text: str, where: str) -> list[Piece]:
+        """Pieces of one text.
+
+        Raises:
+            PromptError: As `split_spans`.
+            ApiError: 413, too many spans.
+        """
+        pieces = []
+        for piece in split_spans(text, where):
+            pieces.append(piece)
+            self._num_spans += piece.is_memory
+            if self._max_spans is not None and self._num_spans > self._max_spans:
+                num_spans = self._num_spans + text.count(MEMORY_START) - sum(piece.is_memory for piece in pieces)
+                raise ApiError(413, f"{num_spans} memory spans, the limit is {self._max_spans}")
+        return pieces
+
+
+def _content_pieces(content: Any, number: int, splitter: SpanSplitter) -> list[Piece | Part]:
     if isinstance(content, str):
-        return [*split_spans(content, f"message {number}")]
+        return [*splitter.split(content, f"message {number}")]
     pieces: list[Piece | Part] = []
     for part in content if isinstance(content, list) else []:
         if not isinstance(part, dict):
@@ -92,17 +169,43 @@ def _content_pieces(content: Any, number: int) -> list[Piece | Part]:
             # They are pickles for the backend to open; what this gateway forwards, it has made.
             raise PromptError(f"message {number}: prompt_embeds parts are not taken from clients: send text")
         if part.get("type") == "text" and isinstance(part.get("text"), str):
-            pieces += split_spans(part["text"], f"message {number}")
+            pieces += splitter.split(part["text"], f"message {number}")
         else:
             pieces.append(part)
     return pieces
 
 
-def _append_text(content: list[Part], text: str) -> None:
-    """Add text to the part before where that is text, too: parts then do not depend on where spans were cut."""
-    if not text:
-        return
-    if content and content[-1].keys() == {"type", "text"}:
-        content[-1] = {"type": "text", "text": content[-1]["text"] + text}
-    else:
-        content.append({"type": "text", "text": text})
+def _check_role(role: Any, number: int) -> None:
+    if not isinstance(role, str):
+        raise PromptError(f"message {number}: the role is {shown(role)}, expected a text")
+
+
+def _check_texts(content: Any, number: int) -> None:
+    """A message that is written anew must be understood; one that is passed on is the backend's to judge."""
+    for place, part in enumerate(content if isinstance(content, list) else []):
+        if part.get("type") == "text" and not isinstance(part.get("text"), str):
+            raise PromptError(
+                f"message {number}, part {place}: the field text is {shown(part.get('text'))}, expected a text"
+            )
+
+
+def _flat_content(content: Any, number: int, blobs: list[str]) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise PromptError(
+            f"message {number}: a message's content is a text or a list of parts, got {type(content).__name__}"
+        )
+    texts = []
+    _check_texts(content, number)
+    for part in content:
+        if part.get("type") == "text":
+            texts.append(part["text"])
+        elif part.get("type") == "prompt_embeds":
+            blobs.append(part["data"])
+            texts.append(MEMORY)
+        else:
+            raise PromptError(
+                f"message {number}: content parts of type {shown(part.get('type'))} need a vLLM backend: send text"
+            )
+    return "".join(texts)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 from typing import Any
@@ -55,7 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on; default 127.0.0.1")
     server.add_argument("--port", type=int, default=8080, help="default 8080")
-    server.add_argument("--api-key", help=f"key that clients must send; default ${KEY_VARIABLE}, else none")
+    server.add_argument(
+        "--api-key", action="append", metavar="KEY",
+        help="key that clients must send; give it again for another client, whose memories and cache entries are "
+        f"apart; default ${KEY_VARIABLE} (several with commas), else none",
+    )  # fmt: skip
     server.add_argument(
         "--on-error", choices=("fail", "plain-text"), default="fail",
         help="when the encoder fails: refuse, or send the memory as text and say so; default fail",
@@ -66,6 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--max-batch-tokens", type=int, default=32768, help="memory tokens of requests encoded together; default 32768"
     )
+    server.add_argument(
+        "--memory-ttl", type=float, default=86400.0,
+        help="how long a stored text is kept after its last use, in seconds; default 86400, a day",
+    )  # fmt: skip
     return parser
 
 
@@ -82,7 +91,7 @@ def _run(args: argparse.Namespace) -> int:
     from utils.serving.backend_check import check_backend
     from utils.serving.local_backend import LOCAL_URL, LocalBackend
     from utils.serving.local_decoder import LocalDecoder
-    from utils.serving.settings import GatewaySettings
+    from utils.serving.settings import GatewaySettings, read_keys
 
     for flag in ("max_body_mb", "max_spans", "max_waiting", "max_batch_tokens"):
         if getattr(args, flag) < 1:
@@ -92,12 +101,13 @@ def _run(args: argparse.Namespace) -> int:
     settings = GatewaySettings(
         backend_url=LOCAL_URL if args.backend == "local" else args.backend_url or _BACKEND_URL,
         backend_key=args.backend_key,
-        api_key=args.api_key or os.environ.get(KEY_VARIABLE) or None,
+        api_keys=read_keys(args.api_key, os.environ.get(KEY_VARIABLE), KEY_VARIABLE),
         on_error=args.on_error,
         max_body_bytes=args.max_body_mb << 20,
         max_spans=args.max_spans,
         max_waiting=args.max_waiting,
         max_batch_tokens=args.max_batch_tokens,
+        memory_ttl_s=args.memory_ttl,
         timeout_s=args.timeout,
     )
     weights: dict[str, Any] = {
@@ -119,6 +129,9 @@ def _run(args: argparse.Namespace) -> int:
             create_app(settings, compressor, backend), host=args.host, port=args.port, log_level="warning",
             timeout_graceful_shutdown=_SHUTDOWN_S,
         )  # fmt: skip
+        # What was loaded stays: the collector need not go through it for each long body, while nothing else runs.
+        gc.collect()
+        gc.freeze()
         uvicorn.Server(config).run()
     finally:
         if cache is not None:

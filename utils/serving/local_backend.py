@@ -21,8 +21,10 @@ import orjson
 
 from utils.errors import CodeLlavaError, PromptError
 from utils.serving.api_error import ApiError, error_body
+from utils.serving.json_body import read_object
 from utils.serving.local_decoder import Answer, LocalDecoder
 from utils.serving.local_request import LocalRequest
+from utils.serving.off_loop import OffLoop
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +46,15 @@ class LocalBackend(httpx.AsyncBaseTransport):
         self._running: set[_Run] = set()
         # Its one thread is the line, and keeps the tokenizer to itself.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
+        self._reader = OffLoop("reader")
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Answer one request; errors have the API's shape."""
         try:
             if request.url.path.endswith("/models"):
                 return _json(self._models())
-            wanted = LocalRequest.read(request.url.path, orjson.loads(await request.aread()), self._decoder.name)
+            content = await request.aread()
+            wanted = await self._reader.run_if_long(len(content), lambda: self._read(request.url.path, content))
             return await self._answer(wanted)
         except ApiError as error:
             return _json(error.body(), error.status, error.headers)
@@ -64,6 +68,10 @@ class LocalBackend(httpx.AsyncBaseTransport):
         for run in self._running:
             run.cancelled.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
+
+    def _read(self, path: str, content: bytes) -> LocalRequest:
+        return LocalRequest.read(path, read_object(content), self._decoder.name)
 
     async def _answer(self, wanted: LocalRequest) -> httpx.Response:
         if len(self._running) > self._max_waiting:

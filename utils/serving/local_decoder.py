@@ -12,7 +12,7 @@ from __future__ import annotations
 import secrets
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,18 @@ from utils.inference.inference import end_tokens
 from utils.inference.prompt_embeds import decode_wire
 from utils.inference.weights import load_decoder, load_tokenizers
 from utils.model.code_llava_model import check_prompt_fits, explain_out_of_memory
-from utils.model.markers import MEMORY, MarkerIds
-from utils.model.prompt import chat_token_ids
+from utils.model.markers import MarkerIds
+from utils.model.prompt import chat_text
 from utils.model.splice import splice_latents
+from utils.serving.api_error import ApiError
+from utils.serving.bounded_tokenizer import BoundedTokenizer
+from utils.serving.chat_parts import flat_chat
 from utils.serving.text_pieces import TextPieces
+
+# Below it the largest logit is drawn anyway, and others may pass what a float can hold; vLLM's bound, too.
+_LEAST_TEMPERATURE = 1e-5
+# A decoder that does not say how many positions it has.
+_NO_LIMIT = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +86,7 @@ class LocalDecoder:
         self.name = name
         self._model = model.eval()
         self._tokenizer = tokenizer
+        self._bounded = BoundedTokenizer(tokenizer)
         self._memory_id = MarkerIds.from_tokenizer(tokenizer).memory
         self._end_ids = end_tokens(model, tokenizer)
 
@@ -96,15 +105,16 @@ class LocalDecoder:
         return getattr(self._model.config, "max_position_embeddings", None)
 
     @torch.inference_mode()
-    def chat_rows(self, messages: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    def chat_rows(self, messages: Sequence[dict[str, Any]]) -> torch.Tensor:
         """Rows [T, D] of a chat whose content parts are texts and latents; parts are joined with nothing between.
 
         Raises:
             PromptError: Parts of another kind, or messages that the chat template refuses.
+            ApiError: 413, more ids than positions.
         """
-        latents: list[torch.Tensor] = []
-        texts = [{**message, "content": _read_content(message.get("content"), latents)} for message in messages]
-        ids = chat_token_ids(texts, self._tokenizer)
+        flat, blobs = flat_chat(messages)
+        latents = [decode_wire(blob) for blob in blobs]
+        ids = self._ids(chat_text(flat, self._tokenizer))
         places = [index for index, token in enumerate(ids) if token == self._memory_id]
         if len(places) != len(latents):
             raise PromptError(f"{len(latents)} latent parts, but the chat template wrote {len(places)} of them")
@@ -124,11 +134,17 @@ class LocalDecoder:
 
         Raises:
             PromptError: An id that the decoder does not have.
+            ApiError: 413, more ids than positions.
         """
-        ids = self._tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        ids = self._ids(prompt, special_tokens=True) if isinstance(prompt, str) else prompt
+        self._check_count(len(ids))
         num_rows = self._model.get_input_embeddings().weight.shape[0]
-        if max(ids) >= num_rows:
-            raise PromptError(f"the prompt has token id {max(ids)}, the decoder's ids end at {num_rows - 1}")
+        if not ids or max(ids) >= num_rows:
+            raise PromptError(
+                f"the prompt has token id {max(ids)}, the decoder's ids end at {num_rows - 1}"
+                if ids
+                else "the prompt has no tokens"
+            )
         return self._embed(ids)
 
     def wire_rows(self, blob: str) -> torch.Tensor:
@@ -159,10 +175,10 @@ class LocalDecoder:
             PromptError: Prompt and answer are longer than the decoder's positions.
         """
         self.check_room(len(rows_TD), sampling)
-        max_tokens = sampling.max_tokens or (self.max_model_len or 1 << 20) - len(rows_TD)
+        max_tokens = sampling.max_tokens or self._max_rows - len(rows_TD)
         watch = _Watch(TextPieces(self._tokenizer, sampling.stop), self._end_ids, on_text, cancelled)
         drawing: dict[str, Any] = {"do_sample": False}
-        if sampling.temperature > 0:
+        if sampling.temperature >= _LEAST_TEMPERATURE:
             drawing = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
             torch.manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
         with (
@@ -181,6 +197,20 @@ class LocalDecoder:
                 **drawing,
             )
         return watch.answer()
+
+    def _ids(self, text: str, *, special_tokens: bool = False) -> list[int]:
+        ids = self._bounded.ids(text, self._max_rows, special_tokens=special_tokens)
+        if ids is None:
+            raise ApiError(413, f"the prompt has more tokens than the decoder's {self._max_rows} positions: shorten it")
+        return ids
+
+    def _check_count(self, num_ids: int) -> None:
+        if num_ids > self._max_rows:
+            raise ApiError(413, f"the prompt has {num_ids} tokens, but the decoder has {self._max_rows} positions")
+
+    @property
+    def _max_rows(self) -> int:
+        return self.max_model_len or _NO_LIMIT
 
     def _embed(self, ids: Sequence[int]) -> torch.Tensor:
         return self._model.get_input_embeddings()(torch.tensor(ids, dtype=torch.long, device=self._model.device))
@@ -230,21 +260,3 @@ class _Watch(BaseStreamer):
     def _tell(self, text: str) -> None:
         if text:
             self._on_text(text)
-
-
-def _read_content(content: Any, latents: list[torch.Tensor]) -> str:
-    """A message's content as one text with a placeholder for each part of latents, which are added to the list."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise PromptError(f"a message's content is a text or a list of parts, got {type(content).__name__}")
-    text = ""
-    for part in content:
-        if part.get("type") == "text" and isinstance(part.get("text"), str):
-            text += part["text"]
-        elif part.get("type") == "prompt_embeds":
-            latents.append(decode_wire(part["data"]))
-            text += MEMORY
-        else:
-            raise PromptError(f"content parts of type {part.get('type')!r} need a vLLM backend: send text")
-    return text

@@ -1,8 +1,8 @@
 """What a request asks of the local decoder: the fields that it honours, each checked; any other is refused by name.
 
 Honoured: `model`, `messages` or `prompt`, `max_tokens` (also `max_completion_tokens`), `temperature`, `top_p`, `seed`,
-`stop`, `stream`, `stream_options.include_usage`; `user` is ignored. Fields that hold what is the case anyway (`n: 1`,
-penalties of 0, null, …) are let through.
+`stop` (within bounds), `stream`, `stream_options.include_usage`; `user` and `cache_salt` are ignored. Fields that hold
+what is the case anyway (`n: 1`, penalties of 0, null, …) are let through.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from utils.serving.api_error import ApiError
+from utils.serving.api_error import ApiError, shown
 from utils.serving.local_decoder import LocalDecoder, Sampling
 
 if TYPE_CHECKING:
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
 # The API's own default for completions; a chat may go on to the end of the positions.
 _COMPLETION_TOKENS = 16
+# Each new token is looked through for each of them.
+MAX_STOPS, MAX_STOP_CHARACTERS = 32, 1024
 _COMMON = {
     "model", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "user",
+    "cache_salt",
 }  # fmt: skip
 _CHAT = _COMMON | {"messages", "max_completion_tokens"}
 _COMPLETION = _COMMON | {"prompt", "prompt_embeds"}
@@ -66,9 +69,9 @@ class LocalRequest:
         given = {name: value for name, value in body.items() if value is not None}
         for name in given.keys() - (_CHAT if chat else _COMPLETION):
             if name not in _WITHOUT_EFFECT or given[name] != _WITHOUT_EFFECT[name]:
-                raise ApiError(400, f"the local backend has no {name!r}: leave it out, or use a vLLM backend")
+                raise ApiError(400, f"the local backend has no {shown(name)}: leave it out, or use a vLLM backend")
         if given.get("model", model) != model:
-            raise ApiError(404, f"the model {given['model']!r} does not exist: this server has {model!r}")
+            raise ApiError(404, f"the model {shown(given['model'])} does not exist: this server has {model!r}")
         default = None if chat else _COMPLETION_TOKENS
         limit = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
         options = given.get("stream_options", {})
@@ -102,7 +105,7 @@ def _one(prompt: Any) -> Any:
     """The only prompt of a completion: a text, or a list of token ids."""
     if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
         prompt = prompt[0]
-    is_ids = isinstance(prompt, list) and all(isinstance(token, int) and token >= 0 for token in prompt)
+    is_ids = isinstance(prompt, list) and all(type(token) is int and token >= 0 for token in prompt)
     if not prompt or not (isinstance(prompt, str) or is_ids):
         raise ApiError(400, "the local backend takes one prompt a request: a text that is not empty, or token ids")
     return prompt
@@ -111,7 +114,7 @@ def _one(prompt: Any) -> Any:
 def _number(given: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
     value = given.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ApiError(400, f"{name} is {value!r}, expected a number from {low:g} to {high:g}")
+        raise ApiError(400, f"{name} is {shown(value)}, expected a number from {low:g} to {high:g}")
     return float(value)
 
 
@@ -119,11 +122,16 @@ def _whole(given: Mapping[str, Any], name: str, default: int | None, at_least: i
     value = given.get(name, default)
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and at_least <= value < 1 << 63):
         return value
-    raise ApiError(400, f"{name} is {value!r}, expected a whole number of at least {at_least}")
+    raise ApiError(400, f"{name} is {shown(value)}, expected a whole number of at least {at_least}")
 
 
 def _texts(stop: Any) -> tuple[str, ...]:
     texts = [stop] if isinstance(stop, str) else stop
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
-        raise ApiError(400, f"stop is {stop!r}, expected a text or a list of texts, none of them empty")
+        raise ApiError(400, f"stop is {shown(stop)}, expected a text or a list of texts, none of them empty")
+    if len(texts) > MAX_STOPS or max(map(len, texts), default=0) > MAX_STOP_CHARACTERS:
+        raise ApiError(
+            400, f"stop has {len(texts)} texts of up to {max(map(len, texts))} characters, the limits are {MAX_STOPS} "
+            f"and {MAX_STOP_CHARACTERS}",
+        )  # fmt: skip
     return tuple(texts)

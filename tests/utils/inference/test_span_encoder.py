@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 
 from utils.inference.inference import load_model
-from utils.inference.latent_cache import LatentCache
-from utils.inference.span_encoder import SpanEncoder
+from utils.inference.latent_cache import LatentCache, window_key
+from utils.inference.span_encoder import EncodingStopped, SpanEncoder
+from utils.model.prompt import MemorySpan
 
 PROMPT = "Say <|memory_start|>def f(): return 1<|memory_end|> and <|memory_start|>class A: pass<|memory_end|>"
 
@@ -45,3 +48,51 @@ def test_equal_spans_are_encoded_once(checkpoints: dict[str, Path]) -> None:
         first, second = SpanEncoder(model.memory_encoder)(spans)
     assert torch.equal(first, second)
     assert len(encode.call_args.args[0]) == len(model.memory_encoder.units(spans[0]))
+
+
+def cached(encoder: SpanEncoder, spans: Sequence[MemorySpan], *salts: bytes) -> list[int]:
+    return [count for _, count in encoder.encode(spans, salts)]
+
+
+def test_salts_keep_entries_apart(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    with LatentCache.open(tmp_path / "cache") as cache:
+        model, _, processor = load_model(checkpoints["lclm"], "cpu", dtype="float32", cache=cache)
+        encoder = SpanEncoder(model.memory_encoder, "weights", cache)
+        one, two = processor.parse_raw(PROMPT).spans
+        sizes = [len(one.token_ids), len(two.token_ids)]
+        # Equal spans of two owners in one batch: neither learns of the other's.
+        assert cached(encoder, [one, one], b"a", b"b") == [0, 0]
+        assert cached(encoder, [one, one, two], b"a", b"b", b"c") == [sizes[0], sizes[0], 0]
+        assert cached(encoder, [one], b"c") == cached(encoder, [one]) == [0]
+        # What has no salt is everybody's.
+        assert cached(encoder, [one], b"d") == [sizes[0]]
+        plain, salted = (encoder.encode([two], salts)[0][0] for salts in ([], [b"c"]))
+        assert torch.equal(plain, salted)
+
+
+def test_keys_without_a_salt_are_what_they_were(checkpoints: dict[str, Path]) -> None:
+    model, _, processor = load_model(checkpoints["lclm"], "cpu", dtype="float32")
+    seen: list[bytes] = []
+    cache = mock.Mock()
+    cache.get_many.side_effect = lambda keys: seen.extend(keys) or [None] * len(keys)
+    span = processor.parse_raw(PROMPT).spans[0]
+    SpanEncoder(model.memory_encoder, "weights", cache).encode([span])
+    first = model.memory_encoder.units(span)[0].windows[0]
+    assert seen[0] == window_key(b"weights 4 torch.float32", first.left, first.core, first.right)
+
+
+def test_a_stopped_encoding_keeps_what_it_has(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    with LatentCache.open(tmp_path / "cache") as cache:
+        model, _, processor = load_model(checkpoints["lclm"], "cpu", dtype="float32")
+        window = model.config.window
+        model.memory_encoder.chunker.batch_tokens = 2 * window
+        encoder = SpanEncoder(model.memory_encoder, "weights", cache)
+        text = "".join(chr(97 + number) * window for number in range(8))
+        spans = processor.parse_raw(f"<|memory_start|>{text}<|memory_end|>").spans
+        whole = SpanEncoder(model.memory_encoder).encode(spans)[0][0]
+        asked: list[int] = []
+        with pytest.raises(EncodingStopped):
+            encoder.encode(spans, stopped=lambda: asked.append(1) or len(asked) > 2)  # type: ignore[func-returns-value]
+        latents, cached_tokens = encoder.encode(spans, stopped=lambda: False)[0]
+        assert cached_tokens == 4 * window
+        assert torch.equal(latents, whole)

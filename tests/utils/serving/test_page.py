@@ -27,7 +27,7 @@ def compressor(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def url(compressor: Compressor) -> Iterator[str]:
-    with local_gateway.running(compressor, api_key=KEY) as address:
+    with local_gateway.running(compressor, api_keys=(KEY,)) as address:
         yield address
 
 

@@ -1,0 +1,144 @@
+"""Counts what a prompt expands to before anything is encoded: latents, markers and, where this process decodes, text.
+
+    spans = counter.read_spans(sources, chunk_size)       # tokenised; 413 where they cannot fit
+
+Everything here runs in the tokenizer's thread.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from utils.inference.compressor import Compressor
+from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START
+from utils.model.prompt import MemoryPrompt, chat_text, num_latents, place_spans
+from utils.serving.api_error import ApiError
+from utils.serving.bounded_tokenizer import BoundedTokenizer
+from utils.serving.chat_parts import flat_chat
+from utils.serving.memories import Memory
+
+PLACEHOLDER = MEMORY_START + MEMORY + MEMORY_END
+# A decoder that does not say how many positions it has.
+_NO_LIMIT = 1 << 20
+
+
+class PromptRows:
+    """Parses prompts whose rows fit.
+
+    Args:
+        compressor: Its tokenizers, limits and decoder's positions.
+        max_request_rows: Most rows of all prompts of one request; None: four times the positions.
+    """
+
+    def __init__(self, compressor: Compressor, max_request_rows: int | None = None) -> None:
+        processor = compressor.processor
+        config = compressor.files.config
+        self.max_prompt_rows = compressor.max_positions or _NO_LIMIT
+        self.max_request_rows = max_request_rows or 4 * self.max_prompt_rows
+        self._chunk_size = config.chunk_size
+        self._limit = processor.limit
+        self._tokenizer = processor.tokenizers.decoder
+        self._markers = processor.tokenizers.markers
+        self._decoder = BoundedTokenizer(processor.tokenizers.decoder)
+        self._encoder = BoundedTokenizer(processor.tokenizers.encoder)
+        # More tokens than this are in no prompt, whatever its chunk size.
+        self._most_tokens = self.max_prompt_rows * max(config.chunk_size, *config.chunk_sizes, 1)
+
+    def spans_alone(self, sources: Sequence[str | Memory], chunk_size: int | None) -> MemoryPrompt:
+        """A prompt of nothing but the spans: for a backend that counts the text around them itself.
+
+        Raises:
+            ApiError: 413, it needs more rows than the decoder has positions.
+            PromptError: A span is empty or over its limit.
+        """
+        marks = self._markers
+        return self._place([marks.start, marks.memory, marks.end] * len(sources), sources, chunk_size)
+
+    def raw(self, texts: Sequence[str], sources: Sequence[str | Memory], chunk_size: int | None) -> MemoryPrompt:
+        """One text; `texts` are what stands before, between and after its spans.
+
+        Raises:
+            ApiError, PromptError: As `spans_alone`.
+        """
+        return self._place(self._text_ids(PLACEHOLDER.join(texts), special_tokens=True), sources, chunk_size)
+
+    def chat(
+        self, messages: list[dict[str, Any]], sources: Sequence[str | Memory], chunk_size: int | None
+    ) -> MemoryPrompt:
+        """A chat as the decoder in this process reads it.
+
+        Args:
+            messages: With one part of latents for each span, whose data does not matter.
+            sources: The spans.
+            chunk_size: Encoder tokens per latent; None for the checkpoint's own.
+
+        Raises:
+            ApiError, PromptError: As `spans_alone`; also roles and contents of other shapes.
+        """
+        self.check_count(len(messages), "the chat, at one row a message or more")
+        flat, _ = flat_chat(messages)
+        return self._place(self._text_ids(chat_text(flat, self._tokenizer)), sources, chunk_size)
+
+    def check_count(self, num_rows: int, what: str = "the prompt") -> None:
+        """Refuse a prompt of too many rows."""
+        if num_rows > self.max_prompt_rows:
+            raise self._too_long(what, num_rows)
+
+    def check_together(self, num_rows: int) -> None:
+        """Refuse a request whose prompts together have too many rows."""
+        if num_rows > self.max_request_rows:
+            raise ApiError(
+                413, f"the request's prompts need {num_rows} rows together or more, the limit is "
+                f"{self.max_request_rows}: send fewer at once",
+            )  # fmt: skip
+
+    def _text_ids(self, text: str, *, special_tokens: bool = False) -> list[int]:
+        ids = self._decoder.ids(text, self.max_prompt_rows, special_tokens=special_tokens)
+        if ids is None:
+            raise self._too_long("the text outside the memory")
+        return ids
+
+    def _place(self, ids: list[int], sources: Sequence[str | Memory], chunk_size: int | None) -> MemoryPrompt:
+        size = chunk_size or self._chunk_size
+        # Each span has one placeholder in the ids.
+        room = self.max_prompt_rows - (len(ids) - len(sources))
+        taken = 0
+        token_ids: list[array[int]] = []
+        texts: list[str] = []
+        for number, source in enumerate(sources):
+            # One latent at least for each span that is still to come.
+            left = room - taken - (len(sources) - number - 1)
+            most = max(0, left) * size
+            tokens = self._tokens(source, most)
+            if tokens is None or len(tokens) > most:
+                raise self._too_long(f"{len(sources)} memory spans and what stands around them")
+            taken += num_latents(max(1, len(tokens)), size)
+            token_ids.append(tokens)
+            texts.append(source.text if isinstance(source, Memory) else source)
+        self.check_count(self.max_prompt_rows - room + taken)
+        return place_spans(ids, texts, token_ids, self._markers, size, self._limit)
+
+    def _tokens(self, source: str | Memory, most: int) -> array[int] | None:
+        """A span's encoder tokens; of one of more than `most` perhaps None. A stored text is tokenised once."""
+        if not isinstance(source, Memory):
+            return self._encoder_ids(source, most)
+        if source.token_ids is None and not source.is_too_long:
+            source.token_ids = self._encoder_ids(source.text, self._most_tokens)
+            source.is_too_long = source.token_ids is None
+        return source.token_ids
+
+    def _encoder_ids(self, text: str, most: int) -> array[int] | None:
+        limit = self._limit
+        if limit is not None and limit.truncate and limit.max_tokens is not None:
+            return array("I", self._encoder.first_ids(text, limit.max_tokens)[: limit.max_tokens])
+        ids = self._encoder.ids(text, most)
+        return None if ids is None else array("I", ids)
+
+    def _too_long(self, what: str, num_rows: int | None = None) -> ApiError:
+        count = f"{num_rows} rows" if num_rows else f"more than {self.max_prompt_rows} rows"
+        return ApiError(
+            413, f"{what}: {count}, but the decoder has {self.max_prompt_rows} positions: compress more (a larger "
+            "chunk_size), or shorten the text or the memory",
+        )  # fmt: skip

@@ -18,18 +18,22 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from utils.errors import PromptError
 from utils.inference.compressor import Compressor
 from utils.serving.api_error import ApiError, error_body
+from utils.serving.bodies import BodyLimits
 from utils.serving.compress_request import EXTENSION, CompressedRequest, RequestCompressor
+from utils.serving.door import SECURITY_HEADERS, Door, DoorPolicy
 from utils.serving.encoder_queue import EncoderQueue
 from utils.serving.memories import MemoryStore
 from utils.serving.metrics import Metrics
 from utils.serving.page import PAGE_FILES, add_page
 from utils.serving.settings import GatewaySettings
-from utils.serving.upstream import Upstream
+from utils.serving.upstream import Upstream, json_object, media_type, retry_after
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -85,8 +89,11 @@ def create_app(
         compressor: The checkpoint whose decoder the backend serves.
         backend: A backend in this process, see `LocalBackend`; None: a server at the settings' address.
     """
+    policy = DoorPolicy(settings.host, settings.allowed_hosts, settings.allowed_origins)
     metrics = Metrics()
-    upstream = Upstream(settings.backend_url, settings.backend_key, settings.timeout_s, backend)
+    upstream = Upstream(
+        settings.backend_url, settings.backend_key, settings.timeout_s, backend, settings.max_answer_bytes
+    )
     queue = EncoderQueue(compressor, settings.max_waiting, settings.max_batch_tokens, metrics.note_batch)
     metrics.watch_queue(lambda: queue.num_waiting)
     memories = MemoryStore(settings.max_memories, settings.max_memories_bytes)
@@ -99,14 +106,22 @@ def create_app(
         requests.close()
         await upstream.close()
 
-    app = FastAPI(title="Code-LLaVA gateway", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Code-LLaVA gateway", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
 
+    # The last one comes first: the door needs no key, and no body is read before the key.
+    app.add_middleware(BodyLimits, settings=settings)
     app.add_middleware(Admission, api_key=settings.api_key, metrics=metrics)
+    app.add_middleware(Door, policy=policy)
     add_page(app)
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
         return _json(error.body(), error.status, error.headers)
+
+    @app.exception_handler(HTTPException)
+    async def no_such_route(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return _json(error_body(message, error.status_code), error.status_code, dict(error.headers or {}))
 
     @app.exception_handler(PromptError)
     async def prompt_error(_: Request, error: PromptError) -> Response:
@@ -115,27 +130,26 @@ def create_app(
     @app.exception_handler(Exception)
     async def own_error(_: Request, error: Exception) -> Response:
         logger.error("a request failed", exc_info=error)
-        return _json(error_body("the gateway failed; its log says why", 500), 500)
+        return _json(error_body("the gateway failed; its log says why", 500), 500, SECURITY_HEADERS)
 
     async def forward(
         request: Request, path: str, compress: Callable[[dict[str, Any]], Coroutine[Any, Any, CompressedRequest]]
     ) -> Response:
-        raw = await _read_body(request, settings.max_body_bytes)
+        raw = await _read_body(request)
         compressed = await _unless_gone(request, compress(_object(raw)))
         body = raw if compressed.body is None else orjson.dumps(compressed.body)
         metrics.note_spans(compressed.spans)
         metrics.fallbacks.inc(compressed.fallback)
         answer = await _unless_gone(request, upstream.post(path, body))
-        kind = answer.headers.get("content-type", "application/json")
+        kind = media_type(answer)
         headers = _report_headers(compressed)
         if kind.startswith("text/event-stream"):
             pieces = upstream.pieces(answer)
             return StreamingResponse(pieces, answer.status_code, headers, media_type=kind)
         content = await _unless_gone(request, upstream.whole(answer))
         if compressed.body is not None and answer.status_code == 200:
-            content = orjson.dumps({**orjson.loads(content), EXTENSION: compressed.report()})
-        if retry_after := answer.headers.get("retry-after"):
-            headers["Retry-After"] = retry_after
+            content = orjson.dumps({**json_object(content), EXTENSION: compressed.report()})
+        headers |= retry_after(answer)
         return Response(content, answer.status_code, headers, media_type=kind)
 
     @app.post("/v1/chat/completions")
@@ -149,7 +163,7 @@ def create_app(
     @app.get("/v1/models")
     async def models() -> Response:
         answer = await upstream.get("/models")
-        return Response(answer.content, answer.status_code, media_type=answer.headers.get("content-type"))
+        return Response(answer.content, answer.status_code, media_type=answer.media_type)
 
     @app.get("/v1/compression")
     async def compression() -> Response:
@@ -157,7 +171,7 @@ def create_app(
 
     @app.post("/v1/memories", status_code=201)
     async def add_memory(request: Request) -> Response:
-        text = _object(await _read_body(request, settings.max_body_bytes)).get("text")
+        text = _object(await _read_body(request)).get("text")
         if not isinstance(text, str) or not text.strip():
             raise ApiError(400, 'expected {"text": "…"} with a text that is not empty')
         return _json(memories.add(text).summary(), 201)
@@ -187,13 +201,11 @@ def create_app(
     return app
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > max_bytes:
-            raise ApiError(413, f"the body is longer than {max_bytes} bytes", headers={"Connection": "close"})
-    return bytes(body)
+async def _read_body(request: Request) -> bytes:
+    try:
+        return await request.body()
+    except ClientDisconnect:
+        raise ApiError(499, "the client closed the connection") from None
 
 
 def _object(raw: bytes) -> dict[str, Any]:

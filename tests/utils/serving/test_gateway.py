@@ -48,8 +48,10 @@ def backend() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def gateway(compressor: Compressor, backend: FakeServer) -> Iterator[httpx.Client]:
-    with gateway_server.running(compressor, backend.url) as url, httpx.Client(base_url=url, timeout=20) as client:
-        yield client
+    with gateway_server.running(compressor, backend.url) as url:
+        json_type = {"Content-Type": "application/json"}
+        with httpx.Client(base_url=url, timeout=20, headers=json_type) as client:
+            yield client
 
 
 def latents_of(compressor: Compressor, text: str) -> torch.Tensor:

@@ -40,6 +40,8 @@ _SWEEP_S = 0.1
 _MAX_HEADER_BYTES = 32 << 10
 # Threads that still work get this long after the last answer has ended or was cut.
 _THREADS_END_S = 4.0
+# Connections that the kernel holds until they are taken: those beyond are tried again by their clients after a second.
+_QUEUE = 1024
 # Files, database, standard streams: everything that is no connection.
 _OTHER_FILES = 64
 
@@ -56,7 +58,8 @@ class GatewayServer(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, limits: ConnectionLimits, host: str = "127.0.0.1", port: int = 0) -> None:
         max_files = raise_open_files()
-        # asyncio takes up to `backlog` connections at once, several times before the first of them is counted below.
+        # asyncio takes up to `backlog` connections at once, several times before the first of them is counted by
+        # `Connection`.
         backlog = min(1024, max(max_files // 16, 8))
         # Each request in work may hold a connection to the backend, too.
         places = max((max_files - 5 * backlog - _OTHER_FILES) // 2, 4)
@@ -95,6 +98,10 @@ class GatewayServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
         await super().startup(sockets)
+        for server in self.servers:
+            for listener in server.sockets:
+                with listener.dup() as again:
+                    again.listen(_QUEUE)
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -237,8 +237,9 @@ def test_spellings_of_json_and_requests_without_a_body(url: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "wanted"),
-    [("GET", "/v1/memories/", 404), ("GET", "/nothing", 404), ("GET", "/v1/nothing", 404),
-     ("DELETE", "/v1/memories", 405), ("GET", "/v1/chat/completions", 405), ("GET", "//evil.example/", 404), ("TRACE", "/", 405), ("OPTIONS", "/", 405)],
+    [("GET", "/v1/memories/", 404), ("GET", "/nothing", 404), ("GET", "/v1/nothing", 404), ("TRACE", "/", 405),
+     ("DELETE", "/v1/memories", 405), ("GET", "/v1/chat/completions", 405), ("GET", "//evil.example/", 404),
+     ("OPTIONS", "/", 405)],
 )  # fmt: skip
 def test_unknown_paths_and_methods_are_errors_and_never_redirects(
     url: str, method: str, path: str, wanted: int

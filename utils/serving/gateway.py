@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import logging
 import os
+import sys
 from typing import Any
 
 from utils.cli import make_parser, run_command
@@ -156,4 +157,8 @@ def _each(values: list[str]) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is closed by now. Python would take seconds more to take torch apart.
+    os._exit(exit_code)

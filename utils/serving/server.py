@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, cast
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from utils.cli import EXIT_INTERRUPTED, EXIT_OK
 from utils.serving.connection import Connection
@@ -39,7 +39,9 @@ logger = logging.getLogger(__name__)
 _SWEEP_S = 0.1
 _MAX_HEADER_BYTES = 32 << 10
 # Threads that still work get this long after the last answer has ended or was cut.
-_THREADS_END_S = 4.0
+_THREADS_END_S = 3.0
+# Answers that were cut get this long to notice.
+_NOTICE_S = 2.0
 # Connections that the kernel holds until they are taken: those beyond are tried again by their clients after a second.
 _QUEUE = 1024
 # Files, database, standard streams: everything that is no connection.
@@ -63,17 +65,20 @@ class GatewayServer(uvicorn.Server):
         backlog = min(1024, max(max_files // 16, 8))
         # Each request in work may hold a connection to the backend, too.
         places = max((max_files - 5 * backlog - _OTHER_FILES) // 2, 4)
+        self._app = app
         self._limits = limits
         self._signal: int | None = None
         self._asked_to_end = threading.Event()
+        self._answers_ended = threading.Event()
         protocol = functools.partial(
             Connection, limits=limits, max_connections=min(limits.max_connections, places), quiet={}
         )
         config = uvicorn.Config(
-            app, host=host, port=port, log_level="warning", access_log=False, server_header=False,
-            http=cast(Any, protocol), ws="none", backlog=backlog, h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+            self._serve_until_cut, interface="asgi3", host=host, port=port, log_level="warning", access_log=False,
+            server_header=False, http=cast(Any, protocol), ws="none", backlog=backlog,
+            h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
             timeout_keep_alive=math.ceil(limits.keep_alive_s),
-            timeout_graceful_shutdown=math.ceil(limits.shutdown_s + _THREADS_END_S / 2),
+            timeout_graceful_shutdown=math.ceil(limits.shutdown_s + _NOTICE_S / 2),
         )  # fmt: skip
         super().__init__(config)
 
@@ -111,6 +116,20 @@ class GatewayServer(uvicorn.Server):
         cut.cancel()
         self._sweeper.cancel()
 
+    async def _serve_until_cut(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def noting_receive() -> Message:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown":
+                self._answers_ended.set()
+            return message
+
+        if scope["type"] == "lifespan":
+            await self._app(scope, noting_receive, send)
+            return
+        # Only the end cancels a request, when its client has been cut off already: nothing to report.
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._app(scope, receive, send)
+
     def _cut(self) -> None:
         # To the application this is a client that goes away: it ends its work and the backend's.
         for connection in list(self.server_state.connections):
@@ -132,8 +151,9 @@ class GatewayServer(uvicorn.Server):
         self._asked_to_end.wait()
         if sys.platform != "win32":
             # Should a thread hold Python's own lock, the kernel ends the process.
-            signal.alarm(math.ceil(self._limits.shutdown_s + _THREADS_END_S + 2))
-        time.sleep(self._limits.shutdown_s + _THREADS_END_S)
+            signal.alarm(math.ceil(self._limits.shutdown_s + _NOTICE_S + _THREADS_END_S + 2))
+        self._answers_ended.wait(self._limits.shutdown_s + _NOTICE_S)
+        time.sleep(_THREADS_END_S)
         # In a thread of its own: whoever reads our log may have stopped.
         last_words = threading.Thread(target=_say_unfinished, daemon=True)
         last_words.start()

@@ -145,7 +145,7 @@ def _run(args: argparse.Namespace) -> int:
             asyncio.run(check_backend(settings, compressor.width))
         logger.info("gateway on http://%s:%d in front of %s", args.host, args.port, settings.backend_url)
         app = create_app(settings, compressor, backend)
-        return GatewayServer(app, settings.connections, args.host, args.port).run_process()
+        return GatewayServer(app, settings.connections, args.host, args.port).run_process(os._exit)
     finally:
         if cache is not None:
             cache.close()

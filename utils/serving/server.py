@@ -11,12 +11,12 @@ import contextlib
 import functools
 import logging
 import math
-import os
 import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, cast
 
@@ -68,6 +68,7 @@ class GatewayServer(uvicorn.Server):
         self._app = app
         self._limits = limits
         self._signal: int | None = None
+        self._end_now: Callable[[int], object] = lambda code: None
         self._asked_to_end = threading.Event()
         self._answers_ended = threading.Event()
         protocol = functools.partial(
@@ -82,12 +83,16 @@ class GatewayServer(uvicorn.Server):
         )  # fmt: skip
         super().__init__(config)
 
-    def run_process(self) -> int:
+    def run_process(self, end_now: Callable[[int], object]) -> int:
         """Serve until SIGTERM or Ctrl-C, and end the process in time whatever still runs.
+
+        Args:
+            end_now: Ends the process with an exit code and waits for nothing, as `os._exit` does.
 
         Returns:
             The process's exit code.
         """
+        self._end_now = end_now
         threading.Thread(target=self._end_in_time, daemon=True).start()
         self.run()
         return self._exit_code()
@@ -95,7 +100,7 @@ class GatewayServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """What a signal does; it may interrupt anything, so nothing here takes a lock that others hold."""
         if self._signal is not None:
-            os._exit(128 + sig)
+            self._end_now(128 + sig)
         self._signal = sig
         self.should_exit = True
         self._asked_to_end.set()
@@ -158,7 +163,7 @@ class GatewayServer(uvicorn.Server):
         last_words = threading.Thread(target=_say_unfinished, daemon=True)
         last_words.start()
         last_words.join(1.0)
-        os._exit(self._exit_code())
+        self._end_now(self._exit_code())
 
 
 def raise_open_files(wanted: int = 1 << 16) -> int:

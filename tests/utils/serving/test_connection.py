@@ -363,20 +363,20 @@ def test_a_flood_of_requests_ahead_of_an_answer_is_cut(address: tuple[str, int],
 
 
 FEW_FILES = """
-import resource, sys
+import os, resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[1])))
 from utils.serving.server import GatewayServer
 from utils.serving.settings import ConnectionLimits
 
 async def application(scope, receive, send):
     if scope["type"] == "http":
-        with open(__import__("os").devnull, "rb"):  # whatever a request opens
+        with open(os.devnull, "rb"):  # whatever a request opens
             headers = [(b"content-length", b"2")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await send({"type": "http.response.body", "body": b"ok"})
 
 server = GatewayServer(application, ConnectionLimits(header_timeout_s=60), port=int(sys.argv[2]))
-sys.exit(server.run_process())
+sys.exit(server.run_process(os._exit))
 """
 
 

@@ -19,7 +19,7 @@ pytest.importorskip("uvicorn")
 
 # Streams at /stream, works in a thread that Python waits for at /thread.
 PROCESS = """
-import asyncio, concurrent.futures, sys, time
+import asyncio, concurrent.futures, os, sys, time
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
@@ -43,7 +43,7 @@ async def thread(request):
 
 app = Starlette(routes=[Route("/stream", stream), Route("/thread", thread)])
 limits = ConnectionLimits(shutdown_s=1.5, header_timeout_s=60, keep_alive_s=60)
-sys.exit(GatewayServer(app, limits, port=int(sys.argv[1])).run_process())
+sys.exit(GatewayServer(app, limits, port=int(sys.argv[1])).run_process(os._exit))
 """
 HEAD = " HTTP/1.1\r\nHost: localhost\r\n\r\n"
 

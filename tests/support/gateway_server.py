@@ -19,19 +19,26 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("pybase64")
 pytest.importorskip("uvicorn")
 
-import uvicorn
-
 from utils.serving.app import create_app
-from utils.serving.settings import GatewaySettings
+from utils.serving.server import GatewayServer
+from utils.serving.settings import ConnectionLimits, GatewaySettings
 
 
 @contextlib.contextmanager
 def running(compressor: Any, backend_url: str, *, backend: Any = None, **settings: Any) -> Iterator[str]:
     """Serve until the block ends; yields the address."""
-    app = create_app(GatewaySettings(backend_url=backend_url, **settings), compressor, backend)
+    settings = {"connections": ConnectionLimits(shutdown_s=5)} | settings
+    wanted = GatewaySettings(backend_url=backend_url, **settings)
+    with serving(create_app(wanted, compressor, backend), wanted.connections) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(app: Any, limits: ConnectionLimits) -> Iterator[str]:
+    """Serve any application in a thread until the block ends; yields the address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
+        server = GatewayServer(app, limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:

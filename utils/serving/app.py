@@ -18,12 +18,16 @@ import httpx
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from utils.errors import PromptError
 from utils.inference.compressor import Compressor
 from utils.serving.api_error import ApiError, error_body
+from utils.serving.bodies import BodyLimits
 from utils.serving.compress_request import EXTENSION, CompressedRequest, RequestCompressor
+from utils.serving.door import SECURITY_HEADERS, Door, DoorPolicy
 from utils.serving.encoder_queue import EncoderQueue
 from utils.serving.json_body import read_object
 from utils.serving.memories import Memory, MemoryStore
@@ -31,7 +35,7 @@ from utils.serving.metrics import Metrics
 from utils.serving.off_loop import OffLoop
 from utils.serving.page import PAGE_FILES, add_page
 from utils.serving.settings import GatewaySettings, owner_of
-from utils.serving.upstream import Upstream
+from utils.serving.upstream import Upstream, json_object, media_type, retry_after
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -94,8 +98,11 @@ def create_app(
         compressor: The checkpoint whose decoder the backend serves.
         backend: A backend in this process, see `LocalBackend`; None: a server at the settings' address.
     """
+    policy = DoorPolicy(settings.host, settings.allowed_hosts, settings.allowed_origins)
     metrics = Metrics()
-    upstream = Upstream(settings.backend_url, settings.backend_key, settings.timeout_s, backend)
+    upstream = Upstream(
+        settings.backend_url, settings.backend_key, settings.timeout_s, backend, settings.max_answer_bytes
+    )
     queue = EncoderQueue(compressor, settings.max_waiting, settings.max_batch_tokens, metrics.note_batch)
     metrics.watch_queue(lambda: queue.num_waiting)
     memories = MemoryStore(
@@ -112,14 +119,22 @@ def create_app(
         long_work.close()
         await upstream.close()
 
-    app = FastAPI(title="Code-LLaVA gateway", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Code-LLaVA gateway", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
 
+    # The last one comes first: the door needs no key, and no body is read before the key.
+    app.add_middleware(BodyLimits, settings=settings)
     app.add_middleware(Admission, api_keys=settings.api_keys, metrics=metrics)
+    app.add_middleware(Door, policy=policy)
     add_page(app)
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
         return _json(error.body(), error.status, error.headers)
+
+    @app.exception_handler(HTTPException)
+    async def no_such_route(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return _json(error_body(message, error.status_code), error.status_code, dict(error.headers or {}))
 
     @app.exception_handler(PromptError)
     async def prompt_error(_: Request, error: PromptError) -> Response:
@@ -128,17 +143,17 @@ def create_app(
     @app.exception_handler(Exception)
     async def own_error(_: Request, error: Exception) -> Response:
         logger.error("a request failed", exc_info=error)
-        return _json(error_body("the gateway failed; its log says why", 500), 500)
+        return _json(error_body("the gateway failed; its log says why", 500), 500, SECURITY_HEADERS)
 
     async def forward(
         request: Request, path: str, compress: Callable[[bytes, str], Coroutine[Any, Any, CompressedRequest]]
     ) -> Response:
-        raw = await _read_body(request, settings.max_body_bytes)
+        raw = await _read_body(request)
         compressed = await _unless_gone(request, compress(raw, request.state.owner))
         metrics.note_spans(compressed.spans)
         metrics.fallbacks.inc(compressed.fallback)
         answer = await _unless_gone(request, upstream.post(path, compressed.content))
-        kind = answer.headers.get("content-type", "application/json")
+        kind = media_type(answer)
         headers = _report_headers(compressed)
         if kind.startswith("text/event-stream"):
             pieces = upstream.pieces(answer)
@@ -146,8 +161,7 @@ def create_app(
         content = await _unless_gone(request, upstream.whole(answer))
         if compressed.is_ours and answer.status_code == 200:
             content = await long_work.run_if_long(len(content), lambda: _with_report(content, compressed))
-        if retry_after := answer.headers.get("retry-after"):
-            headers["Retry-After"] = retry_after
+        headers |= retry_after(answer)
         return Response(content, answer.status_code, headers, media_type=kind)
 
     @app.post("/v1/chat/completions")
@@ -161,7 +175,7 @@ def create_app(
     @app.get("/v1/models")
     async def models() -> Response:
         answer = await upstream.get("/models")
-        return Response(answer.content, answer.status_code, media_type=answer.headers.get("content-type"))
+        return Response(answer.content, answer.status_code, media_type=answer.media_type)
 
     @app.get("/v1/compression")
     async def compression() -> Response:
@@ -169,7 +183,7 @@ def create_app(
 
     @app.post("/v1/memories", status_code=201)
     async def add_memory(request: Request) -> Response:
-        raw = await _read_body(request, settings.max_body_bytes)
+        raw = await _read_body(request)
 
         def add() -> Memory:
             text = read_object(raw).get("text")
@@ -205,21 +219,19 @@ def create_app(
     return app
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > max_bytes:
-            raise ApiError(413, f"the body is longer than {max_bytes} bytes", headers={"Connection": "close"})
-    return bytes(body)
+async def _read_body(request: Request) -> bytes:
+    try:
+        return await request.body()
+    except ClientDisconnect:
+        raise ApiError(499, "the client closed the connection") from None
 
 
 def _with_report(content: bytes, compressed: CompressedRequest) -> bytes:
+    answer = json_object(content)
     try:
-        answer = orjson.loads(content)
         return orjson.dumps({**answer, EXTENSION: compressed.report()})
-    except (orjson.JSONDecodeError, TypeError):  # broken, no object, or nested deeper than can be written
-        raise ApiError(502, "the backend's answer is not a JSON object that can be read") from None
+    except TypeError:  # nested deeper than can be written
+        raise ApiError(502, "the backend's answer is nested too deeply") from None
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

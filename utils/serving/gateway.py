@@ -10,9 +10,10 @@ import asyncio
 import gc
 import logging
 import os
+import sys
 from typing import Any
 
-from utils.cli import EXIT_OK, make_parser, run_command
+from utils.cli import make_parser, run_command
 from utils.errors import ConfigError
 from utils.inference.flags import (
     add_cache_flags,
@@ -25,8 +26,6 @@ from utils.inference.flags import (
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "CODE_LLAVA_GATEWAY_KEY"
-# How long running answers may take to finish after SIGTERM.
-_SHUTDOWN_S = 60
 _BACKEND_URL = "http://127.0.0.1:8000"
 
 
@@ -54,12 +53,28 @@ def build_parser() -> argparse.ArgumentParser:
     backend.add_argument("--backend-key", help="its key; default $VLLM_API_KEY, else $OPENAI_API_KEY")
     backend.add_argument("--timeout", type=float, default=600.0, help="its longest silence in seconds; default 600")
     server = parser.add_argument_group("server")
-    server.add_argument("--host", default="127.0.0.1", help="address to listen on; default 127.0.0.1")
+    server.add_argument(
+        "--host", default="127.0.0.1",
+        help="address to listen on; default 127.0.0.1, this machine only; any other needs a key",
+    )  # fmt: skip
     server.add_argument("--port", type=int, default=8080, help="default 8080")
     server.add_argument(
         "--api-key", action="append", metavar="KEY",
         help="key that clients must send; give it again for another client, whose memories and cache entries are "
         f"apart; default ${KEY_VARIABLE} (several with commas), else none",
+    )  # fmt: skip
+    server.add_argument(
+        "--allow-no-key", action="store_true", help="let everyone who reaches --host use the gateway without a key"
+    )
+    server.add_argument(
+        "--allowed-host", action="append", default=[], metavar="NAME",
+        help="name under which clients may ask for the gateway, repeatable or with commas, such as "
+        "host.docker.internal or *.example.org; default: loopback names on a loopback address, any name elsewhere",
+    )  # fmt: skip
+    server.add_argument(
+        "--allowed-origin", action="append", default=[], metavar="URL",
+        help="origin whose web pages may use the gateway, repeatable or with commas, such as http://localhost:3000; "
+        "default: only its own page",
     )  # fmt: skip
     server.add_argument(
         "--on-error", choices=("fail", "plain-text"), default="fail",
@@ -84,13 +99,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    import uvicorn
-
     from utils.inference.compressor import Compressor
     from utils.serving.app import create_app
     from utils.serving.backend_check import check_backend
+    from utils.serving.door import DoorPolicy, is_loopback
     from utils.serving.local_backend import LOCAL_URL, LocalBackend
     from utils.serving.local_decoder import LocalDecoder
+    from utils.serving.server import GatewayServer
     from utils.serving.settings import GatewaySettings, read_keys
 
     for flag in ("max_body_mb", "max_spans", "max_waiting", "max_batch_tokens"):
@@ -102,6 +117,9 @@ def _run(args: argparse.Namespace) -> int:
         backend_url=LOCAL_URL if args.backend == "local" else args.backend_url or _BACKEND_URL,
         backend_key=args.backend_key,
         api_keys=read_keys(args.api_key, os.environ.get(KEY_VARIABLE), KEY_VARIABLE),
+        host=args.host,
+        allowed_hosts=_each(args.allowed_host),
+        allowed_origins=_each(args.allowed_origin),
         on_error=args.on_error,
         max_body_bytes=args.max_body_mb << 20,
         max_spans=args.max_spans,
@@ -110,6 +128,17 @@ def _run(args: argparse.Namespace) -> int:
         memory_ttl_s=args.memory_ttl,
         timeout_s=args.timeout,
     )
+    DoorPolicy(settings.host, settings.allowed_hosts, settings.allowed_origins)  # before the weights are loaded
+    if not settings.api_keys and not is_loopback(args.host):
+        if not args.allow_no_key:
+            raise ConfigError(
+                f"--host {args.host} is reached from other machines: set a key with --api-key or ${KEY_VARIABLE}, "
+                "or say --allow-no-key"
+            )
+        logger.warning(
+            "NO KEY: everyone who reaches %s can use this gateway, and so can every web page they open; "
+            "set --api-key, or at least --allowed-host", args.host,
+        )  # fmt: skip
     weights: dict[str, Any] = {
         "device": args.device, "dtype": args.dtype, "attn_implementation": args.attn_implementation,
     }  # fmt: skip
@@ -125,19 +154,24 @@ def _run(args: argparse.Namespace) -> int:
         else:
             asyncio.run(check_backend(settings, compressor.width))
         logger.info("gateway on http://%s:%d in front of %s", args.host, args.port, settings.backend_url)
-        config = uvicorn.Config(
-            create_app(settings, compressor, backend), host=args.host, port=args.port, log_level="warning",
-            timeout_graceful_shutdown=_SHUTDOWN_S,
-        )  # fmt: skip
+        app = create_app(settings, compressor, backend)
         # What was loaded stays: the collector need not go through it for each long body, while nothing else runs.
         gc.collect()
         gc.freeze()
-        uvicorn.Server(config).run()
+        return GatewayServer(app, settings.connections, args.host, args.port).run_process(os._exit)
     finally:
         if cache is not None:
             cache.close()
-    return EXIT_OK
+
+
+def _each(values: list[str]) -> tuple[str, ...]:
+    """The values of a flag that may be repeated or hold commas."""
+    return tuple(part.strip() for value in values for part in value.split(",") if part.strip())
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is closed by now. Python would take seconds more to take torch apart.
+    os._exit(exit_code)

@@ -48,8 +48,10 @@ def backend() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def gateway(compressor: Compressor, backend: FakeServer) -> Iterator[httpx.Client]:
-    with gateway_server.running(compressor, backend.url) as url, httpx.Client(base_url=url, timeout=20) as client:
-        yield client
+    with gateway_server.running(compressor, backend.url) as url:
+        json_type = {"Content-Type": "application/json"}
+        with httpx.Client(base_url=url, timeout=20, headers=json_type) as client:
+            yield client
 
 
 def latents_of(compressor: Compressor, text: str) -> torch.Tensor:
@@ -163,7 +165,8 @@ def test_bad_requests_end_here(
 def test_limits(compressor: Compressor, backend: FakeServer) -> None:
     limits = {"max_body_bytes": 2000, "max_spans": 2, "max_memories": 1}
     with gateway_server.running(compressor, backend.url, **limits) as url, httpx.Client(base_url=url) as gateway:
-        assert gateway.post(CHAT, content=b"x" * 2001).status_code == 413
+        json_type = {"Content-Type": "application/json"}
+        assert gateway.post(CHAT, content=b"x" * 2001, headers=json_type).status_code == 413
         assert gateway.post(CHAT, json=chat_body(marked("x") * 3)).status_code == 413
         assert gateway.post("/v1/memories", json={"text": "a"}).status_code == 201
     assert backend.requests == []

@@ -20,6 +20,7 @@ from tests.support import fake_server
 from tests.support.fake_server import stream
 from tests.support.vllm_server import free_port
 from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.serving import gateway
 
 pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
@@ -67,12 +68,40 @@ def test_sigterm_lets_streams_finish(checkpoints: dict[str, Path], tmp_path: Pat
                     assert "begin" in answer.result(60)
                     assert '"end"' in answer.result()
                     assert answer.result().endswith("[DONE]")
-            assert process.wait(20) in (0, -signal.SIGTERM)
+            assert process.wait(20) == 0
         finally:
             process.kill()
             _, errors = process.communicate()
     assert "newline before and after every span" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "gateway.example.org", ""])
+def test_an_address_that_others_reach_needs_a_key(
+    host: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv(gateway.KEY_VARIABLE, raising=False)
+    open_address = ["--host", host, "--checkpoint", "no-such-checkpoint"]
+    assert gateway.main(open_address) == 1
+    said = capsys.readouterr().err
+    assert "--api-key" in said
+    assert "--allow-no-key" in said
+    # With leave, it goes on to the checkpoint that is not there, and says aloud what it does.
+    assert gateway.main([*open_address, "--allow-no-key"]) == 1
+    assert "no-such-checkpoint" in capsys.readouterr().err
+    assert "NO KEY" in caplog.text
+    caplog.clear()
+    assert gateway.main([*open_address, "--api-key", "secret"]) == 1
+    assert "no-such-checkpoint" in capsys.readouterr().err
+    assert "NO KEY" not in caplog.text
+
+
+@pytest.mark.parametrize("flags", [("--allowed-origin", "*"), ("--allowed-host", "a,http://b")])
+def test_names_of_the_door_are_checked_before_the_checkpoint(
+    flags: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gateway.main([*flags, "--checkpoint", "no-such-checkpoint"]) == 1
+    assert flags[0] in capsys.readouterr().err
 
 
 def body(number: int) -> dict[str, Any]:

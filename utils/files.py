@@ -129,7 +129,7 @@ def refuse_overwriting_inputs(
     for output_flag, output in _flat(outputs):
         there = _stat(output) is not None
         for input_flag, source in _flat(inputs):
-            if _stat(source) is None:
+            if _stat(source) is None or is_stream(source):
                 continue
             written, read = output.resolve(), source.resolve()
             if (there and output.samefile(source)) or read in written.parents or written in read.parents:

@@ -293,8 +293,9 @@ def _with_sidecar(values_TD: torch.Tensor, sha256: str, file: Path) -> PromptEmb
         stats.pop("ratio")
         counts = CompressionStats(**{name: _integer(count) for name, count in stats.items()})
         provenance = sidecar["provenance"]
-        if not isinstance(expected_sha256, str) or not isinstance(provenance, dict):
-            raise TypeError("sha256 or provenance is of another type")
+        for value, kind in ((expected_sha256, str), (sidecar["spans"], list), (provenance, dict)):
+            if not isinstance(value, kind):
+                raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"{error!r:.200}"
         raise DatasetError(f"{file} is not a sidecar of prompt embeddings ({what}): save the array again") from None

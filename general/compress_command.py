@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import EXIT_OK, print_json
 from utils.errors import PromptError
+from utils.files import refuse_overwriting_inputs
 from utils.inference.flags import add_cache_flags, add_checkpoint_flags, add_memory_limit_flags
 
 if TYPE_CHECKING:
@@ -35,17 +36,25 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def compress_and_save(args: argparse.Namespace, parse: Callable[[Compressor], MemoryPrompt]) -> int:
+def compress_and_save(
+    args: argparse.Namespace, parse: Callable[[Compressor], MemoryPrompt], inputs: Mapping[str, Any]
+) -> int:
     """Run the command once its prompt is known.
 
     Args:
         args: Parsed flags.
         parse: Turns the command's prompt into a `MemoryPrompt` with the loaded compressor.
+        inputs: Flag → files that the prompt was read from.
+
+    Raises:
+        ConfigError: The output, or its sidecar, is one of the inputs or lies in the checkpoint.
     """
     from utils.inference.compressor import Compressor
     from utils.inference.flags import memory_limit, open_cache
-    from utils.inference.prompt_embeds import save_prompt_embeds
+    from utils.inference.prompt_embeds import save_prompt_embeds, sidecar_path
 
+    outputs = {"--output": args.output, "the sidecar of --output": sidecar_path(args.output)}
+    refuse_overwriting_inputs(outputs, inputs)
     sizes = args.chunk_size
     began = time.perf_counter()
     compressor = Compressor.load(
@@ -58,6 +67,7 @@ def compress_and_save(args: argparse.Namespace, parse: Callable[[Compressor], Me
         limit=memory_limit(args),
         cache=open_cache(args),
     )
+    refuse_overwriting_inputs(outputs, {"--checkpoint": compressor.files.root})
     loaded = time.perf_counter()
     prompt = parse(compressor)
     embeds = compressor.compress([prompt])[0]

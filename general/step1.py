@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     messages = _read_messages(args.prompt_file) if args.prompt_file else PROMPT
-    return compress_and_save(args, lambda compressor: compressor.parse_chat(messages, args.chunk_size))
+    inputs = {"--prompt-file": args.prompt_file}
+    return compress_and_save(args, lambda compressor: compressor.parse_chat(messages, args.chunk_size), inputs)
 
 
 def _read_messages(path: str) -> Any:

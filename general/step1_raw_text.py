@@ -46,7 +46,8 @@ def _run(args: argparse.Namespace) -> int:
     text = "".join(_marked(path) for path in args.memory) + _prompt_text(args)
     if not text:
         raise PromptError("there is no prompt: pass --text, --input-file, - for standard input, or --memory")
-    return compress_and_save(args, lambda compressor: compressor.parse_raw(text, args.chunk_size))
+    inputs = {"--memory": args.memory, "--input-file": None if args.input_file == "-" else args.input_file}
+    return compress_and_save(args, lambda compressor: compressor.parse_raw(text, args.chunk_size), inputs)
 
 
 def _prompt_text(args: argparse.Namespace) -> str:

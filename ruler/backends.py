@@ -138,7 +138,7 @@ class ServerText:
 def _latent_cache(settings: BackendSettings) -> LatentCache | None:
     from utils.inference.latent_cache import LatentCache
 
-    return LatentCache.open(settings.cache_dir) if settings.cache else None
+    return LatentCache.open_if_usable(settings.cache_dir) if settings.cache else None
 
 
 class ServerMemory(ServerText):

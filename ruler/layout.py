@@ -51,7 +51,10 @@ def prediction_tasks(folder: Path) -> list[str]:
 def read_run_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a prediction folder; {} where there is none (the reference writes none)."""
     path = folder / MANIFEST_NAME
-    return read_json(path) if path.is_file() else {}
+    manifest = read_json(path) if path.is_file() else {}
+    if not isinstance(manifest, dict):
+        raise DatasetError(f"{path}: expected a JSON object, got {type(manifest).__name__}")
+    return manifest
 
 
 def claim_run_folder(folder: Path, settings: dict[str, Any], subset: str) -> dict[str, Any]:
@@ -66,9 +69,14 @@ def claim_run_folder(folder: Path, settings: dict[str, Any], subset: str) -> dic
         The manifest so far.
 
     Raises:
-        DatasetError: The folder holds predictions made with other settings; the first difference is named.
+        DatasetError: The folder holds predictions made with other settings (the first difference is named), or a
+            dataset.
     """
     manifest = read_run_manifest(folder)
+    if "rows_sha256" in manifest:
+        raise DatasetError(
+            f"{folder} holds a dataset, whose {MANIFEST_NAME} would be lost: choose another output folder"
+        )
     wanted = {**settings, "subset": subset}
     check_same(manifest.get("settings", wanted), wanted, folder)
     if not manifest and prediction_tasks(folder):

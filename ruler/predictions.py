@@ -11,7 +11,6 @@ the next run cuts that off and goes on. On closing, the rows are put into the da
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -22,8 +21,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from filelock import BaseFileLock, FileLock, Timeout
+
 from utils.errors import DatasetError
-from utils.files import atomic_path
+from utils.files import atomic_path, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -92,16 +93,16 @@ def read_predictions(path: str | Path, required: Sequence[str] = _FIELDS) -> Ite
 def _is_whole(last_line: bytes) -> bool:
     """Whether what follows the last newline is nothing or a whole object: a torn one does not parse."""
     try:
-        return not last_line.strip() or isinstance(json.loads(last_line), dict)
-    except ValueError:
+        return not last_line.strip() or isinstance(parse_json(last_line, "it is"), dict)
+    except DatasetError:
         return False
 
 
 def _parse(line: bytes, where: str, required: Sequence[str] = _FIELDS) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DatasetError(f"{where}: not JSON ({error}): remove the line to have its row predicted again") from None
+        row = parse_json(line, f"{where}:")
+    except DatasetError as error:
+        raise DatasetError(f"{error}: remove the line to have its row predicted again") from None
     if not isinstance(row, dict) or not row.keys() >= set(required) or not isinstance(row["pred"], str):
         raise DatasetError(f"{where}: expected a prediction with {', '.join(required)}, got {str(row)[:80]}")
     return row
@@ -129,6 +130,7 @@ class PredictionFile:
         self.path = Path(path)
         self.rows = rows
         self._stream: BinaryIO | None = None
+        self._lock: BaseFileLock | None = None
         self._lines: dict[int, bytes] = {}
 
     @property
@@ -138,12 +140,14 @@ class PredictionFile:
 
     def __enter__(self) -> PredictionFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = _open_locked(self.path)
+        self._lock = _locked(self.path)
         try:
+            # Unbuffered: one append is one write call, so a kill cannot tear two rows.
+            self._stream = self.path.open("a+b", buffering=0)
             self._repair(self._stream)
             self._load(self._stream)
         except BaseException:
-            self._stream.close()
+            self._release()
             raise
         return self
 
@@ -155,7 +159,7 @@ class PredictionFile:
             os.fsync(self._stream.fileno())
             self._put_in_order()
         finally:
-            self._stream.close()
+            self._release()
 
     def append(self, prediction: dict[str, Any]) -> None:
         """Store one finished row; it survives whatever happens to this process afterwards."""
@@ -165,6 +169,12 @@ class PredictionFile:
         if self._stream.write(line) != len(line):
             raise OSError(errno.ENOSPC, "a row could be written only in part; the next run repairs it", str(self.path))
         self._lines[prediction["others"]["row"]] = line
+
+    def _release(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        if self._lock is not None:
+            self._lock.release()
 
     def _repair(self, stream: BinaryIO) -> None:
         data = _read_all(stream)
@@ -206,22 +216,14 @@ class PredictionFile:
                 temporary.write_bytes(wanted)
 
 
-def _open_locked(path: Path) -> BinaryIO:
-    """Open for appending with an exclusive lock that dies with the process."""
-    while True:
-        # Unbuffered: one append is one write call, so a kill cannot tear two rows.
-        stream = path.open("a+b", buffering=0)
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A finishing process may have replaced the file between our open and our lock.
-            if os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
-                return stream
-        except BlockingIOError:
-            stream.close()
-            raise DatasetError(f"{path}: another process is predicting into this file: wait for it to end") from None
-        except FileNotFoundError:
-            pass
-        stream.close()
+def _locked(path: Path) -> BaseFileLock:
+    """An exclusive lock that dies with the process; in a file of its own, for the predictions' may be replaced."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise DatasetError(f"{path}: another process is predicting into this file: wait for it to end") from None
+    return lock
 
 
 def _read_all(stream: BinaryIO) -> bytes:

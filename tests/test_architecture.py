@@ -43,7 +43,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "utils.inference.trainer_state",
         "utils.inference.trainer_merge",
         "utils.inference.default_checkpoint",
-        "utils.inference.latent_store",
+        "utils.inference.latent_files",
         "utils.inference.latent_cache",
         "utils.inference.flags",
         "utils.inference.span_encoder",

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from utils.errors import CodeLlavaError
@@ -26,6 +29,9 @@ EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_FAILED_ROWS = 3
 EXIT_INTERRUPTED = 130
+
+# All but newline and tab, with those that turn the direction of writing.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -59,7 +65,9 @@ def make_parser(
 
 def configure_logging(verbose: bool = False) -> None:
     """Send log records to stderr, once; `verbose` shows our own debug records."""
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PrintableFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     level = logging.DEBUG if verbose else logging.INFO
     for name in ("utils", "general", "ruler", "ruler_minimal", "__main__"):
         logging.getLogger(name).setLevel(level)
@@ -76,35 +84,87 @@ def run_command(
     """Parse `argv`, run the command and turn its outcome into an exit code.
 
     A `CodeLlavaError` or `OSError` becomes one `error: …` line on stderr and exit code 1; Ctrl-C becomes 130. Anything
-    else is a bug of ours and keeps its traceback.
+    else is a bug of ours and keeps its traceback. What a terminal cannot show is escaped; a result that standard output
+    cannot take (a full disk) is an error, one that nobody wants to read (`| head`, `>&-`) is none.
     """
-    args = parser.parse_args(argv)
-    configure_logging(getattr(args, "verbose", False))
+    _prepare_streams()
     try:
-        return run(args)
-    except CodeLlavaError as error:
-        return _fail(str(error))
-    except BrokenPipeError:
-        # The reader (`| head`) is gone. Silence the interpreter's own complaint at exit.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
-    except OSError as error:
-        return _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted\n")
-        return EXIT_INTERRUPTED
+        code = _outcome(parser, run, argv)
+    finally:
+        lost = _flush_stdout()
+    return _fail(f"{lost.strerror}: standard output") if lost is not None and code == EXIT_OK else code
 
 
 def print_json(value: Any) -> None:
     """Write one JSON object as one line to stdout."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    text = json.dumps(value, ensure_ascii=False) + "\n"
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:  # JSON has escapes of its own
+        text = json.dumps(value) + "\n"
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: control characters, which a file's name or a server's answer may hold, are escaped."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+class _PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _outcome(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], argv: list[str] | None) -> int:
+    try:
+        args = parser.parse_args(argv)
+        configure_logging(getattr(args, "verbose", False))
+        return run(args)
+    except CodeLlavaError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        return EXIT_OK  # the reader (`| head`) is gone
+    except OSError as error:
+        if not error.filename:
+            return _fail(str(error))
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+        return _fail(f"{error.strerror or error}: {name}".replace("\n", "\\n"))
+    except KeyboardInterrupt:
+        _complain("\ninterrupted\n")
+        return EXIT_INTERRUPTED
+
+
+def _prepare_streams() -> None:
+    """Let both streams take any text, also where they are closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed (`>&-`)
+            setattr(sys, name, Path(os.devnull).open("w", errors="backslashreplace"))  # noqa: SIM115 - to the end
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush_stdout() -> OSError | None:
+    """Hand over what is still in memory; returns why that failed, unless the reader is gone."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Else the interpreter tries again at its exit, and complains in its own words.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return None if isinstance(error, BrokenPipeError) else error
+    return None
+
+
 def _fail(message: str) -> int:
-    sys.stderr.write(f"error: {message}\n")
+    _complain(f"error: {printable(message)}\n")
     return EXIT_ERROR
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody can be told
+        sys.stderr.write(text)
 
 
 def _to_root(record: logging.LogRecord) -> bool:

@@ -7,19 +7,22 @@ with atomic_path("out/result.json") as temporary:
 from __future__ import annotations
 
 import contextlib
+import errno
+import fnmatch
 import hashlib
 import json
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from utils.errors import DatasetError
+from utils.errors import ConfigError, DatasetError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 _CHUNK_BYTES = 1 << 20
@@ -30,17 +33,28 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` that replaces it when the block succeeds and vanishes when it fails.
 
     Parent folders are made. The content is flushed to disk before the rename, so a crash leaves the old file or the
-    new one, never a part.
+    new one, never a part. A link stays and its target is replaced; a replaced file's mode is kept. A pipe or a
+    character device is never replaced: what the block wrote is copied into it.
+
+    Raises:
+        OSError: Something else than a file has the name, the file is read-only, nobody reads the pipe, ….
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    state = _stat(path)
+    if state is not None and (stat.S_ISFIFO(state.st_mode) or stat.S_ISCHR(state.st_mode)):
+        with _through_stream(Path(path)) as temporary:
+            yield temporary
+        return
+    target = _followed(path)
+    if state is not None and not stat.S_ISREG(state.st_mode):
+        code = errno.EISDIR if stat.S_ISDIR(state.st_mode) else errno.EINVAL
+        raise OSError(code, "not replaced, for it is no file", str(path))
+    if state is not None:
+        _check_writable(target, state)
+    temporary = _make_temporary(target, tempfile.mkstemp)
     try:
         yield temporary
-        # mkstemp makes private files; a result is as readable as any other new file.
-        temporary.chmod(0o666 & ~_umask())
+        # mkstemp makes private files; a new result is as readable as any other new file.
+        temporary.chmod(stat.S_IMODE(state.st_mode) & 0o777 if state else 0o666 & ~_umask())
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(target)
@@ -49,18 +63,33 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, holds: Iterable[str] | None = None) -> Iterator[Path]:
     """Yield a temporary sibling folder that takes the place of `path` when the block succeeds.
 
-    An existing folder at `path` is replaced. If another process puts one there first, theirs is kept.
+    An existing folder at `path` is replaced; a link to it stays. If another process puts one there first, theirs is
+    kept.
+
+    Args:
+        path: The folder.
+        holds: Names and patterns of what such a folder holds. One with anything else in it is refused, before the
+            work: where a user names the folder, it may be any (`--output ~`). None: whatever it holds is replaced.
+
+    Raises:
+        OSError: The folder is read-only or holds something else, or is none.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    state = _stat(path)
+    target = _followed(path)
+    if state is not None and not stat.S_ISDIR(state.st_mode):
+        raise OSError(errno.ENOTDIR, "not replaced, for it is no folder", str(path))
+    if state is not None:
+        _check_writable(target, state)
+        if holds is not None:
+            _check_holds_only(target, tuple(holds))
+    temporary = _make_temporary(target, tempfile.mkdtemp)
     old = temporary.with_suffix(".old")
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
+        temporary.chmod(stat.S_IMODE(state.st_mode) & 0o777 if state else 0o777 & ~_umask())
         with contextlib.suppress(FileNotFoundError):
             target.rename(old)
         try:
@@ -74,6 +103,111 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def is_stream(path: str | Path) -> bool:
+    """Whether a name is a pipe or a device, which is written into and keeps nothing beside it."""
+    state = _stat(path)
+    return state is not None and not (stat.S_ISREG(state.st_mode) or stat.S_ISDIR(state.st_mode))
+
+
+def refuse_overwriting_inputs(
+    outputs: Mapping[str, str | Path | Iterable[str | Path] | None],
+    inputs: Mapping[str, str | Path | Iterable[str | Path] | None],
+) -> None:
+    """Refuse to write over what is read.
+
+    Args:
+        outputs: Flag → files or folders that the command will write, whole.
+        inputs: Flag → files or folders that it reads; names of nothing (a hub id) and None are passed over.
+
+    Raises:
+        ConfigError: An output is an input (also by a link, or another name of the same file), lies in an input folder,
+            or is a folder around an input.
+    """
+    for output_flag, output in _flat(outputs):
+        there = _stat(output) is not None
+        for input_flag, source in _flat(inputs):
+            if _stat(source) is None or is_stream(source):
+                continue
+            written, read = output.resolve(), source.resolve()
+            if (there and output.samefile(source)) or read in written.parents or written in read.parents:
+                raise ConfigError(
+                    f"{output_flag} {output} would write over what {input_flag} {source} reads: choose another output"
+                )
+
+
+def _flat(named: Mapping[str, str | Path | Iterable[str | Path] | None]) -> Iterator[tuple[str, Path]]:
+    for flag, paths in named.items():
+        for path in [paths] if isinstance(paths, str | Path) else paths or ():
+            yield flag, Path(path)
+
+
+def _stat(path: str | Path) -> os.stat_result | None:
+    """What a name leads to; None where nothing is there, or a link leads to nothing."""
+    try:
+        return Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _followed(path: str | Path) -> Path:
+    """Where a link leads to in the end, also to nothing; any other path as it is, with a name."""
+    path = Path(path)
+    return path.resolve() if path.is_symlink() or path.name in ("", "..") else path
+
+
+def _check_writable(target: Path, state: os.stat_result) -> None:
+    # root may write all the same, and would not be told by the system.
+    if not state.st_mode & 0o222 or not os.access(target, os.W_OK):
+        raise OSError(errno.EACCES, "not replaced, for it is read-only (chmod u+w allows it)", str(target))
+
+
+def _check_holds_only(folder: Path, patterns: tuple[str, ...]) -> None:
+    for entry in folder.iterdir():
+        if not any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in patterns):
+            lost = f"not replaced, for {entry.name!r} in it, which no such folder holds, would be lost"
+            raise OSError(errno.ENOTEMPTY, lost, str(folder))
+
+
+def _make_temporary(target: Path, make: Callable[..., Any]) -> Path:
+    """A temporary file or folder beside its target, whose name an error then has."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A name may have 255 bytes.
+        made = make(prefix=f".{target.name[:50]}.", suffix=".tmp", dir=target.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from None
+    if isinstance(made, str):
+        return Path(made)
+    os.close(made[0])
+    return Path(made[1])
+
+
+@contextlib.contextmanager
+def _through_stream(path: Path) -> Iterator[Path]:
+    """A temporary file whose content is written into a pipe or device in the end."""
+    try:
+        # Without O_NONBLOCK a pipe that nobody reads would keep us for ever.
+        handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    except OSError as error:
+        message = "nobody reads the pipe" if error.errno == errno.ENXIO else error.strerror
+        raise OSError(error.errno, message, str(path)) from None
+    if hasattr(os, "set_blocking"):
+        os.set_blocking(handle, True)
+    with os.fdopen(handle, "wb", buffering=0) as stream, tempfile.TemporaryDirectory(prefix="code-llava-") as folder:
+        temporary = Path(folder) / path.name
+        temporary.touch()
+        yield temporary
+        with temporary.open("rb") as source:
+            while block := source.read(_CHUNK_BYTES):
+                try:
+                    while block:
+                        block = block[stream.write(block) :]
+                except OSError as error:
+                    # Not as a BrokenPipeError, by which commands know that nobody reads their standard output.
+                    code = errno.EIO if error.errno == errno.EPIPE else error.errno
+                    raise OSError(code, f"{error.strerror}: not all was written", str(path)) from None
 
 
 def _umask() -> int:
@@ -100,13 +234,30 @@ def read_json(path: str | Path) -> Any:
         DatasetError: The file is missing, not UTF-8 or not JSON; the message names it.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise DatasetError(f"{path} does not exist") from None
     except UnicodeDecodeError as error:
         raise DatasetError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise DatasetError(f"{path} is not JSON: {error}") from None
+    return parse_json(text, f"{path} is")
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """Parse JSON from anywhere.
+
+    Args:
+        text: The JSON.
+        where: What the message begins with, up to "not JSON".
+
+    Raises:
+        DatasetError: It is not JSON, nested too deeply, or has a number of more digits than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise DatasetError(f"{where} not JSON that can be read: nested too deeply") from None
+    except ValueError as error:
+        raise DatasetError(f"{where} not JSON: {error}") from None
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
@@ -134,10 +285,7 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
             for number, line in enumerate(stream, start=1):
                 if not line.strip():
                     continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DatasetError(f"{path}, line {number}: not JSON: {error}") from None
+                row = parse_json(line, f"{path}, line {number}:")
                 if not isinstance(row, dict):
                     raise DatasetError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
                 yield row

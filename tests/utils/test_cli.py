@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,3 +97,87 @@ def test_what_deepspeed_logs_stays_off_stdout() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == ""
     assert "odd device" in done.stderr
+
+
+COMMAND = """
+import logging, sys
+from utils import cli
+from utils.errors import PromptError
+
+def run(args):
+    name = "\\x1b[31mred\\x07 \\u202eabc \\u2192 \\U0001f600 \\udcff"
+    if args.what == "json":
+        cli.print_json({"name": name})
+    elif args.what == "text":
+        print(name)
+    elif args.what == "many":
+        for _ in range(30000):
+            print("a line of text")
+    elif args.what == "fail":
+        logging.getLogger("utils").warning("file %s\\n\\tsecond line", name)
+        raise PromptError(f"{name}\\n\\tsecond line")
+    elif args.what == "os":
+        raise FileNotFoundError(2, "No such file", name + "\\nerror: another")
+    return cli.EXIT_FAILED_ROWS if args.what == "rows" else cli.EXIT_OK
+
+parser = cli.make_parser("A command \\u2192 of a test.")
+parser.add_argument("what")
+sys.exit(cli.run_command(parser, run))
+"""
+
+
+def shell(what: str, redirect: str = "", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Run the command in a process of its own, its streams as a shell gives them."""
+    line = f'"$0" -c "$1" {what} {redirect}'
+    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONIOENCODING", "PYTHONUTF8")}
+    folder = Path(cli.__file__).parents[1]
+    return subprocess.run(
+        ["bash", "-c", line, sys.executable, COMMAND], capture_output=True, env=clean | environment, cwd=folder
+    )
+
+
+ENCODINGS = [
+    {}, {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1:strict"}, {"LC_ALL": "C"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("environment", ENCODINGS, ids=str)
+def test_what_a_terminal_cannot_show_is_replaced(environment: dict[str, str]) -> None:
+    for what in ("text", "json", "--help"):
+        done = shell(what, **environment)
+        assert (done.returncode, done.stderr) == (0, b"")
+        if what == "json":
+            assert json.loads(done.stdout.decode()) == {"name": "\x1b[31mred\x07 \u202eabc → 😀 \udcff"}
+    failed = shell("fail", **environment)
+    assert (failed.returncode, failed.stdout) == (1, b"")
+    assert b"Traceback" not in failed.stderr
+    assert shell("rows", **environment).returncode == 3
+
+
+def test_no_control_character_of_others_reaches_the_terminal() -> None:
+    for what, lines in (("fail", 4), ("os", 1)):
+        got = shell(what).stderr.decode()
+        assert got.count("\n") == lines
+        assert not set(got) & set("\x1b\x07\u202e")
+        assert "red" in got
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("what", ["text", "json", "many"])
+def test_a_full_disk_at_stdout_is_one_error(what: str) -> None:
+    done = shell(what, "> /dev/full")
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"error: ")
+    assert (done.stderr.count(b"\n"), b"No space left" in done.stderr) == (1, True)
+    assert shell("rows", "> /dev/full").returncode == 3
+
+
+@pytest.mark.parametrize("redirect", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "| true", "2> /dev/full"])
+def test_nobody_listens(redirect: str) -> None:
+    codes = {"text": 0, "json": 0, "many": 0, "rows": 3, "fail": 1}
+    for what, code in codes.items():
+        done = shell(what, redirect + "; exit ${PIPESTATUS[0]}")
+        assert done.returncode == code
+        assert b"Traceback" not in done.stderr
+        assert b"Exception ignored" not in done.stderr

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import stat
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.errors import DatasetError
+from utils.errors import ConfigError, DatasetError
 from utils.files import (
     PROJECT_ROOT,
     atomic_folder,
@@ -20,6 +24,7 @@ from utils.files import (
     provenance,
     read_json,
     read_jsonl,
+    refuse_overwriting_inputs,
     sha256_bytes,
     sha256_file,
     write_json,
@@ -79,6 +84,196 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(
     with pytest.raises(OSError, match="no"), atomic_folder(target) as temporary:
         (temporary / "new").write_text("y")
     assert (names(tmp_path), names(target)) == (["folder"], ["precious"])
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    real, link, further = tmp_path / "real", tmp_path / "link", tmp_path / "further"
+    link.symlink_to("real/made/file")  # to nothing yet, in a folder that is not there either
+    further.symlink_to(link)
+    for text in ("one", "two"):
+        write_text(further, text)
+        assert (link.is_symlink(), further.is_symlink()) == (True, True)
+        assert (real / "made" / "file").read_text() == text
+    assert names(real / "made") == ["file"]
+    (tmp_path / "folder_link").symlink_to(tmp_path / "folder")
+    for name in ("a", "b"):
+        with atomic_folder(tmp_path / "folder_link") as temporary:
+            (temporary / name).touch()
+        assert (tmp_path / "folder_link").is_symlink()
+        assert names(tmp_path / "folder") == [name]
+
+
+def test_a_replaced_file_keeps_its_mode(tmp_path: Path) -> None:
+    for mode in (0o600, 0o664, 0o755):
+        (tmp_path / "file").touch()
+        (tmp_path / "file").chmod(mode)
+        write_text(tmp_path / "file", "new")
+        assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder").chmod(0o700)
+    with atomic_folder(tmp_path / "folder"):
+        pass
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o700
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+def make_ring(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def make_read_only(path: Path) -> None:
+    path.write_text("x")
+    path.chmod(0o444)
+
+
+def below_a_file(path: Path) -> None:
+    path.parent.rmdir()
+    path.parent.write_text("x")
+
+
+IN_THE_WAY: dict[str, Callable[[Path], object]] = {
+    "folder": Path.mkdir,
+    "socket": make_socket,
+    "ring": make_ring,
+    "read-only": make_read_only,
+    "pipe without a reader": lambda path: os.mkfifo(path),
+    "parent": below_a_file,
+}
+
+
+@pytest.mark.parametrize("kind", list(IN_THE_WAY))
+def test_what_is_in_a_files_way_stays(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    path = Path("sub") / "out"
+    path.parent.mkdir()
+    IN_THE_WAY[kind](path)
+    before = [(found, found.lstat()) for found in sorted(tmp_path.rglob("*"))]
+    with pytest.raises(OSError) as caught:  # noqa: PT011
+        write_text(path, "new")
+    assert caught.value.strerror
+    assert Path(caught.value.filename) in (path, path.parent)
+    assert [(found, found.lstat()) for found in sorted(tmp_path.rglob("*"))] == before
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/"])
+def test_a_folder_is_no_file(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(IsADirectoryError):
+        write_text(name, "new")
+
+
+@pytest.mark.parametrize("kind", ["file", "socket", "ring", "pipe", "read-only"])
+def test_what_is_in_a_folders_way_stays(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("out")
+    if kind == "read-only":
+        path.mkdir()
+        path.chmod(0o555)
+    else:
+        {"file": Path.touch, "socket": make_socket, "ring": make_ring, "pipe": os.mkfifo}[kind](path)
+    before = path.lstat()
+    with pytest.raises(OSError), atomic_folder(path):  # noqa: PT011
+        pytest.fail("the work began")
+    assert (path.lstat(), names(tmp_path)) == (before, ["out"])
+
+
+def test_a_pipe_is_written_into(tmp_path: Path) -> None:
+    pipe, content = tmp_path / "pipe", "x" * 300_000
+    os.mkfifo(pipe)
+    handle = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(handle, True)
+    got = bytearray()
+
+    def read() -> None:
+        while block := os.read(handle, 5000):
+            got.extend(block)
+        os.close(handle)
+
+    with atomic_path(pipe) as temporary:
+        temporary.write_text(content)
+        reader = threading.Thread(target=read)  # now that there is a writer to wait for
+        reader.start()
+    reader.join()
+    assert got.decode() == content
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert names(tmp_path) == ["pipe"]
+
+
+def test_a_reader_that_leaves_is_an_error_of_the_output(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(OSError, match="pipe") as caught, atomic_path(tmp_path / "pipe") as temporary:  # noqa: PT012
+        temporary.write_bytes(b"x" * 300_000)
+        os.close(reader)
+    assert not isinstance(caught.value, BrokenPipeError)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes device nodes")
+def test_a_device_is_written_into(tmp_path: Path) -> None:
+    device = tmp_path / "null"
+    try:
+        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        device.open("wb").close()
+    except PermissionError:
+        pytest.skip("no device nodes here")
+    before = device.stat()
+    write_text(device, "x")
+    assert stat.S_ISCHR(device.stat().st_mode)
+    assert device.stat().st_ino == before.st_ino
+    assert names(tmp_path) == ["null"]
+    os.mknod(tmp_path / "disk", stat.S_IFBLK | 0o600, os.makedev(240, 3))
+    with pytest.raises(OSError, match="no file"):
+        write_text(tmp_path / "disk", "x")
+
+
+def test_a_long_name_has_a_temporary_one_too(tmp_path: Path) -> None:
+    for name in ("x" * 255, "ü" * 127):
+        write_text(tmp_path / name, "new")
+        assert (tmp_path / name).read_text() == "new"
+    with pytest.raises(OSError, match="too long"):
+        write_text(tmp_path / ("x" * 256), "new")
+
+
+def test_a_folder_with_other_things_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "part-1.bin").touch()
+    with atomic_folder(tmp_path, holds=("part-*.bin",)) as temporary:
+        (temporary / "part-2.bin").touch()
+    assert names(tmp_path) == ["part-2.bin"]
+    for name in (".git", "notes.txt", "PART-1.BIN"):
+        (tmp_path / name).touch()
+        with pytest.raises(OSError, match=name), atomic_folder(tmp_path, holds=("part-*.bin",)):
+            pytest.fail("the work began")
+        (tmp_path / name).unlink()
+    assert names(tmp_path) == ["part-2.bin"]
+
+
+def test_outputs_that_are_inputs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, file = tmp_path / "folder", tmp_path / "folder" / "file"
+    folder.mkdir()
+    file.touch()
+    (tmp_path / "link").symlink_to(file)
+    (tmp_path / "hard").hardlink_to(file)
+    for output in (file, "folder/../folder/file", "link", "hard", folder, "folder", "."):
+        with pytest.raises(ConfigError, match=r"--output.*--input"):
+            refuse_overwriting_inputs({"--output": output}, {"--input": ["nothing", file], "--base": None})
+    with pytest.raises(ConfigError, match=r"--output.*--corpus"):
+        refuse_overwriting_inputs({"--output": [folder / "new"]}, {"--corpus": folder})
+    refuse_overwriting_inputs({"--output": folder / "new"}, {"--input": file, "--checkpoint": "some/hub-id"})
+    refuse_overwriting_inputs({"--output": None}, {"--input": file})
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "1" * 5000, '[{"a": ' + "9" * 5000 + "}]"])
+def test_hostile_json_is_one_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(DatasetError, match=r"x\.json is not JSON"):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(DatasetError, match=r"x\.json, line 1: not JSON"):
+        list(read_jsonl(tmp_path / "x.json"))
 
 
 @settings(max_examples=20)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from utils.cli import EXIT_OK, make_parser, print_json, run_command
 from utils.errors import CheckpointError
+from utils.files import refuse_overwriting_inputs
 from utils.inference.checkpoint import ADAPTER_WEIGHTS, LAYOUTS, Layout, newest_child
 from utils.inference.flags import DTYPE_NAMES
 
@@ -83,14 +84,15 @@ def convert(
 
     Raises:
         CheckpointError: The source cannot be read or does not fit the base, or the output exists.
-        ConfigError: The checkpoint cannot serve the chunk size, or does not say its own and none was given.
+        ConfigError: The checkpoint cannot serve the chunk size, or does not say its own and none was given; or the
+            output would replace the source or the base.
     """
     from utils.inference.inference import load_model
     from utils.inference.saving import save_checkpoint
     from utils.inference.trainer_merge import put_state
     from utils.inference.weights import without_progress_bars
 
-    _check_output(Path(output), Path(source), overwrite)
+    _check_output(Path(output), source, base, overwrite)
     result = Conversion(output=str(output), layout=layout.name, source=str(source))
     if base is None:
         _check_is_checkpoint(source)
@@ -105,11 +107,13 @@ def convert(
     return result
 
 
-def _check_output(output: Path, source: Path, overwrite: bool) -> None:
-    if output.exists() and output.resolve() == source.resolve():
-        raise CheckpointError(f"{output} is the source itself: choose another folder")
-    if output.exists() and not overwrite:
-        raise CheckpointError(f"{output} exists: choose another folder, or pass --overwrite to replace it")
+def _check_output(output: Path, source: str | Path, base: str | Path | None, overwrite: bool) -> None:
+    if output.exists():
+        if Path(source).exists() and output.samefile(source):
+            raise CheckpointError(f"{output} is the source itself: choose another folder")
+        refuse_overwriting_inputs({"output": output}, {"source": source, "--base": base})
+        if not overwrite:
+            raise CheckpointError(f"{output} exists: choose another folder, or pass --overwrite to replace it")
 
 
 def _check_is_checkpoint(source: str | Path) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.cli import EXIT_FAILED_ROWS, EXIT_OK, make_parser, print_json, run_command
 from utils.errors import ConfigError
+from utils.files import refuse_overwriting_inputs
 from utils.inference.flags import add_checkpoint_flags
 from utils.inference.latent_cache import parse_size
 
@@ -80,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     source = _source(args)
+    refuse_overwriting_inputs({"--output": args.output}, {"corpus": Path(args.corpus).expanduser()})
     for name in ("threads", "workers", "shard_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

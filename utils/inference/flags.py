@@ -75,10 +75,10 @@ def memory_limit(args: argparse.Namespace) -> MemoryLimit:
 
 
 def open_cache(args: argparse.Namespace) -> LatentCache | None:
-    """The cache that the flags describe; None with --no-cache."""
+    """The cache that the flags describe; None with --no-cache, and (with a warning) where it cannot be used."""
     from utils.inference.latent_cache import LatentCache
 
-    return None if args.no_cache else LatentCache.open(args.cache_dir)
+    return None if args.no_cache else LatentCache.open_if_usable(args.cache_dir)
 
 
 def _numbers(text: str) -> list[int]:

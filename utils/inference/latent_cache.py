@@ -16,14 +16,14 @@ As a command: `python -m utils.inference.latent_cache show`.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import hashlib
 import logging
 import os
 import re
-import sqlite3
 import struct
 import sys
-import time
 import zlib
 from array import array
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import EXIT_FAILED_ROWS, EXIT_OK, make_parser, print_json, run_command
-from utils.errors import CodeLlavaError, ConfigError
-from utils.inference.latent_store import MAX_LIMIT_BYTES, LatentStore
+from utils.errors import ConfigError
+from utils.inference.latent_files import LatentFiles
 
 if TYPE_CHECKING:
     import torch
@@ -44,13 +44,14 @@ logger = logging.getLogger(__name__)
 
 CACHE_DIR_VARIABLE = "CODE_LLAVA_CACHE_DIR"
 DEFAULT_LIMIT_BYTES = 4 << 30
-# Uses are noted in memory and written together: a hit must not cost a disk write.
-TOUCH_INTERVAL_S = 60.0
 
+_DEFAULT_DIR = "~/.cache/code-llava/latents"
 _HEADER = struct.Struct("<B3xIII")  # dtype, latents, width, checksum; 16 bytes keep the rows aligned
 _DTYPES = ("float32", "bfloat16", "float16")  # the position is the code on disk
 _KEY_BYTES = 32
 _SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+# What is wrong with this process or machine now, not with an entry.
+_PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, getattr(errno, "ESTALE", errno.EINTR)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +61,12 @@ class CacheStats:
     Attributes:
         path: The cache folder.
         num_entries: Windows on disk.
-        size_bytes: Bytes of the database's pages in use.
-        file_bytes: Bytes of the database file; room of evicted entries is used again.
+        size_bytes: Bytes of their files, in whole blocks.
+        file_bytes: The same number.
         limit_bytes: Above it the least recently used entries leave.
         hits: Keys answered since this object was opened.
         misses: Keys not answered, corrupt ones included.
-        corrupt: Entries that failed their checksum.
+        corrupt: Entries that were not what had been written.
     """
 
     path: str
@@ -79,8 +80,16 @@ class CacheStats:
 
 
 def default_cache_dir() -> Path:
-    """`$CODE_LLAVA_CACHE_DIR`, else `~/.cache/code-llava/latents`."""
-    return Path(os.environ.get(CACHE_DIR_VARIABLE) or "~/.cache/code-llava/latents").expanduser()
+    """`$CODE_LLAVA_CACHE_DIR`, else `~/.cache/code-llava/latents`.
+
+    Raises:
+        ConfigError: There is no home folder.
+    """
+    folder = Path(os.environ.get(CACHE_DIR_VARIABLE) or _DEFAULT_DIR)
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"the latent cache {folder}: {error}: name another one with ${CACHE_DIR_VARIABLE}") from None
 
 
 def window_key(namespace: bytes, left: TokenIds, core: TokenIds, right: TokenIds) -> bytes:
@@ -102,16 +111,12 @@ def window_key(namespace: bytes, left: TokenIds, core: TokenIds, right: TokenIds
 
 
 class LatentCache:
-    """A content-addressed store of latents; safe for many threads and processes."""
+    """A content-addressed store of latents; safe for many threads and processes, and across a fork."""
 
-    def __init__(self, store: LatentStore, limit_bytes: int, strict: bool = False) -> None:
-        self._store = store
-        self._limit_bytes = limit_bytes
+    def __init__(self, files: LatentFiles, strict: bool = False) -> None:
+        self._files = files
         self._strict = strict
-        self._closed = False
         self._hits = self._misses = self._corrupt = 0
-        self._touched: set[bytes] = set()
-        self._last_touch = time.monotonic()
         self._warned: set[str] = set()
 
     @classmethod
@@ -121,23 +126,32 @@ class LatentCache:
         """Open or make the cache.
 
         Args:
-            path: Cache folder on a local disk; `default_cache_dir()` without it.
+            path: Cache folder; `default_cache_dir()` without it.
             size_limit_bytes: Entries beyond it evict those used longest ago.
             strict: Latents that cannot be stored are a `ConfigError`, for a job whose result the cache is.
 
         Raises:
-            ConfigError: The folder cannot be written, or the limit is out of range.
+            ConfigError: The folder cannot be used, other users can write into it, or the limit is below 1.
         """
-        if not 0 < size_limit_bytes <= MAX_LIMIT_BYTES:
-            raise ConfigError(f"cache size limit is {size_limit_bytes} bytes, expected 1 to {MAX_LIMIT_BYTES}")
+        if size_limit_bytes < 1:
+            raise ConfigError(f"cache size limit is {size_limit_bytes} bytes, expected at least 1")
         folder = Path(path) if path is not None else default_cache_dir()
         try:
-            return cls(LatentStore.shared(folder), size_limit_bytes, strict)
-        except (OSError, sqlite3.Error) as error:
+            return cls(LatentFiles.open(folder, size_limit_bytes), strict)
+        except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"the latent cache {folder} cannot be used: {error}: name another folder with --cache-dir or "
                 f"${CACHE_DIR_VARIABLE}, or go without it: --no-cache"
             ) from None
+
+    @classmethod
+    def open_if_usable(cls, path: str | Path | None = None) -> LatentCache | None:
+        """Open the cache for work that it only makes faster: one warning and None where it cannot be used."""
+        try:
+            return cls.open(path)
+        except ConfigError as error:
+            logger.warning("%s; encoding without it", error)
+            return None
 
     def __enter__(self) -> LatentCache:
         return self
@@ -146,102 +160,77 @@ class LatentCache:
         self.close()
 
     def close(self) -> None:
-        """Write what is pending and let go of the database; a second call does nothing."""
-        if not self._closed:
-            self._flush_touches()
-            self._closed = True
-            self._store.release()
+        """Nothing stays open between two calls, so this does nothing."""
 
     def get_many(self, keys: Sequence[bytes]) -> list[torch.Tensor | None]:
         """Latents [n, D] on the CPU in the dtype they were put with, one per key; None for a miss."""
-        try:
-            entries = self._store.read(keys)
-        except (sqlite3.Error, OSError) as error:
-            self._warn_once("the latent cache %s cannot be read (%s): encoding instead", self._store.root, error)
-            entries = [None] * len(keys)
-        found = [None if entry is None else _decode(key, entry) for key, entry in zip(keys, entries, strict=True)]
-        hits = [key for key, latents in zip(keys, found, strict=True) if latents is not None]
-        bad = [key for key, entry, latents in zip(keys, entries, found, strict=True) if entry and latents is None]
-        self._hits += len(hits)
-        self._misses += len(keys) - len(hits)
-        if bad:
-            self._drop_corrupt(bad)
-        self._touched.update(hits)
-        if time.monotonic() - self._last_touch > TOUCH_INTERVAL_S:
-            self._flush_touches()
+        found = [self._get(key) for key in keys]
+        misses = sum(latents is None for latents in found)
+        self._hits += len(keys) - misses
+        self._misses += misses
         return found
 
     def put_many(self, keys: Sequence[bytes], latents: Sequence[torch.Tensor]) -> None:
         """Add latents, one tensor [n, D] of a float dtype a key; a key that is there keeps its rows."""
         items = [(key, _encode(key, rows)) for key, rows in zip(keys, latents, strict=True)]
-        self._flush_touches()
         try:
-            left_out = self._store.write(items, self._limit_bytes)
-        except (sqlite3.Error, OSError) as error:
-            self._not_stored("the latent cache %s cannot be written (%s): not caching", self._store.root, error)
+            left_out = self._files.write(items)
+        except OSError as error:
+            self._not_stored("the latent cache %s cannot be written (%s): not caching", self._files.root, error)
             return
         if left_out:
             self._not_stored(
                 "%d of %d windows were not cached: together they pass the limit of %d bytes",
-                left_out, len(items), self._limit_bytes,
+                left_out, len(items), self._files.limit_bytes,
             )  # fmt: skip
 
     def stats(self) -> CacheStats:
         """State and counters."""
-        num_entries, size_bytes, file_bytes = self._store.usage()
+        sizes = [entry.size_bytes for entry in self._files.entries()]
         return CacheStats(
-            path=str(self._store.root), num_entries=num_entries, size_bytes=size_bytes, file_bytes=file_bytes,
-            limit_bytes=self._limit_bytes, hits=self._hits, misses=self._misses, corrupt=self._corrupt,
+            path=str(self._files.root), num_entries=len(sizes), size_bytes=sum(sizes), file_bytes=sum(sizes),
+            limit_bytes=self._files.limit_bytes, hits=self._hits, misses=self._misses, corrupt=self._corrupt,
         )  # fmt: skip
 
     def prune(self, size_bytes: int | None = None) -> int:
-        """Evict least recently used entries down to `size_bytes` (the limit without it) and shrink the file.
+        """Evict least recently used entries down to `size_bytes` (the limit without it).
 
         Returns:
             How many entries left.
         """
-        self._flush_touches()
-        return self._store.shrink(self._limit_bytes if size_bytes is None else size_bytes)
+        limit = self._files.limit_bytes if size_bytes is None else size_bytes
+        return self._files.evict(limit, limit)
 
     def verify(self) -> tuple[int, int]:
         """Check every entry and remove the corrupt ones; returns how many were checked and how many were corrupt."""
-        self._store.forget_pages()
-        keys = self._store.keys()
-        bad = []
+        before = self._corrupt
+        keys = [entry.key for entry in self._files.entries()]
         for key in keys:
-            (entry,) = self._store.read([key])
-            if entry is not None and _decode(key, entry) is None:
-                bad.append(key)
-        self._store.delete(bad)
-        self._corrupt += len(bad)
-        return len(keys), len(bad)
+            self._get(key, is_use=False)
+        return len(keys), self._corrupt - before
 
     def clear(self) -> None:
         """Remove all entries and give their room back to the file system."""
-        self._touched.clear()
-        self._store.clear()
+        self.prune(0)
 
-    def _drop_corrupt(self, keys: list[bytes]) -> None:
-        self._corrupt += len(keys)
-        self._warn_once(
-            "the latent cache %s has entries that fail their checksum (%d now): encoding them again; "
-            "check the disk, and run `python -m utils.inference.latent_cache verify`",
-            self._store.root, len(keys),
-        )  # fmt: skip
+    def _get(self, key: bytes, is_use: bool = True) -> torch.Tensor | None:
         try:
-            self._store.delete(keys)
-        except (sqlite3.Error, OSError) as error:
-            self._warn_once("the latent cache %s cannot be repaired (%s)", self._store.root, error)
-
-    def _flush_touches(self) -> None:
-        touched, self._touched = self._touched, set()
-        self._last_touch = time.monotonic()
-        if not touched:
-            return
-        try:
-            self._store.touch(touched)
-        except (sqlite3.Error, OSError) as error:
-            self._warn_once("the latent cache %s cannot note uses (%s)", self._store.root, error)
+            return _decode(key, self._files.read(key, is_use))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+            if getattr(error, "errno", None) in _PASSING:
+                self._warn_once("the latent cache %s cannot be read (%s): encoding instead", self._files.root, error)
+                return None
+            self._corrupt += 1
+            self._warn_once(
+                "the latent cache %s has damaged entries (the first: %s): encoding them again; "
+                "check the disk, and run `python -m utils.inference.latent_cache verify`",
+                self._files.root, error,
+            )  # fmt: skip
+            with contextlib.suppress(OSError):
+                self._files.remove(key)
+            return None
 
     def _not_stored(self, message: str, *values: Any) -> None:
         if self._strict:
@@ -254,32 +243,36 @@ class LatentCache:
             logger.warning(message, *values)
 
 
-def _checksum(key: bytes, header: bytes, data: bytes | bytearray | memoryview) -> int:
+def _checksum(key: bytes, header: bytes, data: memoryview) -> int:
     return zlib.crc32(data, zlib.crc32(header, zlib.crc32(key)))
 
 
-def _encode(key: bytes, latents_ND: torch.Tensor) -> bytes:
+def _encode(key: bytes, latents_ND: torch.Tensor) -> tuple[bytes, memoryview]:
     import torch
 
     dtype = str(latents_ND.dtype).removeprefix("torch.")
     assert latents_ND.ndim == 2, list(latents_ND.shape)
     assert latents_ND.numel() > 0, list(latents_ND.shape)
-    data = latents_ND.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    data = latents_ND.detach().cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
     fields = (_DTYPES.index(dtype), *latents_ND.shape)
-    return _HEADER.pack(*fields, _checksum(key, _HEADER.pack(*fields, 0), data)) + data
+    return _HEADER.pack(*fields, _checksum(key, _HEADER.pack(*fields, 0), data)), data
 
 
-def _decode(key: bytes, entry: bytearray) -> torch.Tensor | None:
-    """The latents, or None when the entry is not what was written under this key."""
+def _decode(key: bytes, entry: bytearray) -> torch.Tensor:
+    """The latents.
+
+    Raises:
+        ValueError: The entry is not what was written under this key.
+    """
     import torch
 
-    if len(entry) < _HEADER.size:
-        return None
+    if len(entry) <= _HEADER.size:
+        raise ValueError(f"an entry of {len(entry)} bytes")
     dtype, num_latents, width, checksum = _HEADER.unpack_from(entry)
     data = memoryview(entry)[_HEADER.size :]
     if checksum != _checksum(key, _HEADER.pack(dtype, num_latents, width, 0), data) or dtype >= len(_DTYPES):
-        return None
-    latents = torch.frombuffer(entry, dtype=torch.uint8, offset=_HEADER.size).view(getattr(torch, _DTYPES[dtype]))
+        raise ValueError("an entry fails its checksum")
+    latents = torch.frombuffer(entry, dtype=getattr(torch, _DTYPES[dtype]), offset=_HEADER.size)
     return latents.view(num_latents, width)
 
 
@@ -305,13 +298,13 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="{show,prune,verify,clear}")
     for name, summary in (
         ("show", "show entries and sizes"),
-        ("prune", "evict the least recently used entries and shrink the file"),
+        ("prune", "evict the least recently used entries"),
         ("verify", "check every entry, remove corrupt ones (exit code 3 if there were any)"),
         ("clear", "remove all entries"),
     ):
         command = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
         command.add_argument(
-            "--cache-dir", type=Path, help=f"cache folder (default: ${CACHE_DIR_VARIABLE}, else {default_cache_dir()})"
+            "--cache-dir", type=Path, help=f"cache folder (default: ${CACHE_DIR_VARIABLE}, else {_DEFAULT_DIR})"
         )
         command.add_argument("--json", action="store_true", help="print one JSON object")
         if name == "prune":
@@ -330,13 +323,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    try:
-        return _look_after(args)
-    except sqlite3.Error as error:
-        raise CodeLlavaError(f"the latent cache could not be read or written: {error}: try again") from None
-
-
-def _look_after(args: argparse.Namespace) -> int:
     with LatentCache.open(args.cache_dir) as cache:
         result: dict[str, Any] = {}
         if args.command == "prune":

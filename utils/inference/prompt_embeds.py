@@ -9,6 +9,9 @@ Shape legend: T prompt rows, D decoder width. This module knows no model and no 
 from __future__ import annotations
 
 import io
+import json
+import stat
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,10 +19,9 @@ from typing import Any, Literal, cast
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
-from utils.errors import ConfigError, DatasetError
-from utils.files import atomic_path, read_json, sha256_bytes, write_json
+from utils.errors import ConfigError, DatasetError, first_line
+from utils.files import atomic_path, is_stream, read_json, sha256_bytes, sha256_file, write_json
 
 Format = Literal["npy", "safetensors"]
 TENSOR_NAME = "prompt_embeds"
@@ -28,6 +30,7 @@ SIDECAR_VERSION = 1
 _FORMAT_BY_SUFFIX: dict[str, Format] = {".npy": "npy", ".safetensors": "safetensors"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NPY_MAGIC = b"\x93NUMPY"
+_MAX_HEADER_BYTES = 1 << 20
 _PICKLE_MAGICS = (b"\x80", b"PK\x03\x04")  # a bare pickle; the zip that torch.save (and np.savez) write
 
 
@@ -72,11 +75,14 @@ class PromptEmbeds:
 
 def sidecar_path(path: str | Path) -> Path:
     """Where the JSON that describes the array at `path` lies: the same name with the suffix `.json`."""
-    return Path(path).with_suffix(".json")
+    path = Path(path)
+    if path.name in ("", ".."):
+        raise ConfigError(f"{path} is a folder: name a file in it")
+    return path.with_suffix(".json")
 
 
 def save_prompt_embeds(path: str | Path, embeds: PromptEmbeds, *, format: Format | None = None) -> None:
-    """Write an array file and its JSON sidecar, each atomically.
+    """Write an array file and its JSON sidecar, each atomically; into a pipe or device the array alone.
 
     The sidecar holds the array file's sha256, so that a reader can never take an old sidecar for a new array.
 
@@ -98,6 +104,8 @@ def save_prompt_embeds(path: str | Path, embeds: PromptEmbeds, *, format: Format
     data = _encode_npy(values_TD) if format == "npy" else safetensors.torch.save({TENSOR_NAME: values_TD.contiguous()})
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+    if is_stream(path):
+        return
     sidecar = {
         "version": SIDECAR_VERSION,
         "array": {
@@ -128,15 +136,17 @@ def load_prompt_embeds(path: str | Path) -> PromptEmbeds:
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        regular = stat.S_ISREG(path.stat().st_mode)
     except FileNotFoundError:
         raise DatasetError(f"{path} does not exist: write it with general/step1.py") from None
-    values_TD = _checked(_decode(data, path), str(path))
+    if not regular:
+        raise DatasetError(f"{path} is no file: name the .npy or .safetensors file itself")
+    values_TD = _checked(_read(path), str(path))
     sidecar_file = sidecar_path(path)
     if not sidecar_file.exists():
         stats = CompressionStats(memory_tokens=0, num_latents=0, prompt_tokens=len(values_TD))
         return PromptEmbeds(values_TD=values_TD, spans=(), stats=stats)
-    return _with_sidecar(values_TD, sha256_bytes(data), sidecar_file)
+    return _with_sidecar(values_TD, sha256_file(path), sidecar_file)
 
 
 def encode_wire(values_TD: torch.Tensor, dtype: torch.dtype | None = None) -> str:
@@ -183,9 +193,11 @@ def _check_sidecar_place(path: Path) -> None:
         raise ConfigError(
             f"{path}: the sidecar takes the name with .json: end the array file with .npy or .safetensors"
         )
-    if not file.exists():
+    if is_stream(path) or not file.exists():
         return
     try:
+        if not file.is_file():
+            raise DatasetError(f"{file} is no file")
         content = read_json(file)
     except DatasetError:
         content = None
@@ -199,24 +211,54 @@ def _encode_npy(values_TD: torch.Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def _decode(data: bytes, path: Path) -> torch.Tensor:
-    """Read an array file's bytes; the content, not the name, tells the format."""
-    if data.startswith(_PICKLE_MAGICS):
+def _read(path: Path) -> torch.Tensor:
+    """Read an array file's values; the content, not the name, tells the format.
+
+    Both formats are mapped, so that a header is compared with the file's length before anything is allocated.
+    """
+    with path.open("rb") as stream:
+        begin = stream.read(8)
+    if begin.startswith(_PICKLE_MAGICS):
         raise DatasetError(
             f"{path} is a pickle or a torch.save file, which may run code: save it as .npy or .safetensors"
         )
     try:
-        if data.startswith(_NPY_MAGIC):
-            array = np.load(io.BytesIO(data), allow_pickle=False)
-            if array.dtype not in (np.float32, np.float16):
-                raise DatasetError(f"{path} holds {array.dtype}, expected float32: save array.astype('float32')")
-            return torch.from_numpy(np.ascontiguousarray(array))
-        tensors = safetensors.torch.load(data)
-    except (ValueError, EOFError, SafetensorError) as error:
-        raise DatasetError(f"{path} is not a readable .npy or .safetensors file: {error}") from None
-    if TENSOR_NAME not in tensors:
-        raise DatasetError(f"{path} has no tensor {TENSOR_NAME!r}, it has {sorted(tensors)}")
-    return tensors[TENSOR_NAME]
+        return _map_npy(path) if begin.startswith(_NPY_MAGIC) else _map_safetensors(path, begin)
+    except DatasetError:
+        raise
+    except Exception as error:  # a hostile header makes its parsers raise almost anything
+        what = first_line(error)[:200]
+        raise DatasetError(f"{path} is not a readable .npy or .safetensors file: {what}") from None
+
+
+def _map_npy(path: Path) -> torch.Tensor:
+    with warnings.catch_warnings(action="ignore"):  # about a header that is then refused
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.dtype not in (np.float32, np.float16):
+        raise DatasetError(f"{path} holds {str(array.dtype)[:80]}, expected float32: save array.astype('float32')")
+    expected, got = array.offset + array.nbytes, path.stat().st_size
+    if array.size and expected != got:
+        raise DatasetError(f"{path} has {got} bytes, its header says {expected}: save the array again")
+    return torch.from_numpy(np.array(array, order="C"))
+
+
+def _map_safetensors(path: Path, begin: bytes) -> torch.Tensor:
+    length = int.from_bytes(begin, "little")
+    if not 0 < length <= min(_MAX_HEADER_BYTES, path.stat().st_size - 8):
+        raise ValueError(f"its header has {length} bytes, the file {path.stat().st_size}")
+    with path.open("rb") as stream:
+        stream.seek(8)
+        json.loads(stream.read(length), object_pairs_hook=_without_duplicates)
+    with safetensors.safe_open(path, framework="pt") as tensors:
+        if TENSOR_NAME not in tensors.keys():  # noqa: SIM118 - not a mapping
+            raise DatasetError(f"{path} has no tensor {TENSOR_NAME!r}, it has {sorted(tensors.keys())[:5]}")
+        return tensors.get_tensor(TENSOR_NAME)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(names := dict(pairs)) != len(pairs):
+        raise ValueError("its header has a name twice")
+    return names
 
 
 def _checked(values_TD: torch.Tensor, where: str) -> torch.Tensor:
@@ -246,13 +288,17 @@ def _with_sidecar(values_TD: torch.Tensor, sha256: str, file: Path) -> PromptEmb
     sidecar = read_json(file)
     try:
         array, stats = sidecar["array"], dict(sidecar["stats"])
-        version, expected_sha256, dtype = sidecar["version"], array["sha256"], _DTYPES[array["dtype"]]
-        spans = tuple((int(start), int(stop)) for start, stop in sidecar["spans"])
+        version, expected_sha256, dtype = _integer(sidecar["version"]), array["sha256"], _DTYPES[array["dtype"]]
+        spans = tuple((_integer(start), _integer(stop)) for start, stop in sidecar["spans"])
         stats.pop("ratio")
-        counts = CompressionStats(**stats)
-        provenance = dict(sidecar["provenance"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DatasetError(f"{file} is not a sidecar of prompt embeddings ({error!r}): save the array again") from None
+        counts = CompressionStats(**{name: _integer(count) for name, count in stats.items()})
+        provenance = sidecar["provenance"]
+        for value, kind in ((expected_sha256, str), (sidecar["spans"], list), (provenance, dict)):
+            if not isinstance(value, kind):
+                raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"{error!r:.200}"
+        raise DatasetError(f"{file} is not a sidecar of prompt embeddings ({what}): save the array again") from None
     if version != SIDECAR_VERSION:
         raise DatasetError(f"{file} has version {version}, expected {SIDECAR_VERSION}: save the array again")
     if sha256 != expected_sha256:
@@ -261,7 +307,16 @@ def _with_sidecar(values_TD: torch.Tensor, sha256: str, file: Path) -> PromptEmb
             "save the array again, or remove the sidecar to use the array on its own"
         )
     _check_spans(spans, len(values_TD), str(file))
-    return PromptEmbeds(values_TD=values_TD.to(dtype), spans=spans, stats=counts, provenance=provenance)
+    if dtype != values_TD.dtype:
+        values_TD = _checked(values_TD.to(dtype), f"{file}: the values as {_dtype_name(dtype)}")
+    return PromptEmbeds(values_TD=values_TD, spans=spans, stats=counts, provenance=provenance)
+
+
+def _integer(value: Any) -> int:
+    """A count as it was written: no number of another kind, none that no array has."""
+    if type(value) is not int or not 0 <= value < 1 << 53:
+        raise ValueError(f"{value!r:.80} is no count")
+    return value
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

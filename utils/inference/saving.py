@@ -14,11 +14,13 @@ from safetensors.torch import save_file
 
 from utils.errors import CheckpointError
 from utils.files import atomic_folder, write_json
-from utils.inference.checkpoint import CODE_LLAVA, LCLM, Layout
+from utils.inference.checkpoint import CODE_LLAVA, LAYOUTS, LCLM, Layout
 from utils.model.adapter import Adapter
 from utils.model.code_llava_model import CodeLLaVAModel
 from utils.model.config import CONFIG_FILE, CompressionConfig
 from utils.model.prompt import PromptTokenizers
+
+_HOLDS = (CONFIG_FILE, *(name for layout in LAYOUTS for name in layout.folders))
 
 
 def save_checkpoint(
@@ -27,15 +29,16 @@ def save_checkpoint(
     """Write a model with both tokenizers as one checkpoint folder.
 
     Args:
-        path: The folder; an existing one is replaced once the new one is whole.
+        path: The folder; an existing checkpoint is replaced once the new one is whole.
         model: What to save, in its own dtype.
         tokenizers: Decoder and encoder tokenizer.
         layout: `CODE_LLAVA` or `LCLM`.
 
     Raises:
         CheckpointError: The layout cannot hold this adapter.
+        OSError: There is a folder that holds more than a checkpoint.
     """
-    with atomic_folder(path) as folder, writing(path):
+    with atomic_folder(path, holds=_HOLDS) as folder, writing(path):
         save_adapter(folder, model.memory_encoder.adapter, model.config, layout)
         for name, part, tokenizer in (
             (layout.decoder, model.decoder, tokenizers.decoder),

@@ -31,7 +31,7 @@ def pack_run(config: TrainConfig, target: Path, card: str = "") -> dict[str, Any
 
     Args:
         config: The run.
-        target: Folder, replaced when the new one is whole.
+        target: Folder; an older part there is replaced when the new one is whole.
         card: Model card, Markdown; the folder's own is kept without it.
 
     Returns:
@@ -60,7 +60,7 @@ def pack_run(config: TrainConfig, target: Path, card: str = "") -> dict[str, Any
             "smaller LoRA rank, or the encoder by LoRA"
         )
     card = card or ((target / CARD).read_text(encoding="utf-8") if (target / CARD).is_file() else "")
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, holds=(MANIFEST, CARD, "part-*.safetensors")) as folder:
         files = {}
         for number, shard in enumerate(_shards(state)):
             name = f"part-{number:02d}.safetensors"

@@ -32,7 +32,7 @@ from utils.inference.corpus.reader import EncodedCorpus
 from utils.inference.corpus.shards import new_shard, shard_documents
 from utils.inference.corpus.source import Document, FolderSource
 from utils.inference.latent_cache import LatentCache
-from utils.inference.latent_store import LatentStore
+from utils.inference.latent_files import LatentFiles
 
 TEXTS = {
     "a.py": "def f():\r\n    return 1\r\n" * 6,
@@ -317,7 +317,7 @@ def test_prompts_hit_the_cache(
     # A cache that cannot keep its latents is no result.
     monkeypatch.setattr(corpus_run, "DEFAULT_LIMIT_BYTES", 1000)
     assert "write shards with --output instead" in encode(corpus, *flags, code=1)["error"]
-    monkeypatch.setattr(LatentStore, "write", lambda *_: 5)
+    monkeypatch.setattr(LatentFiles, "write", lambda *_: 5)
     assert "were not cached" in encode(corpus, "--to-cache", "--cache-dir", str(tmp_path / "new"), code=1)["error"]
 
 

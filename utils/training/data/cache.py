@@ -105,7 +105,7 @@ class TokenCache:
         """
         decoder_offsets, span_offsets, encoder_offsets, target_offsets = [0], [0], [0], [0]
         targets: list[tuple[int, int]] = []
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder, holds=(_DECODER, _ENCODER, _INDEX, _META)) as temporary:
             with (temporary / _DECODER).open("wb") as decoder, (temporary / _ENCODER).open("wb") as encoder:
                 bar = tqdm(rows, desc=f"tokenising {Path(source).name}", unit="example", disable=None)
                 for number, row in enumerate(bar, start=1):

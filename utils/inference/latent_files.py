@@ -1,0 +1,269 @@
+"""A folder of small files found by key: no lock, a size limit, least recently used entries leave first.
+
+    files = LatentFiles.open("~/.cache/code-llava/latents", limit_bytes=4 << 30)
+    files.write([(key, [header, data])])
+    files.read(key)                                      # a bytearray; FileNotFoundError where there is none
+
+A key is one file, `<root>/v3/ab/cdef…`. It appears by rename and changes only its time stamp, that of its last use, so
+that threads and processes, also forked ones, share a folder freely. Nothing is flushed to the disk: what a crash tears
+fails the checksum that callers put into the value, and is written again. Folders and files are the user's alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+# A hit must not cost a disk write: a time stamp younger than this stays as it is.
+TOUCH_INTERVAL_S = 60.0
+# Eviction makes some room to spare, so that a full folder does not evict at every write.
+EVICT_TO = 0.9
+LEFTOVER_AGE_S = 3600.0
+
+_LAYOUT, _TEMPORARY = "v3", ".put-"
+_OLD_LAYOUT = re.compile(r"v2|lock|\.trash-.*")
+_SHARD, _NAME = re.compile("[0-9a-f]{2}"), re.compile("[0-9a-f]{62}")
+# Other processes write too: after this part of the limit the size is estimated anew, from about so many entries.
+_RECOUNT_PART, _SAMPLED_ENTRIES = 16, 4096
+_BLOCK_BYTES = 4096
+# Without waiting for a pipe's writer, and not through a link.
+_READ = os.O_RDONLY | sum(getattr(os, f"O_{name}", 0) for name in ("BINARY", "CLOEXEC", "NOFOLLOW", "NONBLOCK"))
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Entry:
+    """A file with its last use, its size in whole blocks, and the key it stands for."""
+
+    last_use_ns: int
+    path: Path
+    size_bytes: int
+
+    @property
+    def key(self) -> bytes:
+        """The key it was written under."""
+        return bytes.fromhex(self.path.parent.name + self.path.name)
+
+
+class LatentFiles:
+    """One folder; make it with `open`. Every method may be called from any thread."""
+
+    def __init__(self, root: Path, limit_bytes: int) -> None:
+        self.root = root
+        self.limit_bytes = limit_bytes
+        self._layout = root / _LAYOUT
+        self._used_bytes = 0  # an estimate, made before `_uncounted_bytes` were written
+        self._uncounted_bytes = limit_bytes
+
+    @classmethod
+    def open(cls, folder: Path, limit_bytes: int) -> LatentFiles:
+        """Open or make a folder, private to the user.
+
+        One that holds other things too (`~`) keeps its mode: `v3` in it is private all the same.
+
+        Raises:
+            OSError: It cannot be made, or other users can write into it.
+            RuntimeError: There is no home folder, or the path is a ring of links.
+        """
+        files = cls(folder.expanduser().resolve(), limit_bytes)
+        root, layout = files.root, files._layout
+        root.parent.mkdir(parents=True, exist_ok=True)
+        _make(root)
+        names = [path.name for path in root.iterdir()]
+        _claim(root, private=all(name == _LAYOUT or _OLD_LAYOUT.fullmatch(name) for name in names))
+        _make(layout)
+        _claim(layout, private=True)
+        if (root / "v2" / "latents.sqlite").is_file():
+            logger.info("removing the latent cache of an earlier version in %s: it cannot be read any more", root)
+            for name in filter(_OLD_LAYOUT.fullmatch, names):
+                with contextlib.suppress(OSError):
+                    _remove(root / name)
+        files._remove_leftovers()
+        return files
+
+    def read(self, key: bytes, is_use: bool = True) -> bytearray:
+        """The value of a key; a use keeps it from being evicted soon.
+
+        Raises:
+            FileNotFoundError: There is none.
+            OSError: It cannot be read, or is no file.
+        """
+        path = self._path(key)  # a str, for a hit must be quick
+        with os.fdopen(os.open(path, _READ), "rb", buffering=0) as stream:
+            state = os.fstat(stream.fileno())
+            if not stat.S_ISREG(state.st_mode):
+                raise OSError(errno.EINVAL, "an entry is no file", path)
+            value = bytearray(state.st_size)
+            del value[stream.readinto(value) :]
+        if is_use and abs(time.time() - state.st_mtime) > TOUCH_INTERVAL_S:
+            with contextlib.suppress(OSError):  # evicted meanwhile, or a folder that may only be read
+                os.utime(path)
+        return value
+
+    def write(self, items: Sequence[tuple[bytes, Sequence[bytes | memoryview]]]) -> int:
+        """Add entries, each a key and the pieces of its value; a key that is there keeps its value.
+
+        Returns:
+            How many were left out because together they pass the limit.
+
+        Raises:
+            OSError: The disk is full, the folder cannot be written, ….
+        """
+        new = {key: pieces for key, pieces in items if not self._has(key, sum(map(len, pieces)))}
+        sizes = {key: _blocks(sum(map(len, pieces))) for key, pieces in new.items()}
+        incoming = 0
+        for key, size in sizes.items():
+            if incoming + size > self.limit_bytes:
+                del new[key]
+            else:
+                incoming += size
+        if new:
+            self._make_room(incoming)
+        for key, pieces in new.items():
+            self._put(Path(self._path(key)), pieces)
+        return len(sizes) - len(new)
+
+    def remove(self, key: bytes) -> None:
+        """Remove an entry, whatever lies in its place."""
+        _remove(Path(self._path(key)))
+
+    def entries(self) -> Iterator[Entry]:
+        """All entries, in no order."""
+        for shard in self._shards():
+            yield from _entries(shard)
+
+    def evict(self, limit_bytes: int, target_bytes: int) -> int:
+        """Where all entries pass the limit, remove those used longest ago down to the target; returns how many."""
+        self._remove_leftovers()
+        entries = sorted(self.entries())
+        self._used_bytes = sum(entry.size_bytes for entry in entries)
+        self._uncounted_bytes = num_removed = 0
+        if self._used_bytes <= limit_bytes:
+            return 0
+        for entry in entries:
+            if self._used_bytes <= target_bytes:
+                break
+            _remove(entry.path)
+            self._used_bytes -= entry.size_bytes
+            num_removed += 1
+        return num_removed
+
+    def _path(self, key: bytes) -> str:
+        name = key.hex()
+        return f"{self._layout}{os.sep}{name[:2]}{os.sep}{name[2:]}"
+
+    def _has(self, key: bytes, size: int) -> bool:
+        with contextlib.suppress(OSError):
+            state = Path(self._path(key)).lstat()
+            return stat.S_ISREG(state.st_mode) and state.st_size == size
+        return False
+
+    def _put(self, path: Path, pieces: Sequence[bytes | memoryview]) -> None:
+        for folder in (self.root, self._layout):  # someone may have removed them
+            _make(folder)
+        handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=self._layout)  # never an existing file
+        temporary = Path(name)
+        try:
+            temporary.chmod(0o600)
+            with os.fdopen(handle, "wb") as stream:
+                stream.writelines(pieces)
+            now = time.time_ns()  # finer than the stamps that a file system gives
+            os.utime(temporary, ns=(now, now))
+            # What is no folder, or a folder in the file's place, is not ours; a file or a link is replaced.
+            with contextlib.suppress(FileNotFoundError):
+                if not stat.S_ISDIR(path.parent.lstat().st_mode):
+                    _remove(path.parent)
+                elif stat.S_ISDIR(path.lstat().st_mode):
+                    _remove(path)
+            _make(path.parent)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _make_room(self, incoming: int) -> None:
+        """Evict where the estimated size, with what is to come, passes the limit."""
+        if self._uncounted_bytes * _RECOUNT_PART >= self.limit_bytes:
+            self._used_bytes, self._uncounted_bytes = self._estimate(), 0
+        if self._used_bytes + incoming > self.limit_bytes:
+            self.evict(self.limit_bytes - incoming, int(self.limit_bytes * EVICT_TO) - incoming)
+        self._used_bytes += incoming
+        self._uncounted_bytes += incoming
+
+    def _estimate(self) -> int:
+        """The size of all entries, from some shards: keys are hashes, so that all shards are alike."""
+        shards = self._shards()
+        num_entries = size = 0
+        for num_shards, shard in enumerate(shards, start=1):
+            found = [entry.size_bytes for entry in _entries(shard)]
+            num_entries, size = num_entries + len(found), size + sum(found)
+            if num_entries > _SAMPLED_ENTRIES:
+                return size * len(shards) // num_shards
+        return size
+
+    def _shards(self) -> list[Path]:
+        return [path for path in self._layout.glob("??") if _SHARD.fullmatch(path.name)]
+
+    def _remove_leftovers(self) -> None:
+        """Remove the temporary files of killed writers."""
+        for path in self._layout.glob(f"{_TEMPORARY}*"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.lstat().st_mtime > LEFTOVER_AGE_S:
+                    path.unlink()
+
+
+def _make(folder: Path) -> None:
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+        folder.chmod(0o700)  # a umask may keep out even the user
+
+
+def _claim(folder: Path, private: bool) -> None:
+    """Keep other users out of our folder; refuse one that they can write into."""
+    state = folder.lstat()
+    if not stat.S_ISDIR(state.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, "something else is in the folder's place", str(folder))
+    if sys.platform == "win32":  # modes say nothing there, and a profile is private
+        return
+    if private and state.st_uid == os.geteuid() and state.st_mode & 0o077:
+        folder.chmod(stat.S_IMODE(state.st_mode) & ~0o077)
+        state = folder.lstat()
+    # In a sticky folder (/tmp) nobody else can rename what is ours.
+    by_mode = state.st_mode & 0o022 and not state.st_mode & stat.S_ISVTX
+    if by_mode or (state.st_uid not in (0, os.geteuid()) and os.geteuid() != 0):
+        raise PermissionError(errno.EACCES, "other users can write into it", str(folder))
+
+
+def _entries(shard: Path) -> Iterator[Entry]:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(shard) as found:
+        for entry in found:
+            if _NAME.fullmatch(entry.name):
+                with contextlib.suppress(FileNotFoundError):  # evicted meanwhile
+                    state = entry.stat(follow_symlinks=False)
+                    yield Entry(state.st_mtime_ns, Path(entry.path), _blocks(state.st_size))
+
+
+def _blocks(size: int) -> int:
+    """What a file takes on the disk."""
+    return -(-size // _BLOCK_BYTES) * _BLOCK_BYTES
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a folder; one that is gone already is no error."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        if path.is_symlink() or not path.is_dir():
+            raise
+        shutil.rmtree(path)

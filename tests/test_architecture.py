@@ -14,7 +14,15 @@ from utils.files import PROJECT_ROOT
 # function also what stands beside it on its floor. A name that ends in `.` is a folder: its modules may import each
 # other. A new module must find its place here and in docs/architecture.md.
 FLOORS: dict[int, tuple[str, ...]] = {
-    0: ("utils.errors", "utils.files", "utils.intervals", "utils.cli", "utils.model.markers", "utils.model.config"),
+    0: (
+        "utils.errors",
+        "utils.files",
+        "utils.locks",
+        "utils.intervals",
+        "utils.cli",
+        "utils.model.markers",
+        "utils.model.config",
+    ),
     1: ("utils.model.prompt", "utils.inference.prompt_embeds"),
     2: (
         "utils.model.transfer",
@@ -39,6 +47,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "utils.inference.flags",
         "utils.inference.span_encoder",
         "utils.inference.compressor",
+        "utils.inference.corpus.reading",
         "utils.inference.corpus.source",
         "utils.inference.corpus.plan",
         "utils.inference.corpus.crew",

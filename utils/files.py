@@ -106,7 +106,7 @@ def read_json(path: str | Path) -> Any:
         raise DatasetError(f"{path} does not exist") from None
     except UnicodeDecodeError as error:
         raise DatasetError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of too many digits, and too deep nesting
         raise DatasetError(f"{path} is not JSON: {error}") from None
 
 
@@ -137,7 +137,7 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
                     continue
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     raise DatasetError(f"{path}, line {number}: not JSON: {error}") from None
                 if not isinstance(row, dict):
                     raise DatasetError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")

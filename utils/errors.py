@@ -38,3 +38,9 @@ class DatasetError(CodeLlavaError):
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, for use inside one of ours."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def printable(name: str) -> str:
+    """A name from outside (a file's, a document's) as messages and lists show it: quoted, with escapes, where it holds
+    what a terminal would obey or not show."""
+    return name if name.isprintable() else repr(name)

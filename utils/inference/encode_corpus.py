@@ -10,18 +10,25 @@ order, exactness and limits: docs/corpus.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import signal
 import sys
-from pathlib import Path
+import threading
+from collections.abc import Iterator
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import EXIT_FAILED_ROWS, EXIT_OK, make_parser, print_json, run_command
 from utils.errors import ConfigError
 from utils.files import refuse_overwriting_inputs
 from utils.inference.flags import add_checkpoint_flags
-from utils.inference.latent_cache import parse_size
+from utils.inference.latent_cache import default_cache_dir, parse_size
 
 if TYPE_CHECKING:
     from utils.inference.corpus.source import FolderSource, JsonlSource
+
+EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,6 +77,9 @@ def _add_corpus_flags(parser: argparse.ArgumentParser) -> None:
     ids.add_argument("--id-field", help="JSONL: key of the unique id; default id")
     ids.add_argument("--line-ids", action="store_true", help="JSONL: the line's number is the id")
     group.add_argument(
+        "--max-text-size", type=parse_size, metavar="SIZE", help="largest file, or line of JSONL, to take; default 16M"
+    )
+    group.add_argument(
         "--skip-unreadable", action="store_true", help="leave out, and list, what cannot be encoded; default: refuse"
     )
 
@@ -82,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     source = _source(args)
     refuse_overwriting_inputs({"--output": args.output}, {"corpus": Path(args.corpus).expanduser()})
-    for name in ("threads", "workers", "shard_size"):
+    for name in ("threads", "workers", "shard_size", "max_text_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if args.engine != "ray" and (args.workers or args.ray_address):
@@ -114,11 +124,12 @@ def _run(args: argparse.Namespace) -> int:
         workers=args.workers,
         ray_address=args.ray_address,
     )
-    crew = Crew.joined()
-    if crew.rank:
-        follow(run, crew)
-        return EXIT_OK
-    summary = lead(run, crew)
+    with _ended_well():
+        crew = Crew.joined()
+        if crew.rank:
+            follow(run, crew)
+            return EXIT_OK
+        summary = lead(run, crew)
     if args.json:
         print_json(summary)
     else:
@@ -126,21 +137,45 @@ def _run(args: argparse.Namespace) -> int:
     return EXIT_FAILED_ROWS if summary["missing"] else EXIT_OK
 
 
+@contextlib.contextmanager
+def _ended_well() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does: temporary files are removed."""
+
+    def end(*_: object) -> None:
+        raise SystemExit(EXIT_TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _source(args: argparse.Namespace) -> FolderSource | JsonlSource:
-    from utils.inference.corpus.source import FolderSource, JsonlSource
+    from utils.inference.corpus.source import MAX_TEXT_BYTES, FolderSource, JsonlSource
 
     path = Path(args.corpus).expanduser()
+    limit = MAX_TEXT_BYTES if args.max_text_size is None else args.max_text_size
     if path.is_dir():
         if args.text_field or args.id_field or args.line_ids:
             raise ConfigError(f"{path} is a folder: --text-field, --id-field and --line-ids are for JSONL files")
-        return FolderSource(str(path), tuple(args.include), tuple(args.exclude))
+        own = PurePath(os.path.realpath(args.output or args.cache_dir or default_cache_dir()))
+        root = PurePath(os.path.realpath(path))
+        if own == root and args.to_cache:
+            raise ConfigError(f"{path} is the latent cache's own folder: encode another, or give another --cache-dir")
+        # What an earlier run wrote is no document of the next one.
+        left_out = (own.relative_to(root).as_posix(),) if own != root and own.is_relative_to(root) else ()
+        return FolderSource(str(path), tuple(args.include), tuple(args.exclude), left_out, limit)
     if not path.exists():
         raise ConfigError(f"{path} does not exist: give a folder, or a .jsonl file")
     if path.suffix != ".jsonl":
         raise ConfigError(f"{path} is neither a folder nor a .jsonl file: put single files into a folder")
     if args.include or args.exclude:
         raise ConfigError(f"{path} is a file: --include and --exclude are for folders")
-    return JsonlSource(str(path), args.text_field or "text", None if args.line_ids else args.id_field or "id")
+    return JsonlSource(str(path), args.text_field or "text", None if args.line_ids else args.id_field or "id", limit)
 
 
 def _for_a_person(summary: dict[str, Any]) -> str:

@@ -8,14 +8,13 @@ from pathlib import Path
 
 from utils.errors import CheckpointError
 from utils.inference.saving import save_checkpoint
-from utils.training.checkpoints import load_trained, newest_checkpoint
+from utils.training.checkpoints import load_trained, whole_checkpoint
 from utils.training.config import TrainConfig
 from utils.training.pairs import load_pair
 from utils.training.parts import apply_trained_state
+from utils.training.run_folder import MODEL_FOLDER
 
 logger = logging.getLogger(__name__)
-
-MODEL_FOLDER = "model"
 
 
 def trained_chunk_sizes(config: TrainConfig) -> tuple[int, ...]:
@@ -24,18 +23,19 @@ def trained_chunk_sizes(config: TrainConfig) -> tuple[int, ...]:
 
 
 def export_pair(config: TrainConfig, target: str | Path | None = None) -> Path:
-    """Write the newest checkpoint of a run as a whole model pair, in the pair's own dtype.
+    """Write the newest whole checkpoint of a run as a whole model pair, in the pair's own dtype.
 
     Args:
         config: The run.
         target: Folder; `model/` in the run's output by default.
 
     Raises:
-        CheckpointError: The run has no checkpoint yet.
+        CheckpointError: The run has no checkpoint yet, or none that is whole.
     """
-    checkpoint = newest_checkpoint(config.output)
-    if checkpoint is None:
+    found = whole_checkpoint(config)
+    if found is None:
         raise CheckpointError(f"{config.output} has no checkpoint yet: train first")
+    checkpoint, _ = found
     folder = Path(target) if target else Path(config.output) / MODEL_FOLDER
     model, tokenizers = load_pair(config.pair, config.seed)
     apply_trained_state(model, load_trained(checkpoint), config, tokenizers.markers)

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,25 +23,32 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from utils.errors import ConfigError
+from utils.errors import CheckpointError, ConfigError, DatasetError
 from utils.files import provenance, write_json
 from utils.inference.trained_part import TrainedPart
 from utils.model.processor import Processor
 from utils.model.transfer import to_device
-from utils.training.checkpoints import Progress, newest_checkpoint, read_progress, restore, save_checkpoint
+from utils.training.checkpoints import PROGRESS, Progress, check_fits, restore, save_checkpoint, whole_checkpoint
 from utils.training.config import StageConfig, TrainConfig
+from utils.training.data.cache import TokenCache
 from utils.training.datasets import open_caches
 from utils.training.fused_norms import use_fused_norms
-from utils.training.metrics import MetricsFile, StepResults
+from utils.training.metrics import MetricsFile, StepResults, check_trackers
 from utils.training.objective import TrainedPair, check_alignable, loss_units
 from utils.training.packing import ExampleStream, PackedRow, RowPacker, packed_ahead
 from utils.training.pairs import load_pair
-from utils.training.parts import add_lora, parameter_groups, set_precision, start_from, trained_names
+from utils.training.parts import (
+    add_lora,
+    checkpoint_activations,
+    parameter_groups,
+    set_precision,
+    start_from,
+    trained_names,
+)
+from utils.training.run_folder import RUN_FILE, from_main, held_run
 from utils.training.schedule import Schedule, rate_factor
 from utils.training.sharding import full, shard, wants_sharding, without_sync
 from utils.training.unpacking import unpacked_tokens
@@ -85,7 +91,7 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         sharding = wants_sharding()
-        _check_trackers(config.trackers)
+        check_trackers(config.trackers)
         self.accelerator = Accelerator(
             cpu=self.device == "cpu", log_with=list(config.trackers) or None, project_dir=config.output
         )
@@ -96,8 +102,10 @@ class Trainer:
         if any(stage.preset == "align" for stage in config.stages):
             check_alignable(self.tokenizers)
         processor = Processor(tokenizers=self.tokenizers, chunk_size=model.config.chunk_size)
-        with self.accelerator.main_process_first():
-            self.caches = open_caches(config, model, processor)
+        # The main process builds what is missing; where folders are not shared, each machine waits for its own.
+        made: list[dict[str, TokenCache]] = []
+        from_main(lambda: made.append(open_caches(config, model, processor)))
+        self.caches = made[0] if made else open_caches(config, model, processor, wait=True)
         unpack = any(stage.unpack_weight for stage in config.stages)
         self.pair = TrainedPair(model, self.tokenizers.markers, unpack=unpack)
         torch.manual_seed(config.seed)
@@ -111,7 +119,7 @@ class Trainer:
             self.progress.started_from = packed.history
         if config.gradient_checkpointing:
             for part in (self.pair.decoder, self.pair.memory_encoder.chunker.encoder):
-                _checkpoint_activations(part)
+                checkpoint_activations(part)
         self.sharded = sharding and self.accelerator.num_processes > 1
         if self.sharded:
             shard(self.pair, self.accelerator.device)
@@ -135,20 +143,36 @@ class Trainer:
             CheckpointError: A checkpoint cannot be written or read.
         """
         began = time.monotonic()
-        resumed = newest_checkpoint(self.config.output)
-        if resumed is not None:
-            self.progress = Progress(**read_progress(resumed, self.config))
-            restore(resumed, self.trained)
-            logger.info("going on from %s", resumed)
-        if self.accelerator.is_main_process:
-            write_json(Path(self.config.output) / "run.json", {**self.config.what_is_trained(), **provenance()})
-            self.metrics.trim(self.progress.global_step)
-        self.accelerator.init_trackers(self.config.name)
-        try:
-            return self._run_stages(resumed, None if deadline_s is None else began + deadline_s, last_stage)
-        finally:
-            for tracker in self.accelerator.trackers:
-                tracker.finish()
+        with held_run(self.config.output):
+            resumed = self._resume()
+            if self.accelerator.is_main_process:
+                write_json(Path(self.config.output) / RUN_FILE, {**self.config.what_is_trained(), **provenance()})
+                self.metrics.trim(self.progress.global_step)
+            self.accelerator.init_trackers(self.config.name)
+            try:
+                return self._run_stages(resumed, None if deadline_s is None else began + deadline_s, last_stage)
+            finally:
+                for tracker in self.accelerator.trackers:
+                    tracker.finish()
+
+    def _resume(self) -> Path | None:
+        """Go to where the newest whole checkpoint stands; None if there is none."""
+        found = from_main(lambda: whole_checkpoint(self.config, self._check))
+        if found is None:
+            return None
+        folder, self.progress = found
+        restore(folder, self.trained)
+        logger.info("going on from %s", folder)
+        return folder
+
+    def _check(self, folder: Path, progress: Progress) -> None:
+        """Refuse a checkpoint that does not fit this run's parameters and data."""
+        check_fits(folder, self.trained, within_stage=progress.step > 0)
+        if progress.packer is not None and progress.stage < len(self.config.stages):
+            try:
+                self.packer(progress.stage).restore(progress.packer)
+            except DatasetError as error:
+                raise CheckpointError(f"{folder / PROGRESS} is damaged, or the data are others ({error})") from None
 
     def _run_stages(self, resumed: Path | None, deadline: float | None, last_stage: int | None) -> str:
         last = len(self.config.stages) - 1 if last_stage is None else last_stage
@@ -357,31 +381,11 @@ class Trainer:
         return float(self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "mean"))
 
 
-def _checkpoint_activations(model: Any) -> None:
-    """Keep inputs of layers only; the method's name changed within transformers 5."""
-    settings = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(settings)
-    else:
-        model.gradient_checkpointing_enable(settings)
-
-
 def step_numbers(stage: StageConfig) -> tuple[str, ...]:
     """What a step gives: `loss` a label (or memory token), with an unpack weight `unpack_loss`, a memory token that it
     covers; `grad_norm` before clipping; and `skipped`, 1 if the step was left out."""
     losses = ("loss", "unpack_loss") if stage.unpack_weight > 0 else ("loss",)
     return (*losses, "grad_norm", "skipped")
-
-
-def _check_trackers(names: Sequence[str]) -> None:
-    """accelerate itself leaves out what is not installed, without a word."""
-    for name in names:
-        if name not in get_available_trackers():
-            known = ", ".join(str(tracker) for tracker in LoggerType if str(tracker) != "all")
-            raise ConfigError(
-                f"trackers: {name} is not installed, or no tracker of accelerate's ({known}): install it, or take it "
-                "off the list"
-            )
 
 
 def _check_shares(config: TrainConfig, num_processes: int) -> None:

@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 
-from utils.files import atomic_path, read_jsonl, write_jsonl
+from utils.errors import ConfigError
+from utils.files import atomic_path, write_jsonl
 from utils.training.config import StageConfig
 from utils.training.packing import PackedRow
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
 _SMOOTHING = 0.9
 _READ_EVERY_S = 1.0
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that are not there: accelerate itself leaves them out without a word.
+
+    Raises:
+        ConfigError: One is not installed, or unknown.
+    """
+    for name in names:
+        if name not in get_available_trackers():
+            known = ", ".join(str(tracker) for tracker in LoggerType if str(tracker) != "all")
+            raise ConfigError(
+                f"trackers: {name} is not installed, or no tracker of accelerate's ({known}): install it, or take it "
+                "off the list"
+            )
 
 
 class StepResults:
@@ -90,15 +112,13 @@ class MetricsFile:
             stream.write(json.dumps(values) + "\n")
 
     def trim(self, global_step: int) -> None:
-        """Drop lines of steps that a resumed run will do again."""
-        if self.path.is_file():
-            kept = [row for row in read_jsonl(self.path) if row["global_step"] <= global_step]
-            write_jsonl(self.path, kept)
+        """Drop lines of steps that a resumed run will do again, and what a kill left half written."""
+        if self.path.exists():
+            write_jsonl(self.path, (row for row in self._rows() if row["global_step"] <= global_step))
 
     def draw(self) -> None:
         """Draw the loss of all steps so far, one colour a stage."""
-        rows = list(read_jsonl(self.path)) if self.path.is_file() else []
-        rows = [row for row in rows if row["loss"] == row["loss"]]
+        rows = [row for row in self._rows() if math.isfinite(row["loss"])] if self.path.exists() else []
         if not rows:
             return
         from matplotlib.figure import Figure
@@ -117,6 +137,31 @@ class MetricsFile:
         axes.grid(alpha=0.3)
         with atomic_path(self.curve_path) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """The whole lines; others are counted in a warning."""
+        damaged = 0
+        with self.path.open("rb") as stream:
+            for line in stream:
+                row = _parsed(line)
+                if row is not None and row["stage"] < len(self.stages):
+                    yield row
+                else:
+                    damaged += 1
+        if damaged:
+            logger.warning("%s: %d damaged lines are left out", self.path, damaged)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics; None for anything else."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("loss")) not in (int, float):
+        return None
+    whole = all(type(row.get(name)) is int and row[name] >= 0 for name in ("stage", "global_step"))
+    return row if whole else None
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

@@ -7,6 +7,7 @@ LoRA stays unmerged and everything is stored in bfloat16. The embedded default c
 from __future__ import annotations
 
 import argparse
+import glob
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,14 +45,15 @@ def pack_run(config: TrainConfig, target: Path, card: str = "") -> dict[str, Any
 
     from utils.files import atomic_folder, provenance, sha256_file, write_json, write_text
     from utils.inference.trained_part import CARD, MANIFEST
-    from utils.training.checkpoints import load_trained, newest_checkpoint, read_progress
+    from utils.locks import LOCK_FILE, remove_leftovers, sole_writer
+    from utils.training.checkpoints import load_trained, whole_checkpoint
     from utils.training.export import trained_chunk_sizes
     from utils.training.parts import lora_scales
 
-    checkpoint = newest_checkpoint(config.output)
-    if checkpoint is None:
+    found = whole_checkpoint(config)
+    if found is None:
         raise CheckpointError(f"{config.output} has no checkpoint yet: train first")
-    progress = read_progress(checkpoint, config)
+    checkpoint, progress = found
     state = _small(load_trained(checkpoint))
     total = sum(t.nbytes for t in state.values())
     if total > MAX_TOTAL_BYTES:
@@ -60,25 +62,29 @@ def pack_run(config: TrainConfig, target: Path, card: str = "") -> dict[str, Any
             "smaller LoRA rank, or the encoder by LoRA"
         )
     card = card or ((target / CARD).read_text(encoding="utf-8") if (target / CARD).is_file() else "")
-    with atomic_folder(target, holds=(MANIFEST, CARD, "part-*.safetensors")) as folder:
-        files = {}
-        for number, shard in enumerate(_shards(state)):
-            name = f"part-{number:02d}.safetensors"
-            save_file(shard, folder / name)
-            files[name] = sha256_file(folder / name)
-        manifest = {
-            "files": files,
-            "size_bytes": total,
-            "lora_scales": lora_scales(config),
-            "chunk_sizes": list(trained_chunk_sizes(config)),
-            # What the run went on from, so that no hour is forgotten; runs from before `pair.trained` do not say.
-            "run": {**{key: progress[key] for key in _RUN}, "started_from": progress.get("started_from")},
-            "config": config.what_is_trained(),
-            "provenance": provenance(),
-        }
-        write_json(folder / MANIFEST, manifest)
-        if card:
-            write_text(folder / CARD, card)
+    # The lock lies beside the folder, which is replaced whole.
+    with sole_writer(target, lock=target.parent / f".{target.name}{LOCK_FILE}") as held:
+        if held:
+            remove_leftovers(target.parent, glob.escape(target.name))
+        with atomic_folder(target, holds=(MANIFEST, CARD, "part-*.safetensors")) as folder:
+            files = {}
+            for number, shard in enumerate(_shards(state)):
+                name = f"part-{number:02d}.safetensors"
+                save_file(shard, folder / name)
+                files[name] = sha256_file(folder / name)
+            manifest = {
+                "files": files,
+                "size_bytes": total,
+                "lora_scales": lora_scales(config),
+                "chunk_sizes": list(trained_chunk_sizes(config)),
+                # What the run went on from, so that no hour is forgotten; runs from before `pair.trained` do not say.
+                "run": {**{key: getattr(progress, key) for key in _RUN}, "started_from": progress.started_from},
+                "config": config.what_is_trained(),
+                "provenance": provenance(),
+            }
+            write_json(folder / MANIFEST, manifest)
+            if card:
+                write_text(folder / CARD, card)
     return manifest
 
 

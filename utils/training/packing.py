@@ -123,8 +123,23 @@ class ExampleStream:
         return {"cursor": dict(self._cursor), "drawn": self._drawn}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from an earlier `state`."""
-        self._cursor, self._drawn = dict(state["cursor"]), int(state["drawn"])
+        """Go on from an earlier `state`.
+
+        Raises:
+            DatasetError: It is none of a stream over these tasks.
+        """
+        cursor, drawn = state.get("cursor"), state.get("drawn")
+        if not isinstance(cursor, dict) or not cursor.keys() <= self.caches.keys():
+            raise DatasetError("the data cursor is of other tasks")
+        if not all(_is_count(number) for number in (drawn, *cursor.values())):
+            raise DatasetError("the data cursor has a place that cannot be")
+        self._cursor, self._drawn = dict(cursor), drawn  # type: ignore[assignment]
+
+    def has(self, task: Any, number: Any, chunk_size: Any) -> bool:
+        """Whether this is a draw that the stream could give."""
+        cache = self.caches.get(task) if isinstance(task, str) else None
+        chosen = type(chunk_size) is int and chunk_size in self.chunk_sizes
+        return cache is not None and chosen and _is_count(number) and number < len(cache)
 
     def _order(self, task: str, epoch: int) -> list[int]:
         known = self._orders.get(task)
@@ -191,10 +206,20 @@ class RowPacker:
         return {**self.stream.state(), "waiting": waiting, "too_long": self.too_long}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from an earlier `state`."""
+        """Go on from an earlier `state`.
+
+        Raises:
+            DatasetError: It is none of a packer over these data.
+        """
         self.stream.restore(state)
-        self._waiting = Draw(*state["waiting"]) if state["waiting"] else None
-        self.too_long = int(state["too_long"])
+        waiting, too_long = state.get("waiting"), state.get("too_long")
+        if waiting is not None:
+            if not isinstance(waiting, list) or len(waiting) != 3 or not self.stream.has(*waiting):
+                raise DatasetError("the example that waits for the next row is none of these data")
+            self._waiting = Draw(*waiting)
+        if not _is_count(too_long):
+            raise DatasetError("the number of examples that were left out is none")
+        self.too_long = too_long  # type: ignore[assignment]
 
     def _exceeds(self, rows: int, memory: int) -> bool:
         return rows > self.row_tokens or (self.memory_tokens is not None and memory > self.memory_tokens)
@@ -282,6 +307,10 @@ def _widen(example: TokenizedExample, chunk_size: int, placeholder: int) -> tupl
 
 def _tensor(parts: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53
 
 
 def _choose(random: Random, weights: Mapping[Any, float]) -> Any:

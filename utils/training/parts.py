@@ -132,6 +132,15 @@ def set_precision(pair: TrainedPair, config: TrainConfig) -> None:
         parameter.data = parameter.data.to(torch.float32 if id(parameter) in trained else frozen)
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Keep inputs of layers only; the method's name changed within transformers 5."""
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(settings)
+    else:
+        model.gradient_checkpointing_enable(settings)
+
+
 def lora_scales(config: TrainConfig) -> dict[str, float]:
     """Prefix of parameter names → LoRA scale (alpha / rank), for the models that learn by LoRA."""
     tunings = {"memory_encoder.chunker.encoder.": config.encoder_tuning, "decoder.": config.decoder_tuning}

@@ -59,17 +59,20 @@ def _run(args: argparse.Namespace) -> int:
         _print(result if args.json else describe(result), args.json)
         return EXIT_OK
     from utils.training.loop import StopRequest, Trainer
+    from utils.training.run_folder import held_run
 
     stop = StopRequest()
-    with _stop_on_signals(stop):
-        trainer = Trainer(config, device=args.device, stop=stop)
-        outcome = trainer.run(None if args.max_minutes is None else 60 * args.max_minutes, args.stage)
-    result = {"outcome": outcome, "output": config.output, "steps": trainer.progress.global_step}
-    result |= {"total_steps": config.total_steps, "skipped": trainer.progress.skipped}
-    if outcome == "done" and not args.no_export and trainer.accelerator.is_main_process:
-        from utils.training.export import export_pair
+    # Another run in the folder is better known before data are made and weights are read.
+    with held_run(config.output, cpu=args.device == "cpu"):
+        with _stop_on_signals(stop):
+            trainer = Trainer(config, device=args.device, stop=stop)
+            outcome = trainer.run(None if args.max_minutes is None else 60 * args.max_minutes, args.stage)
+        result = {"outcome": outcome, "output": config.output, "steps": trainer.progress.global_step}
+        result |= {"total_steps": config.total_steps, "skipped": trainer.progress.skipped}
+        if outcome == "done" and not args.no_export and trainer.accelerator.is_main_process:
+            from utils.training.export import export_pair
 
-        result["model"] = str(export_pair(config))
+            result["model"] = str(export_pair(config))
     if trainer.accelerator.is_main_process:
         # A run that went by the clock is done before its steps are.
         planned = outcome != "done" or result["steps"] == result["total_steps"]

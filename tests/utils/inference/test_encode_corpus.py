@@ -8,6 +8,7 @@ import json
 import re
 import resource
 import sqlite3
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,12 @@ def encode(checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureF
 
 def shards(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("latents-*")}
+
+
+def read_all(folder: Path) -> None:
+    with EncodedCorpus.open(folder) as encoded:
+        for row in encoded:
+            encoded.latents(row.id)
 
 
 def prompt_latents(compressor: Compressor, text: str) -> torch.Tensor:
@@ -301,6 +308,94 @@ def test_lines(encode: Encode, tmp_path: Path) -> None:
     path.write_text(path.read_text() + '{"key": "a", "body": "x"}\n')
     error = encode(path, "--text-field", "body", "--id-field", "key", "--skip-unreadable", code=1)["error"]
     assert "line 4: its id 'a' is line 2's already" in error
+
+
+def test_odd_files_are_problems_by_name(encode: Encode, tmp_path: Path) -> None:
+    corpus = write(tmp_path / "corpus", {"good.py": "x = 1\n", "long.py": "x" * 2000})
+    (corpus / "loop.py").symlink_to("loop.py")
+    (corpus / "secret.py").symlink_to("/etc/hostname")
+    (corpus / "name\x1b[2J.py").write_bytes(b"\xff")
+    (corpus / "name\nforged\x9b.py").write_bytes(b"\xff")
+    with (corpus / "sparse.bin").open("wb") as stream:
+        stream.truncate(100 << 30)
+    error = encode(corpus, "--max-text-size", "1K", code=1)["error"]
+    assert error.count("\n") == 8  # one line in front, one a problem, one behind
+    summary = encode(corpus, "--max-text-size", "1K", "--skip-unreadable")
+    assert summary.items() >= {"documents": 1, "problems": 6}.items()
+    text = (tmp_path / "out" / "skipped.jsonl").read_text()
+    assert [c for c in text if not c.isprintable()] == ["\n"] * 6
+    assert "--max-text-size must be at least 1" in encode(corpus, "--max-text-size", "0", code=1)["error"]
+
+
+def test_what_the_command_writes_into_the_corpus_is_no_document(encode: Encode, corpus: Path) -> None:
+    own = {"--output": corpus / "b" / "out", "--cache-dir": corpus / "b" / "cache"}
+    for flag, folder in own.items():
+        more = ["--to-cache", "--exclude", "b/out/*"] if flag == "--cache-dir" else []
+        for _ in range(2):
+            summary = encode(corpus, flag, str(folder), *more)
+            assert summary.items() >= {"documents": 6, "problems": 0}.items()
+    assert "--cache-dir" in encode(corpus, "--to-cache", "--cache-dir", str(corpus), code=1)["error"]
+
+
+def test_plans_of_dead_runs_are_removed(
+    encode: Encode, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    seen: list[Path] = []
+    work = corpus_run._work
+
+    def observed(job: Any, *arguments: Any) -> WorkCounts:
+        seen.append(Path(job.plan))
+        assert not Path(job.plan).parent.stat().st_mode & 0o077
+        return work(job, *arguments)
+
+    monkeypatch.setattr(corpus_run, "_work", observed)
+    flags = ("--to-cache", "--cache-dir", str(tmp_path / "cache"))
+    encode(corpus, *flags)
+    (plan,) = seen
+    assert not plan.parent.exists()
+    # A run that was killed, and one that is at work.
+    dead, alive = plan.parent, plan.parent.with_name(plan.parent.name + "2")
+    for folder in (dead, alive):
+        folder.mkdir()
+        (folder / plan.name).write_bytes(b"ids")
+    with filelock.FileLock(alive / ".lock"):
+        encode(corpus, *flags)
+        assert (alive / plan.name).is_file()
+    assert not dead.exists()
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["corpus.json", "index.sqlite", "shard"])
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"settings": 5, "version": 1}', b"\0" * 1000, b"[" * 100_000])
+def test_a_damaged_output_is_one_error_or_made_anew(
+    name: str, data: bytes, encode: Encode, corpus: Path, tmp_path: Path
+) -> None:
+    encode(corpus)
+    folder = tmp_path / "out"
+    path = min(folder.glob("latents-*")) if name == "shard" else folder / name
+    path.write_bytes(data)
+    if name != "index.sqlite":
+        with pytest.raises(DatasetError, match=re.escape(str(path))):
+            read_all(folder)
+    if name == "index.sqlite":
+        assert encode(corpus)["was_complete"] is False
+        assert encode(corpus)["was_complete"] is True
+    else:
+        error = encode(corpus, code=1)["error"]
+        assert str(path) in error
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+
+
+def test_another_writer_of_an_output_is_named(encode: Encode, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".own.tmp").write_text("not this command's")
+    with filelock.FileLock(tmp_path / "out" / ".lock"):
+        assert str(tmp_path / "out") in encode(corpus, code=1)["error"]
+    encode(corpus)
+    assert (tmp_path / "out" / ".own.tmp").is_file()
 
 
 def test_prompts_hit_the_cache(

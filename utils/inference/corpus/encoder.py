@@ -20,11 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from utils.errors import printable
 from utils.inference.checkpoint import find_checkpoint
 from utils.inference.corpus.crew import WorkCounts
 from utils.inference.corpus.plan import parcel_documents
+from utils.inference.corpus.reading import UnusableTextError
 from utils.inference.corpus.shards import Shard, new_shard
-from utils.inference.corpus.source import Document, UnusableTextError, source_from_json
+from utils.inference.corpus.source import Document, source_from_json
 from utils.inference.latent_cache import LatentCache
 from utils.inference.span_encoder import SpanEncoder
 from utils.inference.weights import load_memory_encoder
@@ -185,7 +187,7 @@ class CorpusWorker:
                 good.append(document)
                 size += document.text_bytes
             except UnusableTextError as error:
-                logger.warning("%s is left out: %s", document.id, error)
+                logger.warning("%s is left out: %s", printable(document.id), error)
                 failed.append(document)
             if size >= TOKENIZED_BYTES or len(good) >= TOKENIZED_TEXTS:
                 yield good, texts, failed

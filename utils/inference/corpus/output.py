@@ -21,9 +21,11 @@ from typing import Any
 from utils.errors import ConfigError, DatasetError
 from utils.files import atomic_path, provenance, read_json, write_json
 from utils.inference.corpus.plan import CorpusPlan, FinishedDocument, explain_database, open_read_only
+from utils.locks import remove_leftovers, sole_writer
 
 ABOUT_FILE = "corpus.json"
 INDEX_FILE = "index.sqlite"
+SKIPPED_FILE = "skipped.jsonl"
 PLAN_FILE = ".plan.sqlite"
 VERSION = 1
 
@@ -83,21 +85,13 @@ class CorpusOutput:
         Raises:
             ConfigError: It holds something else, was made with other settings, or another run writes it now.
         """
-        from filelock import FileLock, Timeout
-
         folder = Path(root)
         _refuse_foreign(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(folder / ".lock", timeout=0):
-                _compare(folder, settings)
-                for leftover in folder.glob(".*.tmp"):
-                    leftover.unlink(missing_ok=True)
-                yield cls(folder, settings)
-        except Timeout:
-            raise ConfigError(
-                f"{folder} is being written by another run: wait for it, or give another --output"
-            ) from None
+        with sole_writer(folder) as held:
+            _compare(folder, settings)
+            if held:
+                remove_leftovers(folder, "latents-*.safetensors", ABOUT_FILE, INDEX_FILE, SKIPPED_FILE)
+            yield cls(folder, settings)
 
     def begin(self) -> None:
         """Write the settings of a new run; from now on the folder is this corpus's."""
@@ -117,10 +111,14 @@ class CorpusOutput:
         path = self.root / INDEX_FILE
         if not path.is_file():
             return False
-        with explain_database(path), contextlib.closing(open_read_only(path)) as db:
-            known = dict(db.execute("SELECT name, value FROM about"))
-            shards = [name for (name,) in db.execute("SELECT DISTINCT shard FROM documents WHERE num_latents > 0")]
-        if not all((self.root / name).is_file() for name in shards):
+        try:
+            with contextlib.closing(open_read_only(path)) as db:
+                known = dict(db.execute("SELECT name, value FROM about"))
+                shards = [name for (name,) in db.execute("SELECT DISTINCT shard FROM documents WHERE num_latents > 0")]
+        except sqlite3.Error:
+            # Damaged: it is made anew, from the shards.
+            return False
+        if not all((self.root / name).is_file() for name in shards) or not set(CorpusCounts.__slots__) <= known.keys():
             return False
         state = (plan.corpus_sha256(), plan.num_problems)
         return (known.get("corpus_sha256"), known.get("problems")) == state and not known.get("missing")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from utils.errors import ConfigError, DatasetError
+from utils.errors import ConfigError, DatasetError, printable
 from utils.files import read_json, sha256_bytes
 from utils.inference.checkpoint import CheckpointFiles
 from utils.inference.corpus.output import ABOUT_FILE, INDEX_FILE
@@ -77,7 +77,11 @@ class EncodedCorpus:
             raise DatasetError(f"{root} is no encoded corpus: it has no {ABOUT_FILE}")
         if not (root / INDEX_FILE).is_file():
             raise DatasetError(f"{root} has no {INDEX_FILE} yet: run its command again, it goes on where it ended")
-        return cls(root, read_json(root / ABOUT_FILE)["settings"])
+        about = read_json(root / ABOUT_FILE)
+        settings = about.get("settings") if isinstance(about, dict) else None
+        if not isinstance(settings, dict) or not isinstance(settings.get("fingerprint"), str):
+            raise DatasetError(f"{root / ABOUT_FILE} is damaged: encode the corpus again, into another folder")
+        return cls(root, settings)
 
     def __len__(self) -> int:
         return int(self._one("SELECT COUNT(*) FROM documents")[0])
@@ -119,9 +123,9 @@ class EncodedCorpus:
             raise DatasetError(f"{self.root} has no document with this span's text ({span.text[:40]!r}…): encode it")
         if document.chunk_size != span.chunk_size or document.num_tokens != len(span.token_ids):
             raise DatasetError(
-                f"{document.id} was encoded as {document.num_tokens} tokens at chunk size {document.chunk_size}, the "
-                f"span has {len(span.token_ids)} at {span.chunk_size}: parse the whole text with "
-                f"chunk_size={document.chunk_size}"
+                f"{printable(document.id)} was encoded as {document.num_tokens} tokens at chunk size "
+                f"{document.chunk_size}, the span has {len(span.token_ids)} at {span.chunk_size}: parse the whole text "
+                f"with chunk_size={document.chunk_size}"
             )
         return self._rows(document), document.num_tokens
 
@@ -139,12 +143,13 @@ class EncodedCorpus:
     def _rows(self, document: EncodedDocument) -> torch.Tensor:
         if not document.num_latents:
             return torch.empty(0, 0)
-        path = self.root / document.shard
+        # A folder from elsewhere must not name files outside of it.
+        path = self.root / Path(document.shard).name
         try:
             if self._shard[0] != document.shard:
                 self._shard = (document.shard, safe_open(path, framework="pt"))
             return self._shard[1].get_slice(TENSOR_NAME)[document.first_row : document.stop_row]
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, TypeError, IndexError) as error:
             raise DatasetError(
                 f"{path} cannot be read ({error}): run the corpus's command again, it makes missing shards anew"
             ) from None

@@ -28,15 +28,17 @@ from utils.files import write_jsonl
 from utils.inference.checkpoint import CheckpointFiles, find_checkpoint
 from utils.inference.corpus.crew import Crew, WorkCounts
 from utils.inference.corpus.encoder import CorpusJob, CorpusWorker
-from utils.inference.corpus.output import PLAN_FILE, CorpusCounts, CorpusOutput
+from utils.inference.corpus.output import PLAN_FILE, SKIPPED_FILE, CorpusCounts, CorpusOutput
 from utils.inference.corpus.plan import CorpusPlan
 from utils.inference.corpus.source import FolderSource, JsonlSource
-from utils.inference.latent_cache import DEFAULT_LIMIT_BYTES
+from utils.inference.latent_cache import DEFAULT_LIMIT_BYTES, LatentCache, default_cache_dir
+from utils.locks import sole_writer
 
 logger = logging.getLogger(__name__)
 
 SHOWN_PROBLEMS = 10
-SKIPPED_FILE = "skipped.jsonl"
+PLANS_FOLDER = "plans"
+_PLAN_PREFIX = "run-"
 POLL_S = 0.2
 
 
@@ -115,7 +117,7 @@ def lead(run: CorpusRun, crew: Crew) -> dict[str, Any]:
         "chunk_size": files.config.chunk_size,
         "dtype": run.dtype,
     }
-    with _output(run, settings) as output, _plan(output) as plan:
+    with _output(run, settings) as output, _plan(run, output) as plan:
         _scan(run, plan)
         if output is not None:
             output.begin()
@@ -177,14 +179,39 @@ def _output(run: CorpusRun, settings: dict[str, Any]) -> Iterator[CorpusOutput |
 
 
 @contextlib.contextmanager
-def _plan(output: CorpusOutput | None) -> Iterator[CorpusPlan]:
-    folder = output.root if output is not None else Path(tempfile.mkdtemp(prefix="code-llava-corpus-"))
-    try:
-        with CorpusPlan.create(folder / PLAN_FILE) as plan:
-            yield plan
-    finally:
-        if output is None:
-            shutil.rmtree(folder, ignore_errors=True)
+def _plan(run: CorpusRun, output: CorpusOutput | None) -> Iterator[CorpusPlan]:
+    with contextlib.ExitStack() as stack:
+        folder = output.root if output is not None else stack.enter_context(_folder_in_cache(run))
+        yield stack.enter_context(CorpusPlan.create(folder / PLAN_FILE))
+
+
+@contextlib.contextmanager
+def _folder_in_cache(run: CorpusRun) -> Iterator[Path]:
+    """A folder of this run alone, as private as the latents beside it: a plan has the ids and hashes of texts."""
+    cache = _cache_dir(run)
+    # One that cannot be used is better known before a long scan.
+    LatentCache.open(cache, strict=True).close()
+    plans = cache / PLANS_FOLDER
+    plans.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        with sole_writer(plans, wait=True) as held:
+            if held:
+                _remove_dead_plans(plans)
+            folder = Path(tempfile.mkdtemp(prefix=_PLAN_PREFIX, dir=plans))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.enter_context(sole_writer(folder))
+        yield folder
+
+
+def _remove_dead_plans(plans: Path) -> None:
+    for folder in plans.glob(f"{_PLAN_PREFIX}*"):
+        with contextlib.suppress(ConfigError, OSError), sole_writer(folder) as held:
+            if held:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _cache_dir(run: CorpusRun) -> Path:
+    return Path(run.cache_dir or default_cache_dir()).expanduser().absolute()
 
 
 def _scan(run: CorpusRun, plan: CorpusPlan) -> None:
@@ -208,8 +235,6 @@ def _scan(run: CorpusRun, plan: CorpusPlan) -> None:
 def _job(
     run: CorpusRun, files: CheckpointFiles, plan: CorpusPlan, num_parcels: int, output: CorpusOutput | None
 ) -> CorpusJob:
-    from utils.inference.latent_cache import default_cache_dir
-
     return CorpusJob(
         checkpoint=str(files.root.resolve()),
         fingerprint=files.fingerprint,
@@ -224,7 +249,7 @@ def _job(
         num_parcels=num_parcels,
         output=str(output.root.resolve()) if output is not None else None,
         about=output.about if output is not None else {},
-        cache_dir=str(Path(run.cache_dir or default_cache_dir()).resolve()) if output is None else None,
+        cache_dir=str(_cache_dir(run).resolve()) if output is None else None,
     )
 
 
@@ -244,10 +269,8 @@ def _shower(bar: Any, run: CorpusRun) -> Callable[[WorkCounts], None]:
 
 
 def _into_cache(run: CorpusRun, plan: CorpusPlan, done: WorkCounts) -> dict[str, Any]:
-    from utils.inference.latent_cache import default_cache_dir
-
     return {
-        "cache": str(run.cache_dir or default_cache_dir()),
+        "cache": str(_cache_dir(run)),
         "documents": plan.num_documents - done.failed,
         "memory_tokens": done.tokens,
         "cached_tokens": done.cached_tokens,

@@ -16,7 +16,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -130,17 +130,27 @@ def shard_documents(path: Path, about: Mapping[str, str]) -> Iterator[FinishedDo
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             num_rows = file.get_slice(TENSOR_NAME).get_shape()[0]
-        records = json.loads(metadata["documents"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        records = [_record(values, num_rows) for values in json.loads(metadata["documents"])]
+    except (SafetensorError, OSError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
         raise DatasetError(f"{path} is not a whole shard ({error}): remove it and run the same command again") from None
     for key, value in about.items():
         if metadata.get(key) != value:
             raise DatasetError(f"{path} is of another run ({key} is {metadata.get(key)}, not {value}): remove it")
     for id, sha256, first_row, rows, num_tokens in records:
-        assert first_row + rows <= num_rows, path
         yield FinishedDocument(
             id=id, sha256=sha256, shard=path.name, first_row=first_row, num_latents=rows, num_tokens=num_tokens
         )
+
+
+def _record(values: Any, num_rows: int) -> Record:
+    """One entry of a header, checked."""
+    id, sha256, first_row, rows, num_tokens = values
+    texts, numbers = (id, sha256), (first_row, rows, num_tokens)
+    if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
+        raise ValueError("an entry of its list of documents has other values")
+    if not (0 <= first_row <= first_row + rows <= num_rows and 0 <= num_tokens <= _ANY_NUMBER):
+        raise ValueError(f"it has {num_rows} rows, an entry names others")
+    return id, sha256, first_row, rows, num_tokens
 
 
 class _NothingToWrite(Exception):

@@ -149,7 +149,7 @@ def _load(pair: PairConfig, seed: int = 0) -> tuple[CodeLLaVAModel, Processor]:
 
 def _describe(report: dict[str, Any]) -> str:
     """One line a task, and the packages by licence where the report knows them."""
-    hidden = ("kinds", "key", "version")
+    hidden = ("kinds", "key", "version", "sha256")
     lines = []
     for task, entry in report["tasks"].items():
         shown = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in entry.items() if name not in hidden)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from utils.errors import ConfigError, DatasetError
 from utils.files import sha256_bytes, write_json, write_jsonl
+from utils.locks import remove_leftovers, sole_writer
 from utils.training.data.examples import Example, Material
 from utils.training.data.excerpts import SizeRange
 from utils.training.data.sources import SourceFile, held_out_sources, training_sources
@@ -130,6 +131,10 @@ def build_examples(
 
     Returns:
         The report, as written.
+
+    Raises:
+        ConfigError: An unknown task, or another process makes data in the folder.
+        DatasetError: The sources give too little.
     """
     folder = Path(folder)
     files = read_sources(source, tasks, max_files, seed, package_weights)
@@ -146,14 +151,17 @@ def build_examples(
         "packages": _packages(different),
         "tasks": {},
     }
-    for task, number in tasks.items():
-        tally = _Tally()
-        examples = draw_examples(task, files, size, seed, question_first, answers)
-        bar = tqdm(range(number), desc=f"building {task}", unit="example", disable=None)
-        path = folder / f"{task}.jsonl"
-        write_jsonl(path, (tally.note(next(examples)).row() for _ in bar))
-        report["tasks"][task] = {"examples": number, "size_bytes": path.stat().st_size, **tally.summary()}
-    write_json(folder / REPORT_FILE, report)
+    with sole_writer(folder) as held:
+        if held:
+            remove_leftovers(folder, *(f"{task}.jsonl" for task in TASKS), REPORT_FILE)
+        for task, number in tasks.items():
+            tally = _Tally()
+            examples = draw_examples(task, files, size, seed, question_first, answers)
+            bar = tqdm(range(number), desc=f"building {task}", unit="example", disable=None)
+            path = folder / f"{task}.jsonl"
+            write_jsonl(path, (tally.note(next(examples)).row() for _ in bar))
+            report["tasks"][task] = {"examples": number, "size_bytes": path.stat().st_size, **tally.summary()}
+        write_json(folder / REPORT_FILE, report)
     return report
 
 

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from utils.errors import DatasetError, PromptError
+from utils.errors import DatasetError, PromptError, printable
 from utils.files import atomic_folder, read_json, sha256_bytes, sha256_file, write_json
 from utils.model.processor import Processor
 from utils.model.prompt import MemorySpan
 
 _META, _DECODER, _ENCODER, _INDEX = "meta.json", "decoder.i32", "encoder.i32", "index.npz"
-_VERSION = 2
+_FILES = (_DECODER, _ENCODER, _INDEX)
+_COUNTS = ("examples", "memory_tokens", "decoder_tokens", "target_tokens")
+_VERSION = 3
 # A span as long as any: parsed with this chunk size it becomes one placeholder.
 ONE_PLACEHOLDER = 1 << 40
 
@@ -75,17 +77,22 @@ class TokenCache:
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenCache:
-        """Open a cache.
+        """Open a cache, and see that its files are those that were written.
 
         Raises:
-            DatasetError: There is none, or it was written by another version.
+            DatasetError: There is none, it is damaged, or it was written by another version.
         """
         folder = Path(folder)
-        meta = read_json(folder / _META)
+        meta = _read_meta(folder)
         if meta.get("version") != _VERSION:
-            raise DatasetError(
-                f"{folder}: a token cache of version {meta.get('version')}; delete it and tokenise again"
-            )
+            raise DatasetError(f"{folder}: a token cache of version {meta.get('version')}: {_anew(folder)}")
+        digests = meta.get("sha256")
+        if not isinstance(digests, dict) or not all(type(meta.get(name)) is int for name in _COUNTS):
+            raise DatasetError(f"{folder / _META} is damaged (its counts are none): {_anew(folder)}")
+        for name in _FILES:
+            # Ids that are not the tokenizer's would be an error somewhere in a pass, or none at all.
+            if not (folder / name).is_file() or sha256_file(folder / name) != digests.get(name):
+                raise DatasetError(f"{folder / name} is missing or damaged: {_anew(folder)}")
         return cls(folder, meta)
 
     @classmethod
@@ -107,7 +114,7 @@ class TokenCache:
         targets: list[tuple[int, int]] = []
         with atomic_folder(folder, holds=(_DECODER, _ENCODER, _INDEX, _META)) as temporary:
             with (temporary / _DECODER).open("wb") as decoder, (temporary / _ENCODER).open("wb") as encoder:
-                bar = tqdm(rows, desc=f"tokenising {Path(source).name}", unit="example", disable=None)
+                bar = tqdm(rows, desc=f"tokenising {printable(Path(source).name)}", unit="example", disable=None)
                 for number, row in enumerate(bar, start=1):
                     example = tokenize_row(row, processor, f"{source}, row {number}")
                     example.decoder_ids.tofile(decoder)
@@ -135,18 +142,37 @@ class TokenCache:
                 "decoder_tokens": decoder_offsets[-1],
                 "target_tokens": sum(stop - start for start, stop in targets),
                 "key": cache_key(source, processor),
+                "sha256": {name: sha256_file(temporary / name) for name in _FILES},
             }
             write_json(temporary / _META, meta)
         return cls.open(folder)
 
     @classmethod
     def is_current(cls, folder: str | Path, source: str | Path, processor: Processor) -> bool:
-        """Whether a cache is there and was made by this version from this file with these tokenizers."""
-        path = Path(folder) / _META
-        if not path.is_file():
+        """Whether a cache is there and was made by this version from this file with these tokenizers.
+
+        Raises:
+            DatasetError: It cannot be told, because the cache is damaged.
+        """
+        folder = Path(folder)
+        if not (folder / _META).exists():
             return False
-        meta = read_json(path)
+        meta = _read_meta(folder)
         return meta.get("version") == _VERSION and meta.get("key") == cache_key(source, processor)
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    try:
+        meta = read_json(folder / _META)
+    except DatasetError as error:
+        raise DatasetError(f"{error}: {_anew(folder)}") from None
+    if not isinstance(meta, dict):
+        raise DatasetError(f"{folder / _META} is damaged (it is no JSON object): {_anew(folder)}")
+    return meta
+
+
+def _anew(folder: Path) -> str:
+    return f"delete {folder} to tokenise again"
 
 
 def tokenize_row(row: Mapping[str, Any], processor: Processor, where: str) -> TokenizedExample:

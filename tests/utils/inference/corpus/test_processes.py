@@ -118,6 +118,29 @@ def test_sigkill_loses_and_repeats_nothing(flags: list[str], expected: Any, tmp_
         assert 0 < summary["encoded_documents"] < summary["documents"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=["kill", "term", "ctrl-c"])
+def test_an_ended_run_leaves_no_plan(number: int, flags: list[str], tmp_path: Path) -> None:
+    for name in ("tmp", "cache"):
+        (tmp_path / name).mkdir()
+    command = ["-m", MODULE, *flags, "--to-cache", "--cache-dir", str(tmp_path / "cache")]
+
+    def plans() -> list[Path]:
+        return list(tmp_path.rglob(".plan.sqlite"))
+
+    process = start(*command, TMPDIR=str(tmp_path / "tmp"))
+    while process.poll() is None and not plans():
+        time.sleep(0.001)
+    os.killpg(process.pid, number)
+    _, err = process.communicate()
+    assert "Traceback" not in err
+    assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    if number != signal.SIGKILL:
+        assert plans() == []
+    finished(start(*command, TMPDIR=str(tmp_path / "tmp")))
+    assert plans() == []
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
 def with_ray(*arguments: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of the command with two Ray workers; skips where Ray cannot run."""
     pytest.importorskip("ray.data", reason="Ray is not installed: uv sync --extra ray")

@@ -81,7 +81,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     source = _source(args)
-    refuse_overwriting_inputs({"--output": args.output}, {"corpus": Path(args.corpus).expanduser()})
+    # A corpus as its own output is refused as a folder of others, unless it was encoded into itself before.
+    corpus, output = Path(args.corpus).expanduser(), Path(args.output or "")
+    if args.output and (not output.exists() or not output.samefile(corpus) or (output / "corpus.json").exists()):
+        refuse_overwriting_inputs({"--output": output}, {"corpus": corpus})
     for name in ("threads", "workers", "shard_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

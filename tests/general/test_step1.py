@@ -201,3 +201,39 @@ def test_as_a_script_from_another_folder(name: str, checkpoints: dict[str, Path]
     assert json.loads(done.stdout)["spans"] == 1
     assert "Traceback" not in done.stderr
     assert (tmp_path / "rows.npy").exists()
+
+
+def test_an_output_that_is_an_input_is_refused(
+    flags: list[str], checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt, memory = tmp_path / "prompt.npy", tmp_path / "rows.json"
+    prompt.write_text(SPAN)
+    memory.write_text('{"version": 1, "array": {}, "spans": []}')  # as a sidecar, which may be replaced
+    (tmp_path / "hard.npy").hardlink_to(prompt)
+    (tmp_path / "messages.npy").symlink_to(prompt)
+    projectors = checkpoints["lclm"] / "adapter" / "new.npy"
+    for command, source, output, flag in (
+        (step1_raw_text, ["--input-file", str(prompt)], prompt, "--input-file"),
+        (step1_raw_text, ["--input-file", str(prompt)], tmp_path / "hard.npy", "--input-file"),
+        (step1_raw_text, ["--memory", str(memory)], tmp_path / "rows.npy", "--memory"),
+        (step1_raw_text, ["--text", SPAN], projectors, "--checkpoint"),
+    ):
+        assert command.main([*source, *flags[:4], "--output", str(output)]) == 1
+        err = capsys.readouterr().err
+        assert "--output" in err
+        assert flag in err
+    assert (prompt.read_text(), memory.exists(), projectors.exists()) == (SPAN, True, False)
+    (tmp_path / "messages.json").write_text('[{"role": "user", "content": "x"}]')
+    (tmp_path / "link.npy").symlink_to(tmp_path / "messages.json")
+    output = ["--output", str(tmp_path / "link.npy")]
+    assert step1.main(["--prompt-file", str(tmp_path / "messages.json"), *flags[:4], *output]) == 1
+    assert "--prompt-file" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_used_costs_speed_only(
+    flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    assert step1_raw_text.main(["--text", SPAN, *flags, "--cache-dir", str(tmp_path / "file")]) == 0
+    assert len([record for record in caplog.records if "cache" in record.message]) == 1
+    assert read(flags).shape[0] > 0

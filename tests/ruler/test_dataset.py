@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ruler.dataset import read_dataset, write_dataset
+from ruler.layout import claim_run_folder
 from ruler.registry import CODE_TASKS, RULER_13, TASKS, resolve_tasks
 from utils.errors import ConfigError, DatasetError
 from utils.files import write_jsonl
@@ -60,3 +61,9 @@ def test_task_names() -> None:
     for wrong, message in (("vt,x", "unknown task 'x'"), (",", "no task in")):
         with pytest.raises(ConfigError, match=message):
             resolve_tasks(wrong)
+
+
+def test_a_dataset_is_no_place_for_predictions(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [ROW], {})
+    with pytest.raises(DatasetError, match="holds a dataset"):
+        claim_run_folder(tmp_path, {}, "validation")

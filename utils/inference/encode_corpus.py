@@ -91,7 +91,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     source = _source(args)
-    refuse_overwriting_inputs({"--output": args.output}, {"corpus": Path(args.corpus).expanduser()})
+    # Files of an output folder below the corpus are no documents; the corpus itself is no output.
+    output = Path(args.output).expanduser() if args.output else None
+    if output is not None and output.exists():
+        refuse_overwriting_inputs({"--output": [*output.glob("*.jsonl")]}, {"corpus": Path(args.corpus).expanduser()})
+        if output.samefile(args.corpus):
+            raise ConfigError(f"--output {output} is the corpus itself: choose another folder")
     for name in ("threads", "workers", "shard_size", "max_text_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

@@ -389,3 +389,23 @@ def test_shell_helpers(name: str, tmp_path: Path) -> None:
     missing = subprocess.run([script], env={"PATH": environment["PATH"]}, capture_output=True, text=True, check=False)
     assert missing.returncode != 0
     assert "set CHECKPOINT" in missing.stderr
+
+
+def test_no_folder_of_others_is_replaced(
+    base: Path, checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(checkpoints["lclm"])
+    (base / "notes.txt").write_text("mine")
+    assert main([source, str(base), "--overwrite"]) == 1
+    assert "notes.txt" in capsys.readouterr().err
+    before = find_checkpoint(base).fingerprint
+    for output in (base / "llm", base.parent, base.parent / ".." / base.parent.name):
+        assert main([str(base), str(output), "--overwrite"]) == 1
+        assert "source" in capsys.readouterr().err
+    assert main([source, str(base), "--base", str(base), "--overwrite"]) == 1
+    assert "--base" in capsys.readouterr().err
+    assert find_checkpoint(base).fingerprint == before
+    assert (base / "notes.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("mine")
+    assert main([source, str(tmp_path / "file"), "--overwrite"]) == 1
+    assert (tmp_path / "file").read_text() == "mine"

@@ -496,3 +496,17 @@ def test_items_are_made_ahead_but_not_far() -> None:
             list(ahead)
     with in_background(iter(range(10**9)), depth=1) as endless:
         assert next(endless) == 0
+
+
+def test_an_output_that_is_the_corpus_is_refused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "skipped.jsonl").write_text('{"id": "a", "text": "x"}\n')
+    (tmp_path / "link").symlink_to(corpus)
+    (corpus / "corpus.json").touch()
+    for source, output in (
+        (corpus, corpus), (corpus, tmp_path / "link"), (tmp_path / "o" / "skipped.jsonl", tmp_path / "o"),
+    ):  # fmt: skip
+        assert encode_corpus.main([str(source), "--output", str(output)]) == 1
+        assert "--output" in capsys.readouterr().err

@@ -57,6 +57,9 @@ def test_a_damaged_part_is_refused(run_config: Config, tmp_path: Path) -> None:
     Trainer(config, device="cpu").run(last_stage=0)
     pack.pack_run(config, tmp_path / "trained")
     (tmp_path / "trained" / "part-00.safetensors").write_bytes(b"")
+    (tmp_path / "trained" / "notes.txt").touch()
+    with pytest.raises(OSError, match=r"notes\.txt"):  # `--target ~`
+        pack.pack_run(config, tmp_path / "trained")
     with pytest.raises(CheckpointError, match="missing or damaged"):
         TrainedPart.open(tmp_path / "trained")
 

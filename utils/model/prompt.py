@@ -24,6 +24,7 @@ _MARKER = re.compile("|".join(re.escape(marker) for marker in MARKERS))
 _EXCERPT = 40
 # Characters that are searched for markers in one go, in which Python runs nothing else.
 _STRETCH = 1 << 20
+_LONGEST_MARKER = max(map(len, MARKERS))
 # Tokens of a text: a list where they come from a tokenizer, an array where they come from a file.
 TokenIds = Sequence[int] | np.ndarray
 
@@ -256,16 +257,16 @@ def split_spans(text: str, where: str) -> Iterator[Piece]:
 
 def has_markers(text: str) -> bool:
     """Whether a text holds a marker, paired or not."""
-    return next(_find_markers(text), None) is not None
+    # A request may have a hundred thousand short texts.
+    return bool(_MARKER.search(text) if len(text) <= _STRETCH else next(_find_markers(text), None))
 
 
 def _find_markers(text: str) -> Iterator[re.Match[str]]:
-    longest = max(map(len, MARKERS))
     begin = 0
     while begin < len(text):
         end = begin + _STRETCH
         # A marker that begins in this stretch may end in the next.
-        for match in _MARKER.finditer(text, begin, end + longest - 1):
+        for match in _MARKER.finditer(text, begin, end + _LONGEST_MARKER - 1):
             yield match
             end = max(end, match.end())
         begin = end

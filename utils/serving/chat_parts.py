@@ -15,7 +15,7 @@ from typing import Any
 
 from utils.errors import PromptError
 from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START
-from utils.model.prompt import Piece, split_spans
+from utils.model.prompt import Piece, has_markers, split_spans
 from utils.serving.api_error import ApiError, shown
 
 Part = dict[str, Any]
@@ -148,6 +148,8 @@ class SpanSplitter:
             PromptError: As `split_spans`.
             ApiError: 413, too many spans.
         """
+        if not has_markers(text):
+            return [Piece(text, False)]
         pieces = []
         for piece in split_spans(text, where):
             pieces.append(piece)

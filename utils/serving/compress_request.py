@@ -218,6 +218,8 @@ class RequestCompressor:
 
     def _read_chat(self, raw: bytes, owner: str) -> tuple[_Read, ChatOutline]:
         body = read_object(raw)
+        if self._is_local and isinstance(body.get("messages"), list):
+            self._rows.check_count(len(body["messages"]), "the chat, at one row a message or more")
         outline = outline_chat(body.get("messages"), self._settings.max_spans)
         return self._read(raw, body, owner, outline.spans), outline
 

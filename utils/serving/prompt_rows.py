@@ -77,7 +77,6 @@ class PromptRows:
         Raises:
             ApiError, PromptError: As `spans_alone`; also roles and contents of other shapes.
         """
-        self.check_count(len(messages), "the chat, at one row a message or more")
         flat, _ = flat_chat(messages)
         return self._place(self._text_ids(chat_text(flat, self._tokenizer)), sources, chunk_size)
 

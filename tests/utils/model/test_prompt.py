@@ -18,9 +18,11 @@ from utils.model.prompt import (
     MemoryLimit,
     MemoryPrompt,
     PromptTokenizers,
+    has_markers,
     num_latents,
     parse_chat_prompt,
     parse_raw_prompt,
+    split_spans,
 )
 
 TOKENIZERS = tokenizers()
@@ -266,3 +268,12 @@ def test_a_tokenizer_without_markers(lost: str) -> None:
 def test_parsing_needs_no_torch() -> None:
     code = "import sys, utils.model.prompt; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("before", [(1 << 20) - 20, (1 << 20) - 1, 1 << 20, 3 << 20])
+def test_markers_are_found_anywhere_in_a_long_text(before: int) -> None:
+    plain, span, after = "<" * before, "y" * (1 << 20), "<|memory"
+    pieces = [*split_spans(plain + MEMORY_START + span + MEMORY_END + after, "the text")]
+    assert [piece.text for piece in pieces] == [plain, span, after]
+    assert has_markers(plain + MEMORY_END)
+    assert not has_markers(plain + after)

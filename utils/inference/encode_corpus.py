@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from utils.cli import EXIT_FAILED_ROWS, EXIT_OK, make_parser, print_json, run_command
 from utils.errors import ConfigError
-from utils.files import refuse_overwriting_inputs
 from utils.inference.flags import add_checkpoint_flags
 from utils.inference.latent_cache import default_cache_dir, parse_size
 
@@ -91,12 +90,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     source = _source(args)
-    # Files of an output folder below the corpus are no documents; the corpus itself is no output.
-    output = Path(args.output).expanduser() if args.output else None
-    if output is not None and output.exists():
-        refuse_overwriting_inputs({"--output": [*output.glob("*.jsonl")]}, {"corpus": Path(args.corpus).expanduser()})
-        if output.samefile(args.corpus):
-            raise ConfigError(f"--output {output} is the corpus itself: choose another folder")
     for name in ("threads", "workers", "shard_size", "max_text_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -108,7 +101,13 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError("--prune is for --output: the latent cache makes room by itself")
 
     from utils.inference.corpus.crew import Crew
+    from utils.inference.corpus.output import SKIPPED_FILE
     from utils.inference.corpus.run import CorpusRun, follow, lead
+
+    # A folder below the corpus may be its output: `_source` leaves it out.
+    for written in (Path(args.output), Path(args.output) / SKIPPED_FILE) if args.output else ():
+        if written.exists() and written.samefile(Path(args.corpus).expanduser()):
+            raise ConfigError(f"--output {args.output} would write over the corpus itself: choose another folder")
 
     run = CorpusRun(
         source=source,

@@ -292,7 +292,7 @@ def test_unusable_corpora_are_refused_before_any_work(encode: Encode, tmp_path: 
     assert "the corpus is empty" in encode(tmp_path / "nothing", "--output", str(tmp_path / "n"), code=1)["error"]
     assert "does not exist" in encode(tmp_path / "nowhere", code=1)["error"]
     assert "neither a folder nor a .jsonl file" in encode(corpus / "good.py", code=1)["error"]
-    assert "holds other files (good.py" in encode(corpus, "--output", str(corpus), code=1)["error"]
+    assert "the corpus itself" in encode(corpus, "--output", str(corpus), code=1)["error"]
     assert "--workers and --ray-address are for" in encode(corpus, "--workers", "2", code=1)["error"]
     assert "--shard-size must be at least 1" in encode(corpus, "--shard-size", "0", code=1)["error"]
 

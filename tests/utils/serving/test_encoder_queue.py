@@ -85,6 +85,7 @@ def test_who_leaves_the_line_is_not_encoded_and_makes_room() -> None:
         await left(waiting[0])
         assert queue.num_waiting == 1
         last = asyncio.create_task(queue.encode([span(5)]))
+        await asyncio.sleep(0)
         encoder.steps.release(1 + 3 + 5)
         await asyncio.gather(first, waiting[1], last)
 
@@ -117,6 +118,8 @@ def test_encoding_goes_on_while_one_waits() -> None:
         await asyncio.sleep(0)
         encoder.steps.release(1)
         await first
+        while queue.num_waiting:
+            await asyncio.sleep(0.001)
         await left(two[0])
         encoder.steps.release(20)
         await two[1]

@@ -51,8 +51,11 @@ def clients(compressor: Compressor, backend: FakeServer) -> Iterator[list[httpx.
             each.close()
 
 
+JSON_TYPE = {"Content-Type": "application/json"}
+
+
 def client(url: str, key: str) -> httpx.Client:
-    return httpx.Client(base_url=url, headers={b"Authorization": f"Bearer {key}".encode()}, timeout=20)
+    return httpx.Client(base_url=url, headers={b"Authorization": f"Bearer {key}".rstrip().encode()}, timeout=20)
 
 
 def cached_tokens(who: httpx.Client, text: str) -> int:
@@ -127,7 +130,7 @@ def test_without_keys_bodies_pass_byte_for_byte(compressor: Compressor, backend:
     backend.default_action = lambda handler: (seen.append(handler.body), fake_server.answer("fine")(handler))[0]
     raw = b'{ "messages": [ {"role":"user","content":"x"}],"cache_salt":"mine", "a" :1.0}'
     with gateway_server.running(compressor, backend.url) as url:
-        assert httpx.post(url + CHAT, content=raw).status_code == 200
+        assert httpx.post(url + CHAT, content=raw, headers=JSON_TYPE).status_code == 200
     assert seen == [raw]
 
 

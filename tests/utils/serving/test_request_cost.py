@@ -224,7 +224,7 @@ def test_no_body_makes_a_500(gateway: httpx.Client, chat: bool) -> None:
     statuses = set()
     for _ in range(60):
         raw = odd_body(draw, chat)
-        got = gateway.post(CHAT if chat else COMPLETIONS, content=raw)
+        got = gateway.post(CHAT if chat else COMPLETIONS, content=raw, headers={"Content-Type": "application/json"})
         assert got.status_code < 500, (raw[:300], got.text)
         if got.status_code != 200:
             assert len(got.json()["error"]["message"]) < 1000
@@ -236,7 +236,7 @@ def test_no_body_makes_a_500(gateway: httpx.Client, chat: bool) -> None:
 @pytest.mark.parametrize("name", ["user", "code_llava", "stop", "metadata"])
 def test_deep_fields(gateway: httpx.Client, depth: int, name: str) -> None:
     raw = f'{{"{name}":{"[" * depth}{"]" * depth},"prompt":"a {marked("x")}","max_tokens":1}}'.encode()
-    got = gateway.post(COMPLETIONS, content=raw)
+    got = gateway.post(COMPLETIONS, content=raw, headers={"Content-Type": "application/json"})
     assert got.status_code == 400 if depth > 128 or name == "code_llava" else got.status_code < 500
     if got.status_code == 400:
         assert name in got.json()["error"]["message"]

@@ -30,7 +30,7 @@ from ruler.protocol import (
     Sampling,
     TransientError,
 )
-from utils.errors import ConfigError
+from utils.errors import CheckpointError, ConfigError
 from utils.pretrained import fetch, loading, read_model, read_tokenizer
 
 if TYPE_CHECKING:
@@ -275,10 +275,13 @@ class LocalCausalLm:
         device = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = fetch(str(settings.model))
-        self._tokenizer = read_tokenizer(folder, padding_side="left")
-        model, report = read_model(AutoModelForCausalLM, folder)
-        check_report(report, folder)
+        try:
+            folder = fetch(str(settings.model))
+            self._tokenizer = read_tokenizer(folder, padding_side="left")
+            model, report = read_model(AutoModelForCausalLM, folder)
+            check_report(report, folder)
+        except CheckpointError as error:
+            raise CheckpointError(f"{settings.model} cannot be loaded as a causal language model: {error}") from None
         self._model = model.to(device).eval()
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token

@@ -15,6 +15,8 @@ import pytest
 import torch
 from transformers import AutoModel
 
+from ruler.backends import open_backend
+from ruler.protocol import BackendSettings
 from utils.errors import CheckpointError, CodeLlavaError
 from utils.files import PROJECT_ROOT
 from utils.inference import describe
@@ -22,6 +24,8 @@ from utils.inference.checkpoint import find_checkpoint
 from utils.inference.compressor import Compressor
 from utils.inference.inference import load_model
 from utils.pretrained import loading, read_config, read_model, read_settings, read_tokenizer
+from utils.training.config import PairConfig
+from utils.training.pairs import load_pair
 
 Copied = Callable[[str], Path]
 
@@ -68,6 +72,8 @@ def test_own_code_is_an_error_without_a_question(
         lambda: read_config(path.parent),
         lambda: read_tokenizer(path.parent),
         lambda: read_model(AutoModel, path.parent),
+        lambda: load_pair(PairConfig(encoder=str(path.parent), decoder=str(own_code / "llm"))),
+        lambda: open_backend(BackendSettings(name="local-text", model=str(path.parent))),
     ]
     for way in ways:
         with pytest.raises(CheckpointError, match="auto_map") as caught:

@@ -38,8 +38,9 @@ def sole_writer(folder: str | Path, *, lock: Path | None = None, wait: bool = Fa
     """Keep other processes from writing a folder until the block ends; within one thread it may be nested.
 
     Args:
-        folder: The folder, made if it is not there.
-        lock: The lock's file; `.lock` in the folder by default. One beside it is for a folder that is replaced whole.
+        folder: The folder.
+        lock: The lock's file; `.lock` in the folder by default, which is then made. One beside it is for a folder that
+            is replaced whole.
         wait: Wait for another writer; by default that is an error.
 
     Yields:
@@ -76,7 +77,8 @@ def _acquired(folder: Path, path: Path, writer: Path, wait: bool) -> Any:
     # One object a path in a process: taken again by the same thread it only counts.
     lock = FileLock(path, is_singleton=True)
     try:
-        with warnings.catch_warnings(record=True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         raise ConfigError(

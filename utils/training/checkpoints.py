@@ -170,6 +170,7 @@ def read_progress(folder: Path, config: TrainConfig) -> Progress:
         if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
             raise CheckpointError(f"{path} is damaged (it has no settings)")
         saved, now = _flat(values.pop("config")), _flat(config.what_is_trained())
+        _check_values(path, values, len(config.stages))
     except (DatasetError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from None
     for key in sorted(saved | now):
@@ -178,7 +179,6 @@ def read_progress(folder: Path, config: TrainConfig) -> Progress:
                 f"{folder} was written with {key} = {saved.get(key)!r}, the configuration says {now.get(key)!r}: go "
                 "back to the old value, or choose another output folder for a new run"
             )
-    _check_values(path, values, len(config.stages))
     return Progress(**values)
 
 

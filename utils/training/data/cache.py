@@ -166,8 +166,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         meta = read_json(folder / _META)
     except DatasetError as error:
         raise DatasetError(f"{error}: {_anew(folder)}") from None
-    if not isinstance(meta, dict):
-        raise DatasetError(f"{folder / _META} is damaged (it is no JSON object): {_anew(folder)}")
+    if not isinstance(meta, dict) or type(meta.get("version")) is not int or not isinstance(meta.get("key"), str):
+        raise DatasetError(f"{folder / _META} is damaged (it has no version or key): {_anew(folder)}")
     return meta
 
 

@@ -127,7 +127,7 @@ def test_saving_replaces_a_whole_folder_or_nothing(tmp_path: Path, monkeypatch: 
     target = tmp_path / "pair"
     model = make_model(CONFIG)
     save_checkpoint(target, model, tokenizers())
-    (target / "stale").write_text("x")
+    (target / "llm" / "stale").write_text("x")
     before = find_checkpoint(target).fingerprint
 
     def fail(*_: object, **__: object) -> None:
@@ -138,10 +138,10 @@ def test_saving_replaces_a_whole_folder_or_nothing(tmp_path: Path, monkeypatch: 
         with pytest.raises(OSError, match="disk full"):
             save_checkpoint(target, model, tokenizers())
     assert find_checkpoint(target).fingerprint == before
-    assert (target / "stale").exists()
+    assert (target / "llm" / "stale").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["pair"]
     save_checkpoint(target, model, tokenizers())
-    assert not (target / "stale").exists()
+    assert not (target / "llm" / "stale").exists()
 
 
 def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

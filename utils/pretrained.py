@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ _KERNEL_KEYS = ("attn_implementation", "experts_implementation")
 _TOKEN_IDS = ("eos_token_id", "pad_token_id", "bos_token_id")
 _MAX_JSON_BYTES = 1 << 28
 # Lists and modules of these lengths are made before any size is compared with the weights.
-_COUNTED = ("layer", "expert", "block", "depth", "num_labels")
+_COUNT = re.compile(r"(layers?|experts?|blocks?|depth|num_labels)$")
 _MAX_COUNT = 10_000
 # Numbers that a model may have beyond what is stored: a pooler, a head that is made anew.
 _SPARE_NUMBERS = 1 << 26
@@ -245,7 +246,7 @@ def _check_values(values: Any, path: Path) -> None:
             raise CheckpointError(f"{path}: {key} asks for {_REFUSED[key]}")
         if str(key).strip("_").removesuffix("_internal") in _KERNEL_KEYS and "/" in str(value):
             raise CheckpointError(f"{path}: {key} names code on a hub ({value!r}), which is never run: remove the key")
-        if isinstance(value, int) and value > _MAX_COUNT and any(word in str(key) for word in _COUNTED):
+        if isinstance(value, int) and value > _MAX_COUNT and _COUNT.search(str(key)):
             raise CheckpointError(f"{path}: {key}: expected at most {_MAX_COUNT}, got {value:.6g}")
         if isinstance(value, (Mapping, list)):
             _check_values(value, path)

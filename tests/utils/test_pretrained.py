@@ -125,6 +125,12 @@ def test_configurations_that_are_refused(changes: dict[str, Any], wanted: str, c
     assert str(folder) in str(caught.value)
 
 
+def test_wide_experts_are_no_absurd_number_of_them(copied: Copied) -> None:
+    folder = copied("code-llava") / "embedder"
+    edit(folder / "config.json", shared_expert_intermediate_size=20_480, block_size=32_768)
+    read_model(AutoModel, folder)
+
+
 def test_how_a_model_computes_is_not_the_configuration_s_choice(copied: Copied) -> None:
     folder = copied("code-llava") / "embedder"
     usual = read_model(AutoModel, folder)[0].config._attn_implementation

@@ -198,7 +198,7 @@ def fuzz(run: Run, seeds: range) -> None:
             path.write_text("\n".join(lines))
         message = outcome(run)
         if message == "done":
-            assert [row["global_step"] for row in read_jsonl(run.folder / "metrics.jsonl")][-1:] in ([3], [2], [1], [])
+            assert all(0 <= row["global_step"] <= 3 for row in read_jsonl(run.folder / "metrics.jsonl"))
         else:
             assert "\n" not in message, seed
             assert "step_" in message, seed

@@ -40,7 +40,7 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def printable(name: str) -> str:
+def shown_name(name: str) -> str:
     """A name from outside (a file's, a document's) as messages and lists show it: quoted, with escapes, where it holds
     what a terminal would obey or not show."""
     return name if name.isprintable() else repr(name)

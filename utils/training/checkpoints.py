@@ -171,7 +171,9 @@ def read_progress(folder: Path, config: TrainConfig) -> Progress:
             raise CheckpointError(f"{path} is damaged (it has no settings)")
         saved, now = _flat(values.pop("config")), _flat(config.what_is_trained())
         _check_values(path, values, len(config.stages))
-    except (DatasetError, OSError, RecursionError) as error:
+    except DatasetError as error:
+        raise CheckpointError(str(error)) from None
+    except (OSError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from None
     for key in sorted(saved | now):
         if saved.get(key) != now.get(key):

@@ -61,6 +61,9 @@ def tokenize_folder(folder: Path, processor: Processor, *, wait: bool = False) -
         wait: Wait for another process that makes data in the folder; by default that is an error.
     """
     paths = sorted(folder.glob("*.jsonl"))
+    for path in paths:
+        if not path.is_file():  # a pipe would be waited for
+            raise DatasetError(f"{path} is no file: remove it, or give it another name")
     if all(_is_current(path, processor) for path in paths):
         return {path.stem: TokenCache.open(_cache_of(path)) for path in paths}
     with sole_writer(folder, wait=wait) as held:

@@ -158,7 +158,9 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or type(row.get("loss")) not in (int, float):
+    loss = row.get("loss") if isinstance(row, dict) else None
+    # A whole number may be larger than a float.
+    if type(loss) is not float and not (type(loss) is int and abs(loss) < 1 << 53):
         return None
     whole = all(type(row.get(name)) is int and row[name] >= 0 for name in ("stage", "global_step"))
     return row if whole else None

@@ -198,7 +198,7 @@ def fuzz(run: Run, seeds: range) -> None:
             path.write_text("\n".join(lines))
         message = outcome(run)
         if message == "done":
-            assert [row["global_step"] for row in read_jsonl(run.folder / "metrics.jsonl")][-1:] in ([3], [2], [1], [])
+            assert all(0 <= row["global_step"] <= 3 for row in read_jsonl(run.folder / "metrics.jsonl"))
         else:
             assert "\n" not in message, seed
             assert "step_" in message, seed
@@ -213,12 +213,12 @@ def outcome(run: Run) -> str:
 
 
 def test_whatever_the_json_files_hold(run: Run) -> None:
-    fuzz(run, range(40))
+    fuzz(run, range(15))
 
 
 @pytest.mark.slow
 def test_whatever_the_json_files_hold_for_long(run: Run) -> None:
-    fuzz(run, range(40, 2000))
+    fuzz(run, range(15, 400))
 
 
 def test_metrics_of_a_killed_run(run: Run, caplog: pytest.LogCaptureFixture) -> None:
@@ -393,3 +393,10 @@ def test_several_processes_learn_that_the_folder_is_taken(run_values: Values, tm
     assert f"error: {values['output']}" in err
     assert str(other.pid) in err
     assert time.monotonic() - began < 240
+
+
+def test_data_that_are_no_file_are_one_error(run_config: Config, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    os.mkfifo(tmp_path / "data" / "rows.jsonl")
+    with pytest.raises(CodeLlavaError, match=r"rows\.jsonl is no file"):
+        Trainer(run_config(data={"folder": str(tmp_path / "data")}), device="cpu")

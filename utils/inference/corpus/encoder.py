@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from utils.errors import printable
+from utils.errors import shown_name
 from utils.inference.checkpoint import find_checkpoint
 from utils.inference.corpus.crew import WorkCounts
 from utils.inference.corpus.plan import parcel_documents
@@ -187,7 +187,7 @@ class CorpusWorker:
                 good.append(document)
                 size += document.text_bytes
             except UnusableTextError as error:
-                logger.warning("%s is left out: %s", printable(document.id), error)
+                logger.warning("%s is left out: %s", shown_name(document.id), error)
                 failed.append(document)
             if size >= TOKENIZED_BYTES or len(good) >= TOKENIZED_TEXTS:
                 yield good, texts, failed

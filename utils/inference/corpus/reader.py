@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from utils.errors import ConfigError, DatasetError, printable
+from utils.errors import ConfigError, DatasetError, shown_name
 from utils.files import read_json, sha256_bytes
 from utils.inference.checkpoint import CheckpointFiles
 from utils.inference.corpus.output import ABOUT_FILE, INDEX_FILE
@@ -123,7 +123,7 @@ class EncodedCorpus:
             raise DatasetError(f"{self.root} has no document with this span's text ({span.text[:40]!r}…): encode it")
         if document.chunk_size != span.chunk_size or document.num_tokens != len(span.token_ids):
             raise DatasetError(
-                f"{printable(document.id)} was encoded as {document.num_tokens} tokens at chunk size "
+                f"{shown_name(document.id)} was encoded as {document.num_tokens} tokens at chunk size "
                 f"{document.chunk_size}, the span has {len(span.token_ids)} at {span.chunk_size}: parse the whole text "
                 f"with chunk_size={document.chunk_size}"
             )

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from utils.errors import DatasetError, printable
+from utils.errors import DatasetError, shown_name
 from utils.files import sha256_bytes
 from utils.inference.corpus.reading import UnusableTextError, long_line, open_regular, read_lines, read_whole
 from utils.model.markers import MARKERS
@@ -56,7 +56,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What cannot be encoded: where it is, and why not; both `printable`."""
+    """What cannot be encoded: where it is, and why not; ready to be shown."""
 
     place: str
     reason: str
@@ -128,7 +128,7 @@ class FolderSource:
                             yield self._examine(path)
             except OSError as error:
                 yield Problem(
-                    place=printable(folder or self.root), reason=f"the folder cannot be read ({error.strerror})"
+                    place=shown_name(folder or self.root), reason=f"the folder cannot be read ({error.strerror})"
                 )
 
     def read(self, document: Document) -> str:
@@ -158,11 +158,11 @@ class FolderSource:
         try:
             path.encode()
         except UnicodeEncodeError:
-            return Problem(place=printable(path), reason="its name is not UTF-8")
+            return Problem(place=shown_name(path), reason="its name is not UTF-8")
         try:
             data = self._text(path).encode()
         except UnusableTextError as error:
-            return Problem(place=printable(path), reason=str(error))
+            return Problem(place=shown_name(path), reason=str(error))
         return Document(id=path, sha256=sha256_bytes(data), text_bytes=len(data), size=len(data))
 
     def _text(self, path: str) -> str:
@@ -180,11 +180,11 @@ class FolderSource:
             raise UnusableTextError(f"cannot be read ({error.strerror})") from None
         root = Path(self.place)
         if not target.is_relative_to(root):
-            raise UnusableTextError(f"a link out of the corpus, to {printable(str(target))}")
+            raise UnusableTextError(f"a link out of the corpus, to {shown_name(str(target))}")
         inside = target.relative_to(root)
         hidden = any(part.startswith(".") for part in inside.parts)
         if hidden or any(inside.is_relative_to(folder) for folder in self.left_out):
-            raise UnusableTextError(f"a link to {printable(str(inside))}, which is not part of the corpus")
+            raise UnusableTextError(f"a link to {shown_name(str(inside))}, which is not part of the corpus")
         return target
 
 

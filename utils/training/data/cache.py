@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from utils.errors import DatasetError, PromptError, printable
+from utils.errors import DatasetError, PromptError, shown_name
 from utils.files import atomic_folder, read_json, sha256_bytes, sha256_file, write_json
 from utils.model.processor import Processor
 from utils.model.prompt import MemorySpan
@@ -114,7 +114,7 @@ class TokenCache:
         targets: list[tuple[int, int]] = []
         with atomic_folder(folder, holds=(_DECODER, _ENCODER, _INDEX, _META)) as temporary:
             with (temporary / _DECODER).open("wb") as decoder, (temporary / _ENCODER).open("wb") as encoder:
-                bar = tqdm(rows, desc=f"tokenising {printable(Path(source).name)}", unit="example", disable=None)
+                bar = tqdm(rows, desc=f"tokenising {shown_name(Path(source).name)}", unit="example", disable=None)
                 for number, row in enumerate(bar, start=1):
                     example = tokenize_row(row, processor, f"{source}, row {number}")
                     example.decoder_ids.tofile(decoder)
@@ -187,6 +187,10 @@ def tokenize_row(row: Mapping[str, Any], processor: Processor, where: str) -> To
     Raises:
         DatasetError: Its shape or its markers are wrong, or it has no memory span.
     """
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DatasetError(f"{where}: a text holds half a character (a lone surrogate)") from None
     try:
         if isinstance(row.get("messages"), list):
             messages = row["messages"]

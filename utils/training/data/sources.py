@@ -8,6 +8,7 @@ from which RULER's code haystacks are made. Two files with one text count once.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from utils.errors import DatasetError
 from utils.files import sha256_bytes
+from utils.inference.corpus.reading import UnusableTextError, open_regular, read_whole
 
 HELD_OUT_INITIALS = tuple("optz")
 # The haystacks of RULER's code tasks (ruler/code_files.py) are never trained on.
@@ -82,7 +84,8 @@ def _folder(source: str) -> Iterator[SourceFile]:
     root = Path(source)
     if not root.is_dir():
         raise DatasetError(f"{source} is no folder: give one with Python files, or `installed`")
-    return _read(root, sorted(root.rglob("*.py")), root.name, "unknown (a folder of the user's)")
+    licence = "unknown (a folder of the user's)"
+    return _read(root, sorted(root.rglob("*.py")), root.name, licence, within=Path(os.path.realpath(root)))
 
 
 def _installed() -> Iterator[SourceFile]:
@@ -114,20 +117,30 @@ def _licence(package: importlib.metadata.Distribution) -> str | None:
     return stated[0].rpartition("::")[2].strip()
 
 
-def _read(root: Path, paths: Iterable[Path], package: str, licence: str) -> Iterator[SourceFile]:
+def _read(
+    root: Path, paths: Iterable[Path], package: str, licence: str, within: Path | None = None
+) -> Iterator[SourceFile]:
     for path in paths:
         relative = path.relative_to(root)
-        if _SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]) and (text := _usable_text(path)):
+        if _SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]) and (text := _usable_text(path, within)):
             yield SourceFile(path=relative.as_posix(), text=text, package=package, licence=licence)
 
 
-def _usable_text(path: Path) -> str | None:
-    """The text of a file that reads well: not tiny, not huge, no endless lines, no memory markers."""
+def _usable_text(path: Path, within: Path | None) -> str | None:
+    """The text of a file that reads well: not tiny, not huge, no endless lines, no memory markers.
+
+    Links are followed, in a folder that may be anybody's only to files `within` it.
+    """
     try:
-        raw = path.read_bytes()
+        if path.is_symlink():
+            path = Path(os.path.realpath(path, strict=True))
+            if within is not None and not path.is_relative_to(within):
+                return None
+        with open_regular(path) as stream:
+            raw = read_whole(stream, _MAX_BYTES)
         text = raw.decode("utf-8").replace("\r\n", "\n").expandtabs(4).rstrip() + "\n"
-    except (OSError, UnicodeDecodeError):
+    except (OSError, UnusableTextError, UnicodeDecodeError):
         return None
     lines = text.split("\n")
-    fits = len(raw) <= _MAX_BYTES and len(lines) >= _MIN_LINES and max(map(len, lines)) <= _MAX_LINE
+    fits = len(lines) >= _MIN_LINES and max(map(len, lines)) <= _MAX_LINE
     return text if fits and "<|" not in text and "\f" not in text and "\r" not in text else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 from random import Random
 
@@ -238,6 +239,21 @@ def test_a_folder_of_code_is_read_and_reported(tmp_path: Path) -> None:
     assert len(list(read_jsonl(out / "reconstruct.jsonl"))) == 5
 
 
+def test_a_folder_of_anybodys_is_read_without_waiting_or_leaving_it(tmp_path: Path) -> None:
+    code = "".join(f"name_{n} = {n}\n" for n in range(30))
+    folder = tmp_path / "code"
+    folder.mkdir()
+    (tmp_path / "secret").write_text(code.replace("name", "secret"))
+    (folder / "good.py").write_text(code)
+    os.mkfifo(folder / "pipe.py")
+    with (folder / "sparse.py").open("wb") as stream:
+        stream.truncate(100 << 30)
+    for name, target in {"inside.py": "good.py", "out.py": "../secret", "loop.py": "loop.py"}.items():
+        (folder / name).symlink_to(target)
+    texts = [file.text for file in training_sources(str(folder))]
+    assert texts == [code]
+
+
 def test_the_question_stands_before_the_memory_in_the_part_asked_for(tmp_path: Path) -> None:
     def orders(name: str, share: float) -> list[bool]:
         build_examples(tmp_path / name, {"count": 200}, size=SIZE, source="symbols", question_first=share)
@@ -363,6 +379,7 @@ def test_a_cache_of_an_older_version_is_made_anew(toy_data: Path, tmp_path: Path
         ({"messages": ["hello"]}, 'give a "target", or let'),
         ({"messages": [{"role": "assistant", "content": None}]}, 'give a "target", or let'),
         ({"text": "no memory here"}, "row 1: no memory span"),
+        ({"text": "\ud800<|memory_start|>a<|memory_end|>"}, "row 1: .*surrogate"),
         ({"prompt": "x"}, "row 1: expected .* got the keys"),
         ({"text": "<|memory_start|>open"}, "row 1: .*without a"),
         ({"messages": [{"role": "user", "content": "<|memory_start|>a<|memory_end|>"}], "target": ""}, "is empty"),

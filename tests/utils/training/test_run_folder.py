@@ -364,9 +364,12 @@ def test_killed_saves_leave_nothing(run_values: Values, tmp_path: Path) -> None:
             time.sleep(0.001)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    left = list(checkpoints.glob(".*"))
+    left, before = list(checkpoints.glob(".*")), newest_checkpoint(values["output"])
     process = start(path)
-    while process.poll() is None and any(folder.exists() for folder in left):
+    # Its first checkpoint says that it listens to signals by now.
+    while process.poll() is None and (
+        newest_checkpoint(values["output"]) == before or any(folder.exists() for folder in left)
+    ):
         time.sleep(0.01)
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGTERM)

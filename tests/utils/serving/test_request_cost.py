@@ -181,7 +181,7 @@ def test_others_do_not_wait_for_long_bodies(gateway: httpx.Client) -> None:
     finally:
         done.set()
         thread.join()
-    assert max(waits) < 1
+    assert max(waits) < 3
 
 
 ODD: list[Any] = [

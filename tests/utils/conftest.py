@@ -29,7 +29,7 @@ def vllm_url(default_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def compressor(default_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def default_compressor(default_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The default checkpoint's compressor in float32, chunk size 8, with a cache of its own."""
     from utils.inference.compressor import Compressor
     from utils.inference.latent_cache import LatentCache

@@ -44,22 +44,22 @@ def spans(count: int) -> str:
 @pytest.mark.parametrize("count", [1, 2, 20])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_latents_answer_as_the_local_decoder(
-    vllm_url: str, compressor: Any, decoder: Any, count: int, streamed: bool
+    vllm_url: str, default_compressor: Any, decoder: Any, count: int, streamed: bool
 ) -> None:
-    prompt = compressor.parse_chat([{"role": "user", "content": f"What is this? {spans(count)}"}])
-    values_TD = compressor.compress([prompt])[0].values_TD
+    prompt = default_compressor.parse_chat([{"role": "user", "content": f"What is this? {spans(count)}"}])
+    values_TD = default_compressor.compress([prompt])[0].values_TD
     on_text = (lambda text: None) if streamed else None
     got = use(
         vllm_url, lambda client: client.complete(values_TD, max_tokens=NEW_TOKENS, temperature=0, on_text=on_text)
     )
-    assert got.text == local_answer(decoder, compressor, prompt, NEW_TOKENS)
+    assert got.text == local_answer(decoder, default_compressor, prompt, NEW_TOKENS)
     assert got.prompt_tokens == len(values_TD)
     assert got.completion_tokens > 0
 
 
-def test_embeddings_of_plain_text_answer_as_the_text(vllm_url: str, compressor: Any) -> None:
+def test_embeddings_of_plain_text_answer_as_the_text(vllm_url: str, default_compressor: Any) -> None:
     text = "The capital of France is"
-    values_TD = compressor.compress([compressor.parse_raw(text)])[0].values_TD
+    values_TD = default_compressor.compress([default_compressor.parse_raw(text)])[0].values_TD
     of_text, of_rows = (
         use(vllm_url, lambda client, given=given: client.complete(given, max_tokens=NEW_TOKENS, temperature=0))
         for given in (text, values_TD)
@@ -69,10 +69,12 @@ def test_embeddings_of_plain_text_answer_as_the_text(vllm_url: str, compressor: 
 
 
 @pytest.mark.parametrize("count", [1, 2, 20])
-def test_chat_parts_answer_as_the_local_prompt(vllm_url: str, compressor: Any, decoder: Any, count: int) -> None:
+def test_chat_parts_answer_as_the_local_prompt(
+    vllm_url: str, default_compressor: Any, decoder: Any, count: int
+) -> None:
     text = f"What is this? {spans(count)} Say it in one word."
-    prompt = compressor.parse_chat([{"role": "user", "content": text}])
-    embeds = compressor.compress([prompt])[0]
+    prompt = default_compressor.parse_chat([{"role": "user", "content": text}])
+    embeds = default_compressor.compress([prompt])[0]
 
     async def action(client: VllmClient) -> Any:
         assert await client.joins_parts() is False
@@ -87,14 +89,14 @@ def test_chat_parts_answer_as_the_local_prompt(vllm_url: str, compressor: Any, d
 
     got = use(vllm_url, action)
     assert got.prompt_tokens == len(embeds.values_TD)
-    assert got.text == local_answer(decoder, compressor, prompt, NEW_TOKENS)
+    assert got.text == local_answer(decoder, default_compressor, prompt, NEW_TOKENS)
 
 
-def test_the_same_rows_again_hit_the_servers_prefix_cache(vllm_url: str, compressor: Any) -> None:
+def test_the_same_rows_again_hit_the_servers_prefix_cache(vllm_url: str, default_compressor: Any) -> None:
     # Code that no other test sent: the first request must find the server's cache cold.
     code = CODE.replace("area", "volume_of_prefix_cache_test") * 100
-    prompt = compressor.parse_raw(f"{MEMORY_START}{code}{MEMORY_END} What is this?")
-    values_TD = compressor.compress([prompt])[0].values_TD
+    prompt = default_compressor.parse_raw(f"{MEMORY_START}{code}{MEMORY_END} What is this?")
+    values_TD = default_compressor.compress([prompt])[0].values_TD
     first, second = (use(vllm_url, lambda client: client.complete(values_TD, max_tokens=1)) for _ in range(2))
     assert not first.cached_tokens
     assert second.cached_tokens >= 128  # one block
@@ -114,7 +116,7 @@ def test_preflight_tells_a_wrong_width_and_a_wrong_model(vllm_url: str) -> None:
 
 
 def test_the_commands_together(
-    vllm_url: str, compressor: Any, decoder: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    vllm_url: str, default_compressor: Any, decoder: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from general import generation_test, step1
 
@@ -124,5 +126,5 @@ def test_the_commands_together(
     flags = ["--embedding-file", file, "--server-url", vllm_url + "/v1", "--max-tokens", str(NEW_TOKENS), "--json"]
     assert generation_test.main(flags) == 0
     result = json.loads(capsys.readouterr().out)
-    prompt = compressor.parse_chat(step1.PROMPT)
-    assert result["text"] == local_answer(decoder, compressor, prompt, NEW_TOKENS)
+    prompt = default_compressor.parse_chat(step1.PROMPT)
+    assert result["text"] == local_answer(decoder, default_compressor, prompt, NEW_TOKENS)

@@ -7,17 +7,15 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
 
-from tests.support import fake_server, gateway_server
+from tests.support import gateway_server
 from tests.support.fake_server import FakeServer, drop, refuse, rows_of, silence, stream
 from utils.inference.compressor import Compressor
-from utils.inference.latent_cache import LatentCache
 from utils.model.markers import MEMORY_END, MEMORY_START
 
 openai = pytest.importorskip("openai")
@@ -32,18 +30,6 @@ def marked(text: str) -> str:
 
 def chat_body(content: Any, **fields: Any) -> dict[str, Any]:
     return {"model": "tiny", "messages": [{"role": "user", "content": content}], **fields}
-
-
-@pytest.fixture(scope="module")
-def compressor(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compressor]:
-    with LatentCache.open(tmp_path_factory.mktemp("cache")) as cache:
-        yield Compressor.load(checkpoints["lclm"], device="cpu", cache=cache)
-
-
-@pytest.fixture
-def backend() -> Iterator[FakeServer]:
-    with fake_server.running() as running:
-        yield running
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import gc
 import hashlib
 import json
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,6 @@ from utils.model.markers import MEMORY_END, MEMORY_START
 
 CHAT = "/v1/chat/completions"
 NUM_CLIENTS = 100
-
-
-@pytest.fixture(scope="module")
-def compressor(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compressor]:
-    with LatentCache.open(tmp_path_factory.mktemp("cache")) as cache:
-        yield Compressor.load(checkpoints["lclm"], device="cpu", cache=cache)
 
 
 def secret(number: int) -> str:

@@ -24,8 +24,8 @@ NEW_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def gateway(compressor: Compressor, vllm_url: str) -> Iterator[str]:
-    with gateway_server.running(compressor, vllm_url) as url:
+def gateway(default_compressor: Compressor, vllm_url: str) -> Iterator[str]:
+    with gateway_server.running(default_compressor, vllm_url) as url:
         yield url
 
 
@@ -39,7 +39,7 @@ def prompt_text(count: int, first: int = 0) -> str:
 
 
 @pytest.mark.parametrize("count", [1, 2, 20])
-def test_answers_are_the_local_decoders(gateway: str, compressor: Compressor, decoder: Any, count: int) -> None:
+def test_answers_are_the_local_decoders(gateway: str, default_compressor: Compressor, decoder: Any, count: int) -> None:
     text = prompt_text(count, first=1000 * count)
     fields: dict[str, Any] = {"model": "tiny", "max_tokens": NEW_TOKENS, "temperature": 0}
     messages: Any = [{"role": "user", "content": text}]
@@ -48,9 +48,11 @@ def test_answers_are_the_local_decoders(gateway: str, compressor: Compressor, de
         pieces = client.chat.completions.create(messages=messages, stream=True, **fields)
         streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces)
         completion = client.completions.create(prompt=text, **fields)
-    of_chat = local_answer(decoder, compressor, compressor.parse_chat(messages), NEW_TOKENS)
+    of_chat = local_answer(decoder, default_compressor, default_compressor.parse_chat(messages), NEW_TOKENS)
     assert chat.choices[0].message.content == streamed == of_chat
-    assert completion.choices[0].text == local_answer(decoder, compressor, compressor.parse_raw(text), NEW_TOKENS)
+    assert completion.choices[0].text == local_answer(
+        decoder, default_compressor, default_compressor.parse_raw(text), NEW_TOKENS
+    )
 
 
 def test_a_second_request_costs_no_encoding_and_hits_the_backends_prefix_cache(gateway: str) -> None:
@@ -63,7 +65,7 @@ def test_a_second_request_costs_no_encoding_and_hits_the_backends_prefix_cache(g
 
 
 def test_a_minute_of_a_hundred_clients_each_with_its_own_secret(
-    gateway: str, compressor: Compressor, decoder: Any
+    gateway: str, default_compressor: Compressor, decoder: Any
 ) -> None:
     answers: dict[int, set[str]] = {number: set() for number in range(100)}
     deadline = time.monotonic() + 60
@@ -89,17 +91,19 @@ def test_a_minute_of_a_hundred_clients_each_with_its_own_secret(
     assert len(set.union(*answers.values())) > 10
     for number, said in answers.items():
         messages = [{"role": "user", "content": prompt_text(1, first=number)}]
-        assert said == {local_answer(decoder, compressor, compressor.parse_chat(messages), NEW_TOKENS)}, number
+        assert said == {
+            local_answer(decoder, default_compressor, default_compressor.parse_chat(messages), NEW_TOKENS)
+        }, number
 
 
 def test_a_server_that_is_killed_in_a_stream_and_started_again(
-    default_checkpoint: Path, compressor: Compressor, decoder: Any, tmp_path: Path
+    default_checkpoint: Path, default_compressor: Compressor, decoder: Any, tmp_path: Path
 ) -> None:
     port = vllm_server.free_port()
     body: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": prompt_text(1, first=7)}]}
     long = {**body, "stream": True, "max_tokens": 2000, "ignore_eos": True}
     with (
-        gateway_server.running(compressor, f"http://127.0.0.1:{port}") as url,
+        gateway_server.running(default_compressor, f"http://127.0.0.1:{port}") as url,
         httpx.Client(base_url=url, timeout=300) as client,
     ):
         with (
@@ -120,5 +124,5 @@ def test_a_server_that_is_killed_in_a_stream_and_started_again(
             fields = {"max_tokens": NEW_TOKENS, "temperature": 0}
             again = client.post("/v1/chat/completions", json={**body, **fields}).json()
     assert again["code_llava"]["cached_tokens"] == again["code_llava"]["memory_tokens"]
-    expected = local_answer(decoder, compressor, compressor.parse_chat(body["messages"]), NEW_TOKENS)
+    expected = local_answer(decoder, default_compressor, default_compressor.parse_chat(body["messages"]), NEW_TOKENS)
     assert again["choices"][0]["message"]["content"] == expected

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,7 +12,6 @@ from tests.support import fake_server, gateway_server, local_gateway
 from tests.support.fake_server import FakeServer
 from utils.errors import ConfigError
 from utils.inference.compressor import Compressor
-from utils.inference.latent_cache import LatentCache
 from utils.model.markers import MEMORY_END, MEMORY_START
 from utils.serving.settings import GatewaySettings, read_keys
 
@@ -27,18 +25,6 @@ def marked(text: str) -> str:
 
 def chat_body(content: str, **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content}], "max_tokens": 1, **fields}
-
-
-@pytest.fixture(scope="module")
-def compressor(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compressor]:
-    with LatentCache.open(tmp_path_factory.mktemp("cache")) as cache:
-        yield Compressor.load(checkpoints["lclm"], device="cpu", cache=cache)
-
-
-@pytest.fixture
-def backend() -> Iterator[FakeServer]:
-    with fake_server.running() as running:
-        yield running
 
 
 @pytest.fixture

@@ -1,0 +1,25 @@
+"""What the gateway's tests share: a tiny checkpoint with a cache, and a server that plays vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import fake_server
+from tests.support.fake_server import FakeServer
+from utils.inference.compressor import Compressor
+from utils.inference.latent_cache import LatentCache
+
+
+@pytest.fixture(scope="module")
+def compressor(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compressor]:
+    with LatentCache.open(tmp_path_factory.mktemp("cache")) as cache:
+        yield Compressor.load(checkpoints["lclm"], device="cpu", cache=cache)
+
+
+@pytest.fixture
+def backend() -> Iterator[FakeServer]:
+    with fake_server.running() as running:
+        yield running

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import hmac
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -24,10 +23,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from utils.errors import PromptError
 from utils.inference.compressor import Compressor
-from utils.serving.api_error import ApiError, error_body
+from utils.serving.api_error import ApiError
 from utils.serving.bodies import BodyLimits
 from utils.serving.compress_request import EXTENSION, CompressedRequest, RequestCompressor
-from utils.serving.door import SECURITY_HEADERS, Door, DoorPolicy
+from utils.serving.door import SECURITY_HEADERS, Door, DoorPolicy, json_error
 from utils.serving.encoder_queue import EncoderQueue
 from utils.serving.json_body import read_object
 from utils.serving.memories import Memory, MemoryStore
@@ -54,7 +53,7 @@ class Admission:
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str], metrics: Metrics) -> None:
         self._app = app
-        self._owners = {_digest(key.encode()): owner_of(key.encode()) for key in api_keys}
+        self._owners = [owner_of(key.encode()) for key in api_keys]
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,16 +74,16 @@ class Admission:
                 scope.setdefault("state", {})["owner"] = owner
                 await self._app(scope, receive, counting_send)
             else:
-                error = ApiError(401, "wrong or missing API key")
-                await _json(error.body(), 401, {"WWW-Authenticate": "Bearer"})(scope, receive, counting_send)
+                error = ApiError(401, "wrong or missing API key", headers={"WWW-Authenticate": "Bearer"})
+                await json_error(error)(scope, receive, counting_send)
 
     def _owner(self, scope: Scope) -> str | None:
         """Whose request this is; None for one that may not enter."""
         if not self._owners or scope["path"] in _OPEN_PATHS:
             return ""
-        given = _digest(dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer "))
+        given = owner_of(dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer "))
         # Constant time: the answer's delay must tell neither how much of a guess is right nor whose key it is.
-        matches = [owner for known, owner in self._owners.items() if hmac.compare_digest(given, known)]
+        matches = [owner for owner in self._owners if hmac.compare_digest(given, owner)]
         return matches[0] if matches else None
 
 
@@ -129,21 +128,21 @@ def create_app(
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
-        return _json(error.body(), error.status, error.headers)
+        return json_error(error)
 
     @app.exception_handler(HTTPException)
     async def no_such_route(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return _json(error_body(message, error.status_code), error.status_code, dict(error.headers or {}))
+        return json_error(ApiError(error.status_code, message, headers=error.headers))
 
     @app.exception_handler(PromptError)
     async def prompt_error(_: Request, error: PromptError) -> Response:
-        return _json(error_body(str(error), 400), 400)
+        return json_error(ApiError(400, str(error)))
 
     @app.exception_handler(Exception)
     async def own_error(_: Request, error: Exception) -> Response:
         logger.error("a request failed", exc_info=error)
-        return _json(error_body("the gateway failed; its log says why", 500), 500, SECURITY_HEADERS)
+        return json_error(ApiError(500, "the gateway failed; its log says why", headers=SECURITY_HEADERS))
 
     async def forward(
         request: Request, path: str, compress: Callable[[bytes, str], Coroutine[Any, Any, CompressedRequest]]
@@ -269,9 +268,5 @@ def _report_headers(compressed: CompressedRequest) -> dict[str, str]:
     return headers
 
 
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
-
-
-def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(value), status, headers, media_type="application/json")
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(value), status, media_type="application/json")

@@ -26,6 +26,7 @@ from utils.errors import CheckpointError, CodeLlavaError
 from utils.files import PROJECT_ROOT, atomic_folder, package_version, sha256_bytes, write_json, write_text
 from utils.inference.checkpoint import find_checkpoint
 from utils.inference.trained_part import MANIFEST, TrainedPart
+from utils.locks import LOCK_FILE, remove_leftovers, sole_writer
 from utils.model.config import CompressionConfig
 from utils.pretrained import read_settings, read_tokenizer
 
@@ -125,17 +126,14 @@ def assemble_default_checkpoint(progress: Callable[[str], None] | None = None, *
 
 
 def _assemble_into(target: Path, progress: Callable[[str], None] | None, part: TrainedPart | None) -> None:
-    from filelock import FileLock
-
     from utils.inference.saving import writing
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.parent / f".{target.name}.lock"):
+    # The lock lies beside the folder, which is replaced whole.
+    with sole_writer(target, lock=target.parent / f".{target.name}{LOCK_FILE}", wait=True) as held:
         # Another process may have finished it while this one waited.
         if not _is_current(target, part):
-            # What a killed process left behind; the lock says that nobody is at work on it.
-            for leftover in target.parent.glob(f".{target.name}.*.tmp"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            if held:
+                remove_leftovers(target.parent, target.name)
             if (free := shutil.disk_usage(target.parent).free) < _ROOM_BYTES:
                 raise CheckpointError(_no_place(target, f"{free / 1e6:.0f} MB are free there"))
             logger.info("assembling the default checkpoint in %s (once, about half a minute)", target)

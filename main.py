@@ -22,10 +22,10 @@ COMMANDS = (
     ("general/step1_raw_text.py", "compress a text prompt, or whole source files"),
     ("general/generation_test.py", "send an embeddings file to a vLLM server"),
     ("-m utils.inference.inference", "answer prompts about code from a checkpoint"),
-    ("-m utils.inference.encode_corpus", "encode a folder or a JSONL file ahead of its use"),
-    ("-m utils.inference.latent_cache", "show, prune, verify or clear the latent cache"),
-    ("-m utils.inference.describe", "check and describe a checkpoint"),
-    ("-m utils.inference.convert", "trainers' states and LCLM's layout into checkpoints, and back"),
+    ("-m utils.corpus", "encode a folder or a JSONL file ahead of its use"),
+    ("-m utils.compress.latent_cache", "show, prune, verify or clear the latent cache"),
+    ("-m utils.checkpoint.describe", "check and describe a checkpoint"),
+    ("-m utils.checkpoint.convert", "trainers' states and LCLM's layout into checkpoints, and back"),
     ("-m utils.serving.gateway", "OpenAI-compatible server that compresses, with a page"),
     ("-m utils.training.train", "train a pair in stages, resumably"),
     ("-m utils.training.data", "make training data from Python sources"),
@@ -75,8 +75,8 @@ def _print_device() -> None:
 
 
 def _compress_something() -> None:
-    from utils.inference.compressor import Compressor
-    from utils.inference.default_checkpoint import is_trained
+    from utils.checkpoint.default.recipe import is_trained
+    from utils.compress.compressor import Compressor
     from utils.model.markers import MEMORY_END, MEMORY_START
 
     began = time.perf_counter()

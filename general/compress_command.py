@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from utils.cli import EXIT_OK, print_json
 from utils.errors import PromptError
 from utils.files import refuse_overwriting_inputs
-from utils.inference.flags import add_cache_flags, add_checkpoint_flags, add_memory_limit_flags
+from utils.flags import add_cache_flags, add_checkpoint_flags, add_memory_limit_flags
 
 if TYPE_CHECKING:
-    from utils.inference.compressor import Compressor
+    from utils.compress.compressor import Compressor
     from utils.model.prompt import MemoryPrompt
 
 DEFAULT_OUTPUT = "artifacts/prompt_embeddings.npy"
@@ -49,9 +49,9 @@ def compress_and_save(
     Raises:
         ConfigError: The output, or its sidecar, is one of the inputs or lies in the checkpoint.
     """
-    from utils.inference.compressor import Compressor
-    from utils.inference.flags import memory_limit, open_cache
-    from utils.inference.prompt_embeds import save_prompt_embeds, sidecar_path
+    from utils.compress.compressor import Compressor
+    from utils.compress.prompt_embeds import save_prompt_embeds, sidecar_path
+    from utils.flags import memory_limit, open_cache
 
     outputs = {"--output": args.output, "the sidecar of --output": sidecar_path(args.output)}
     refuse_overwriting_inputs(outputs, inputs)

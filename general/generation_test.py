@@ -23,8 +23,8 @@ from utils.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from utils.inference.server_answer import ServerCompletion
-    from utils.inference.vllm_client import VllmClient
+    from utils.client.answer import ServerCompletion
+    from utils.client.server_client import VllmClient
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +80,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError("--instruction needs --api chat: a completions prompt is the rows alone")
     import torch
 
-    from utils.inference.prompt_embeds import load_prompt_embeds
-    from utils.inference.vllm_client import VllmClient
+    from utils.client.server_client import VllmClient
+    from utils.compress.prompt_embeds import load_prompt_embeds
 
     values_TD = load_prompt_embeds(args.embedding_file).values_TD
     num_rows = len(values_TD)

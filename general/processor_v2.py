@@ -3,7 +3,7 @@
     input_ids, codes, code_positions = parse_prompt(messages, tokenizer, embed_tokenizer, chunk_size)
     embeds_TD = compress(input_ids, codes, code_positions, model)
 
-New code is better served by `utils.inference.compressor.Compressor`. Shape legend: T prompt rows, D decoder width.
+New code is better served by `utils.compress.compressor.Compressor`. Shape legend: T prompt rows, D decoder width.
 """
 
 from __future__ import annotations

@@ -19,6 +19,13 @@ COMMANDS = {
     "report": "compare scored runs in tables and pictures",
     "run": "prepare, predict with text and memory, score and report in one go",
 }
+_MODULES = {
+    "prepare": "ruler.generation.prepare",
+    "predict": "ruler.answering.predict",
+    "score": "ruler.scoring.score",
+    "report": "ruler.scoring.report",
+    "run": "ruler.run",
+}
 EXAMPLES = """\
   python -m ruler run --output-dir out --lengths 1024,2048 --num-samples 5 --chunk-sizes 4,8
   python -m ruler predict --help"""
@@ -36,7 +43,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, formatter_class=HelpFormatter, allow_abbrev=False)
         sub.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help="log details on stderr")
         if command in (None, name):
-            module = importlib.import_module(f"ruler.{name}")
+            module = importlib.import_module(_MODULES[name])
             sub.description = f"{summary.capitalize()}."
             sub.epilog = f"examples:\n{module.EXAMPLES.rstrip()}"
             module.add_arguments(sub)

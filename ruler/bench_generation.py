@@ -15,7 +15,7 @@ import sys
 import time
 from typing import Any
 
-from ruler.prepare import parse_lengths
+from ruler.generation.prepare import parse_lengths
 from ruler.registry import resolve_tasks
 from utils.cli import make_parser, print_json, run_command
 from utils.files import provenance
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, task: str, length: int, mode: str) -> dict[str, Any]:
-    from ruler.generate import Recipe, generate_rows
+    from ruler.generation.generate import Recipe, generate_rows
 
     seconds, cpu_seconds, lengths = [], [], [0]
     for repeat in range(args.repeats + 1):

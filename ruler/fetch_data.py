@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ruler.data_files import ESSAYS, HOTPOTQA, SQUAD, WORDS
+from ruler.generation.data_files import ESSAYS, HOTPOTQA, SQUAD, WORDS
 from utils.cli import make_parser, run_command
 from utils.errors import DatasetError
 from utils.files import atomic_path, sha256_file

@@ -15,11 +15,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ruler.predict import PredictJob, TaskOutcome, add_backend_arguments, backend_settings, exit_code, predict
-from ruler.prepare import DatasetJob, parse_lengths, prepare_datasets
-from ruler.protocol import BackendSettings
+from ruler.answering.predict import PredictJob, TaskOutcome, add_backend_arguments, backend_settings, exit_code, predict
+from ruler.answering.protocol import BackendSettings
+from ruler.answering.runner import RetryPolicy
+from ruler.generation.prepare import DatasetJob, parse_lengths, prepare_datasets
 from ruler.registry import resolve_tasks
-from ruler.runner import RetryPolicy
 from utils.cli import print_json
 from utils.errors import ConfigError, DatasetError
 
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do all steps; exit code 3 when rows failed."""
-    from ruler.report import write_report
+    from ruler.scoring.report import write_report
 
     runs = planned_runs(args)
     data = args.output_dir / "data"
@@ -104,8 +104,8 @@ def _prepare(args: argparse.Namespace, data: Path) -> None:
     Raises:
         DatasetError: One cannot be made, or another dataset lies in the way.
     """
-    from ruler.backends import decoder_folder
-    from ruler.generate import Recipe
+    from ruler.answering.backends import decoder_folder
+    from ruler.generation.generate import Recipe
 
     if args.tokenizer_path is None and args.where == "server" and args.checkpoint is None:
         raise ConfigError("--tokenizer-path is needed with --where server: name the served model's tokenizer")

@@ -7,11 +7,11 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+from ruler.answering.predict import start_backend
+from ruler.answering.predictions import DataRow, PredictionFile
+from ruler.answering.protocol import BackendSettings, Sampling
+from ruler.answering.runner import RetryPolicy, ask
 from ruler.layout import claim_run_folder, write_run_manifest
-from ruler.predict import start_backend
-from ruler.predictions import DataRow, PredictionFile
-from ruler.protocol import BackendSettings, Sampling
-from ruler.runner import RetryPolicy, ask
 from ruler_minimal.minimal_evaluate import evaluate, print_evaluation
 from ruler_minimal.prepare_dataset import add_task_arguments, build_task, generate_rows, make_counter
 from utils.cli import EXIT_FAILED_ROWS, EXIT_OK

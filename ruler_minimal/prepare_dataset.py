@@ -47,7 +47,7 @@ def make_counter(tokenizer: str | None) -> Counter:
     """Tokens of a named tokenizer (folder, `tokenizer.json` or hub id), or words without one."""
     if tokenizer is None:
         return count_words
-    from ruler.tokenizers import load_tokenizer
+    from ruler.generation.tokenizers import load_tokenizer
 
     loaded = load_tokenizer("hf", tokenizer)
     return lambda text: loaded.count([text])[0]

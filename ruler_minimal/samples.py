@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
 
-from ruler.words import load_word_lists
+from ruler.generation.words import load_word_lists
 from utils.errors import ConfigError, DatasetError
 from utils.model.markers import MEMORY_END, MEMORY_START
 

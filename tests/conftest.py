@@ -47,7 +47,7 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny checkpoints by layout: `code-llava` and `lclm`. Read them; `copied` makes one to damage."""
     from tests.support.tiny import write_checkpoint
-    from utils.inference.checkpoint import LAYOUTS
+    from utils.checkpoint.layout import LAYOUTS
     from utils.model.config import CompressionConfig
 
     root = tmp_path_factory.mktemp("checkpoints")

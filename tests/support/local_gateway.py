@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tests.support import gateway_server
-from utils.inference.compressor import Compressor
+from utils.compress.compressor import Compressor
 from utils.serving.local_backend import LOCAL_URL, LocalBackend
 from utils.serving.local_decoder import LocalDecoder
 

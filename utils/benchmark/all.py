@@ -16,7 +16,7 @@ from utils.benchmark.measure import machine, markdown_table
 from utils.benchmark.results import RESULT_FILE, TABLE_FILE
 from utils.errors import CodeLlavaError
 from utils.files import PROJECT_ROOT, read_json, write_json, write_text
-from utils.inference.flags import add_checkpoint_flags
+from utils.flags import add_checkpoint_flags
 
 DESCRIPTION = "all but pooling and training into one folder; gateway only where its address is given"
 QUICK: dict[str, Any] = {}

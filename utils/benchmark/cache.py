@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from utils.benchmark.material import SEED, cut_into_texts, load_settings, marked, source_tokens
 from utils.benchmark.measure import Timing, machine, markdown_table, median_ratio, time_interleaved
-from utils.inference.flags import add_checkpoint_flags
+from utils.flags import add_checkpoint_flags
 
 if TYPE_CHECKING:
-    from utils.inference.prompt_embeds import CompressionStats
+    from utils.compress.prompt_embeds import CompressionStats
 
 DESCRIPTION = "cached prompts to embeddings, beside encoding them"
 QUICK = {"tokens": 1024, "spans": 3, "repeats": 1}
@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     Returns:
         A table for people, and everything as one JSON-ready value.
     """
-    from utils.inference.compressor import Compressor
-    from utils.inference.latent_cache import LatentCache
+    from utils.compress.compressor import Compressor
+    from utils.compress.latent_cache import LatentCache
 
     with tempfile.TemporaryDirectory() as folder, LatentCache.open(folder) as cache:
         encoding = Compressor.load(args.checkpoint, **load_settings(args))

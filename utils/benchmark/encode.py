@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.benchmark.material import SEED, bare_encoder, bare_forward, cut_into_spans, load_settings, source_tokens
 from utils.benchmark.measure import Timing, finished, machine, markdown_table, median_ratio, time_interleaved
-from utils.inference.flags import add_checkpoint_flags
+from utils.flags import add_checkpoint_flags
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """
     import torch
 
-    from utils.inference.compressor import Compressor
+    from utils.compress.compressor import Compressor
 
     compressor = Compressor.load(args.checkpoint, **load_settings(args), compiled=args.compile)
     encoder = compressor.memory_encoder

@@ -16,7 +16,7 @@ from typing import Any
 from utils.benchmark.material import load_settings
 from utils.benchmark.measure import machine, markdown_table
 from utils.errors import ConfigError
-from utils.inference.flags import add_checkpoint_flags
+from utils.flags import add_checkpoint_flags
 from utils.model.markers import MEMORY_END, MEMORY_START
 
 DESCRIPTION = "latency that a gateway adds, at several numbers of clients"
@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 async def _measure(args: argparse.Namespace) -> dict[tuple[int, str], list[float]]:
-    from utils.inference.compressor import Compressor
-    from utils.inference.vllm_client import VllmClient
+    from utils.client.server_client import VllmClient
+    from utils.compress.compressor import Compressor
 
     most = max(args.clients)
     compressor = Compressor.load(args.checkpoint, **load_settings(args))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from utils.benchmark.material import QUESTION, SEED, cut_into_texts, marked, source_tokens
 from utils.benchmark.measure import Timing, finished, machine, markdown_table, median_ratio, time_interleaved
 from utils.errors import ConfigError
-from utils.inference.flags import add_checkpoint_flags
+from utils.flags import add_checkpoint_flags
 
 if TYPE_CHECKING:
     from utils.model.code_llava_model import CodeLLaVAModel
@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     Returns:
         A table for people, and everything as one JSON-ready value.
     """
+    from utils.compress.latent_cache import LatentCache
     from utils.inference.inference import batches_by_length, load_model
-    from utils.inference.latent_cache import LatentCache
 
     if min(args.prompts, args.shortest, args.new_tokens, args.batch_size, args.repeats) < 1:
         raise ConfigError("--prompts, --shortest, --new-tokens, --batch-size and --repeats must be at least 1")

@@ -18,7 +18,7 @@ from typing import Any
 from utils.benchmark.measure import Timing, machine, markdown_table, median_ratio
 from utils.errors import ConfigError
 from utils.files import PROJECT_ROOT
-from utils.inference.flags import add_checkpoint_flags
+from utils.flags import add_checkpoint_flags
 from utils.model.markers import MEMORY_END, MEMORY_START
 
 DESCRIPTION = "time from the command to its first output, beside bare imports and the encoder"
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     Returns:
         A table for people, and everything as one JSON-ready value, with the dearest imports of the command.
     """
-    from utils.inference.checkpoint import find_checkpoint
+    from utils.checkpoint.locate import find_checkpoint
 
     files = find_checkpoint(args.checkpoint, args.chunk_size)
     with tempfile.TemporaryDirectory() as folder:

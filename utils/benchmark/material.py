@@ -14,7 +14,7 @@ from utils.errors import ConfigError
 from utils.model.markers import MEMORY_END, MEMORY_START
 
 if TYPE_CHECKING:
-    from utils.inference.compressor import Compressor
+    from utils.compress.compressor import Compressor
 
 SEED = 0
 QUESTION = "\nWhat does this code do?"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from utils.benchmark.material import cut_into_spans, load_settings, source_tokens
 from utils.benchmark.measure import machine, markdown_table
 from utils.benchmark.processes import forget_peak, held_bytes, in_a_fresh_process, peak_bytes
-from utils.inference.flags import add_checkpoint_flags
+from utils.flags import add_checkpoint_flags
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,7 +82,7 @@ def encode_once(checkpoint: str | None, settings: dict[str, Any], num_tokens: in
     Returns:
         Bytes held before and at the peak (of the device, where it is a GPU), bytes of the latents, seconds.
     """
-    from utils.inference.compressor import Compressor
+    from utils.compress.compressor import Compressor
 
     compressor = Compressor.load(checkpoint, **settings)
     tokens = source_tokens(compressor.processor.tokenizers.encoder, num_tokens)

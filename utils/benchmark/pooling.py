@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from utils.benchmark.material import load_settings, source_tokens
 from utils.benchmark.measure import machine, markdown_table
 from utils.errors import ConfigError
-from utils.inference.flags import add_checkpoint_flags
+from utils.flags import add_checkpoint_flags
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"--tokens: give at least 64 chunks of each size, {64 * max(args.chunk_sizes)} tokens")
     import torch
 
-    from utils.inference.compressor import Compressor
+    from utils.compress.compressor import Compressor
     from utils.model.code_chunker import plan_windows
 
     compressor = Compressor.load(args.checkpoint, **load_settings(args))

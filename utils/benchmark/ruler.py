@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from utils.benchmark.measure import machine, markdown_table
 from utils.errors import ConfigError
 from utils.files import PROJECT_ROOT
-from utils.inference.flags import add_checkpoint_flags
+from utils.flags import add_checkpoint_flags
 
 if TYPE_CHECKING:
-    from utils.inference.checkpoint import CheckpointFiles
+    from utils.checkpoint.layout import CheckpointFiles
 
 DESCRIPTION = "RULER rows a second: building, answering, scoring"
 QUICK = {"lengths": "1k", "tasks": "niah_single_1", "num_samples": 2, "answered_length": "1k", "answered_rows": 1}
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     Returns:
         Tables for people, and everything as one JSON-ready value.
     """
-    from utils.inference.checkpoint import find_checkpoint
+    from utils.checkpoint.locate import find_checkpoint
 
     files = find_checkpoint(args.checkpoint, args.chunk_size)
     built = _built(args, str(files.decoder))

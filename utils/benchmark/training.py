@@ -1,7 +1,7 @@
 """Training of a pair beside the HF Trainer on plain text: the same decoder, rows, LoRA, precision and machine.
 
 A pair's step does more than a decoder's (it encodes its memory) and less (only answers have a loss), so operations a
-second are what compares: `utils.model.cost` counts both. Stages and HF Trainer take turns, always in fresh processes.
+second are what compares: `utils.training.flops` counts both. Stages and HF Trainer take turns, in fresh processes.
 """
 
 from __future__ import annotations
@@ -119,15 +119,15 @@ def train_with_hf(path: str, device: str, steps: int) -> dict[str, Any]:
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from utils.model.cost import TransformerCost, layer_matrices
     from utils.training.config import load_config
-    from utils.training.pairs import load_pair
+    from utils.training.flops import TransformerCost, layer_matrices
+    from utils.training.pairs import starting_pair
 
     config = load_config(path)
     stage = config.stages[-1]
     if config.threads:
         torch.set_num_threads(config.threads)
-    decoder: Any = load_pair(config.pair, config.seed)[0].decoder
+    decoder: Any = starting_pair(config.pair, config.seed)[0].decoder
     bfloat16 = config.precision == "bfloat16"
     decoder.to(torch.bfloat16 if bfloat16 else torch.float32)
     if config.decoder_tuning.method == "lora":

@@ -3,7 +3,7 @@
 S = time with the full text / time with latents, both from the prompt as a string to the first token's id, in turns on
 one machine. Two ideals stand beside it:
 
-    by operations   S of `utils.model.cost`: what the counts allow on a machine that does all of them equally fast
+    by operations   S of `utils.training.flops`: what the counts allow on a machine that does all of them equally fast
     by parts        decoder on the full text / (bare encoder and adapter + decoder on the short prompt), each of them
                     measured alone in the same rounds: what this machine allows; the target is 0.9 of it
 
@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from utils.benchmark.material import SEED
 from utils.benchmark.measure import machine, markdown_table
 from utils.benchmark.ttft_cases import Group, plan
-from utils.inference.flags import DTYPE_NAMES, add_checkpoint_flags
+from utils.checkpoint.settings import DTYPE_NAMES
+from utils.flags import add_checkpoint_flags
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,8 +62,8 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         Tables for people, and everything as one JSON-ready value.
     """
     from utils.benchmark.ttft_subject import Subject
-    from utils.inference.checkpoint import find_checkpoint
-    from utils.inference.latent_cache import LatentCache
+    from utils.checkpoint.locate import find_checkpoint
+    from utils.compress.latent_cache import LatentCache
 
     if args.chunk_size is None:
         args.chunk_size = find_checkpoint(args.checkpoint).config.chunk_size

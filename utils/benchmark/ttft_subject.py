@@ -26,14 +26,14 @@ from utils.benchmark.material import (
 )
 from utils.benchmark.stages import StageClock, StagedJob
 from utils.benchmark.ttft_cases import Case, Group
-from utils.inference.compressor import Compressor
-from utils.inference.latent_cache import LatentCache
-from utils.inference.prompt_embeds import encode_wire
-from utils.inference.weights import load_decoder
+from utils.checkpoint.load import load_decoder
+from utils.compress.compressor import Compressor
+from utils.compress.latent_cache import LatentCache
+from utils.compress.prompt_embeds import encode_wire
 from utils.model.code_llava_model import check_prompt_fits, pad_left
 from utils.model.config import CompressionConfig
-from utils.model.cost import PairCost
 from utils.model.prompt import MemoryPrompt
+from utils.training.flops import PairCost
 
 # Tokens of a bare encoder pass: its best batch shape on two cores.
 _BARE_TOKENS = {"cpu": 1024, "cuda": 65536}
@@ -70,7 +70,7 @@ class Subject:
             yield cls(args, dtype, latents)
             return
         # Here, not above: a prefill in this process needs no HTTP client.
-        from utils.inference.vllm_client import VllmClient
+        from utils.client.server_client import VllmClient
 
         with asyncio.Runner() as runner:
             client = VllmClient(args.server_url)

@@ -17,4 +17,4 @@ add --chunk-size "${CHUNK_SIZE:-}"
 add --encoder-lora-alpha "${ENCODER_LORA_ALPHA:-}"
 add --decoder-lora-alpha "${DECODER_LORA_ALPHA:-}"
 
-exec uv run python -m utils.inference.convert "$checkpoint" "$output" --format "$format" "${arguments[@]}" "$@"
+exec uv run python -m utils.checkpoint.convert "$checkpoint" "$output" --format "$format" "${arguments[@]}" "$@"

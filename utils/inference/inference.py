@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 from utils.cli import EXIT_OK, make_parser, print_json, run_command
 from utils.errors import ConfigError, DatasetError
 from utils.files import read_json
-from utils.inference.flags import add_cache_flags, add_checkpoint_flags, add_memory_limit_flags, open_cache
+from utils.flags import add_cache_flags, add_checkpoint_flags, add_memory_limit_flags, open_cache
 from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START
 
 if TYPE_CHECKING:
     import torch
 
-    from utils.inference.latent_cache import LatentCache
+    from utils.compress.latent_cache import LatentCache
     from utils.model.code_llava_model import CodeLLaVAModel
     from utils.model.processor import Processor
     from utils.model.prompt import MemoryPrompt
@@ -102,27 +102,18 @@ def load_model(
         CheckpointError: The checkpoint is missing, incomplete or inconsistent.
         ConfigError: It cannot serve the chunk size, or the device is not there.
     """
-    from utils.inference.checkpoint import find_checkpoint
-    from utils.inference.span_encoder import SpanEncoder
-    from utils.inference.weights import check_vocabulary, load_decoder, load_memory_encoder, load_tokenizers
-    from utils.model.code_llava_model import CodeLLaVAModel
+    from utils.checkpoint.locate import find_checkpoint
+    from utils.checkpoint.pair import load_pair
+    from utils.compress.span_encoder import SpanEncoder
     from utils.model.processor import Processor
     from utils.model.prompt import MemoryLimit
 
     files = find_checkpoint(checkpoint_path, chunk_size)
-    tokenizers = load_tokenizers(files)
-    settings: dict[str, Any] = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
-    encoder = load_memory_encoder(files, **settings, batch_tokens=batch_tokens, tokenizer=tokenizers.encoder)
-    decoder = load_decoder(files, **settings)
-    check_vocabulary(tokenizers.decoder, decoder.get_input_embeddings().weight, files.decoder)
-    model = CodeLLaVAModel(
-        encoder,
-        decoder,
-        eos_token_ids=end_tokens(decoder, tokenizers.decoder),
-        pad_token_id=tokenizers.decoder.pad_token_id or 0,
-    ).eval()
+    model, tokenizers = load_pair(
+        files, device=device, dtype=dtype, attn_implementation=attn_implementation, batch_tokens=batch_tokens
+    )
     if cache is not None:
-        model.cached_encoder = SpanEncoder(encoder, files.fingerprint, cache)
+        model.cached_encoder = SpanEncoder(model.memory_encoder, files.fingerprint, cache)
     limit = MemoryLimit(max_tokens=max_code_length, truncate=truncate_memory)
     return model, tokenizers.decoder, Processor(tokenizers=tokenizers, chunk_size=files.config.chunk_size, limit=limit)
 
@@ -220,13 +211,6 @@ def read_test_data(path: str | Path) -> list[dict[str, str]]:
             if not isinstance(example, dict) or not isinstance(example.get(key), str):
                 raise DatasetError(f"{path}: example {number} has no text under {key!r}")
     return examples
-
-
-def end_tokens(decoder: Any, tokenizer: Any) -> list[int]:
-    """Ids that end a generation, from the decoder's generation settings and its tokenizer."""
-    configured = decoder.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -21,8 +21,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from utils.compress.compressor import Compressor
 from utils.errors import PromptError
-from utils.inference.compressor import Compressor
 from utils.serving.api_error import ApiError
 from utils.serving.bodies import BodyLimits
 from utils.serving.compress_request import EXTENSION, CompressedRequest, RequestCompressor

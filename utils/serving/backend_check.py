@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 
+from utils.client.server_client import VllmClient
 from utils.errors import ConfigError, ServerError
-from utils.inference.vllm_client import VllmClient
 from utils.serving.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from typing import Any
 
 import orjson
 
+from utils.compress.compressor import Compressor
+from utils.compress.prompt_embeds import encode_wire
 from utils.errors import CodeLlavaError, PromptError
-from utils.inference.compressor import Compressor
-from utils.inference.prompt_embeds import encode_wire
 from utils.model.prompt import MemoryPrompt, has_markers
 from utils.serving.api_error import ApiError, shown
 from utils.serving.chat_parts import ChatOutline, SpanSplitter, outline_chat

@@ -20,13 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from utils.inference.span_encoder import EncodingStopped
+from utils.compress.span_encoder import EncodingStopped
 from utils.serving.api_error import ApiError
 
 if TYPE_CHECKING:
     import torch
 
-    from utils.inference.compressor import Compressor
+    from utils.compress.compressor import Compressor
     from utils.model.prompt import MemorySpan
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from utils.cli import make_parser, run_command
 from utils.errors import ConfigError
-from utils.inference.flags import (
+from utils.flags import (
     add_cache_flags,
     add_checkpoint_flags,
     add_memory_limit_flags,
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from utils.inference.compressor import Compressor
+    from utils.compress.compressor import Compressor
     from utils.serving.app import create_app
     from utils.serving.backend_check import check_backend
     from utils.serving.door import DoorPolicy, is_loopback

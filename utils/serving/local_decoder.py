@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from utils.checkpoint.layout import CheckpointFiles
+from utils.checkpoint.load import load_decoder, load_tokenizers
+from utils.checkpoint.pair import end_tokens
+from utils.compress.prompt_embeds import decode_wire
 from utils.errors import PromptError
-from utils.inference.checkpoint import CheckpointFiles
-from utils.inference.inference import end_tokens
-from utils.inference.prompt_embeds import decode_wire
-from utils.inference.weights import load_decoder, load_tokenizers
 from utils.model.code_llava_model import check_prompt_fits, explain_out_of_memory
 from utils.model.markers import MarkerIds
 from utils.model.prompt import chat_text

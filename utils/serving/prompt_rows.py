@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from utils.inference.compressor import Compressor
+from utils.compress.compressor import Compressor
 from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START
 from utils.model.prompt import MemoryPrompt, chat_text, num_latents, place_spans
 from utils.serving.api_error import ApiError

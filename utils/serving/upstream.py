@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import orjson
 
-from utils.inference.server_connection import NO_KEY, api_base, find_api_key
+from utils.client.connection import NO_KEY, api_base, find_api_key
 from utils.serving.api_error import ApiError, error_body
 
 logger = logging.getLogger(__name__)

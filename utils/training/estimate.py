@@ -1,6 +1,6 @@
 """What a run will cost, before it runs: parameters and FLOPs counted, memory reckoned, time measured on two steps.
 
-Operations are those of `utils.model.cost`, whose counts are tested against torch's.
+Operations are those of `utils.training.flops`, whose counts are tested against torch's.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from utils.model.cost import PairCost, layer_matrices
 from utils.model.prompt import num_latents
 from utils.training.config import StageConfig, TrainConfig
+from utils.training.flops import PairCost, layer_matrices
 from utils.training.loop import Trainer
 from utils.training.packing import PackedRow
 

@@ -6,11 +6,11 @@ import dataclasses
 import logging
 from pathlib import Path
 
+from utils.checkpoint.save import save_checkpoint
 from utils.errors import CheckpointError
-from utils.inference.saving import save_checkpoint
 from utils.training.checkpoints import load_trained, whole_checkpoint
 from utils.training.config import TrainConfig
-from utils.training.pairs import load_pair
+from utils.training.pairs import starting_pair
 from utils.training.parts import apply_trained_state
 from utils.training.run_folder import MODEL_FOLDER
 
@@ -37,7 +37,7 @@ def export_pair(config: TrainConfig, target: str | Path | None = None) -> Path:
         raise CheckpointError(f"{config.output} has no checkpoint yet: train first")
     checkpoint, _ = found
     folder = Path(target) if target else Path(config.output) / MODEL_FOLDER
-    model, tokenizers = load_pair(config.pair, config.seed)
+    model, tokenizers = starting_pair(config.pair, config.seed)
     apply_trained_state(model, load_trained(checkpoint), config, tokenizers.markers)
     sizes = trained_chunk_sizes(config)
     chosen = model.config.chunk_size if model.config.chunk_size in sizes else sizes[0]

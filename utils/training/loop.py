@@ -26,9 +26,9 @@ from accelerate import Accelerator
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
+from utils.checkpoint.default.trained_part import TrainedPart
 from utils.errors import CheckpointError, ConfigError, DatasetError
 from utils.files import provenance, write_json
-from utils.inference.trained_part import TrainedPart
 from utils.model.processor import Processor
 from utils.model.transfer import to_device
 from utils.training.checkpoints import PROGRESS, Progress, check_fits, restore, save_checkpoint, whole_checkpoint
@@ -36,10 +36,10 @@ from utils.training.config import StageConfig, TrainConfig
 from utils.training.data.cache import TokenCache
 from utils.training.datasets import open_caches
 from utils.training.fused_norms import use_fused_norms
+from utils.training.losses import TrainedPair, check_alignable, loss_units
 from utils.training.metrics import MetricsFile, StepResults, check_trackers
-from utils.training.objective import TrainedPair, check_alignable, loss_units
 from utils.training.packing import ExampleStream, PackedRow, RowPacker, packed_ahead
-from utils.training.pairs import load_pair
+from utils.training.pairs import starting_pair
 from utils.training.parts import (
     add_lora,
     checkpoint_activations,
@@ -96,7 +96,7 @@ class Trainer:
             cpu=self.device == "cpu", log_with=list(config.trackers) or None, project_dir=config.output
         )
         _check_shares(config, self.accelerator.num_processes)
-        model, self.tokenizers = load_pair(config.pair, config.seed)
+        model, self.tokenizers = starting_pair(config.pair, config.seed)
         # Which chunk sizes the weights know is settled when the pair is exported.
         model.code_chunker.config = dataclasses.replace(model.config, chunk_sizes=())
         if any(stage.preset == "align" for stage in config.stages):

@@ -1,7 +1,7 @@
 """`python -m utils.training.pack`: the trained part of a run as small files that a repository can hold.
 
 LoRA stays unmerged and everything is stored in bfloat16. The embedded default checkpoint merges what it finds in
-`utils/inference/trained/` when it is assembled.
+`utils/checkpoint/default/weights/` when it is assembled.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def pack_run(config: TrainConfig, target: Path, card: str = "") -> dict[str, Any
     """
     from safetensors.torch import save_file
 
+    from utils.checkpoint.default.trained_part import CARD, MANIFEST
     from utils.files import atomic_folder, provenance, sha256_file, write_json, write_text
-    from utils.inference.trained_part import CARD, MANIFEST
     from utils.locks import LOCK_FILE, remove_leftovers, sole_writer
     from utils.training.checkpoints import load_trained, whole_checkpoint
     from utils.training.export import trained_chunk_sizes
@@ -117,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("--run-output", help="folder of the run; default: the one in the configuration")
-    parser.add_argument("--target", type=Path, help="folder to write; default utils/inference/trained")
+    parser.add_argument("--target", type=Path, help="folder to write; default utils/checkpoint/default/weights")
     parser.add_argument("--card", type=Path, help="model card (Markdown) to put beside; default: keep the one there")
     parser.add_argument("--json", action="store_true", help="the manifest as one JSON object on stdout")
     return parser
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     import dataclasses
 
-    from utils.inference.default_checkpoint import TRAINED_FOLDER
+    from utils.checkpoint.default.recipe import TRAINED_FOLDER
     from utils.training.config import load_config
 
     config = load_config(args.config)

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from utils.checkpoint.default.trained_part import TrainedPart
+from utils.checkpoint.trained_state import merge_trained_state
 from utils.errors import CheckpointError, ConfigError
-from utils.inference.trained_part import TrainedPart, merge_trained_state
 from utils.model.code_llava_model import CodeLLaVAModel
 from utils.model.markers import MarkerIds
 from utils.training import lora
 from utils.training.config import UNPACKER, StageConfig, TrainConfig, TuningConfig
-from utils.training.objective import TrainedPair
+from utils.training.losses import TrainedPair
 
 _LORA = re.compile(r"\.lora_[AB]\.")
 

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from utils.errors import ConfigError
-from utils.training.objective import TrainedPair
+from utils.training.losses import TrainedPair
 
 # More than any row holds: the encoder then runs once a row.
 _ONE_PASS = 1 << 40

@@ -14,10 +14,10 @@ from tests.support import fake_server
 from utils.benchmark import all as all_benchmarks
 from utils.benchmark import memory
 from utils.benchmark.ttft import STAGES
+from utils.checkpoint.load import load_decoder
 from utils.errors import CodeLlavaError
 from utils.files import read_json, write_json, write_text
-from utils.inference.weights import load_decoder
-from utils.model.cost import PairCost
+from utils.training.flops import PairCost
 
 Run = Callable[..., dict[str, Any]]
 NO_SWEEPS = ["--also-tokens", "--also-chunk-sizes", "--also-spans", "--also-dtypes", "--also-batches"]
@@ -79,7 +79,7 @@ def test_ttft_counts_the_ideal_as_the_cost_model_does(
 
 @pytest.fixture
 def compressor_of(checkpoints: dict[str, Path]) -> Callable[[], Any]:
-    from utils.inference.compressor import Compressor
+    from utils.compress.compressor import Compressor
 
     return lambda: Compressor.load(checkpoints["lclm"], device="cpu")
 

@@ -13,8 +13,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from tests.support.tiny import tokenizers
-from utils.inference.checkpoint import LCLM
-from utils.inference.saving import save_checkpoint
+from utils.checkpoint.layout import LCLM
+from utils.checkpoint.save import save_checkpoint
 from utils.model.adapter import Adapter
 from utils.model.code_chunker import CodeChunker
 from utils.model.code_llava_model import CodeLLaVAModel, MemoryEncoder

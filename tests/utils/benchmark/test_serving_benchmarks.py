@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import fake_server
-from utils.inference.compressor import Compressor
-from utils.inference.latent_cache import LatentCache
+from utils.compress.compressor import Compressor
+from utils.compress.latent_cache import LatentCache
 
 Run = Callable[..., dict[str, Any]]
 

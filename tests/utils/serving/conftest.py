@@ -9,8 +9,8 @@ import pytest
 
 from tests.support import fake_server
 from tests.support.fake_server import FakeServer
-from utils.inference.compressor import Compressor
-from utils.inference.latent_cache import LatentCache
+from utils.compress.compressor import Compressor
+from utils.compress.latent_cache import LatentCache
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.marks import DEVICES
-from utils.inference.compressor import Compressor
+from utils.compress.compressor import Compressor
 from utils.inference.inference import load_model
 from utils.model.markers import MEMORY_END, MEMORY_START
 from utils.serving.local_decoder import LocalDecoder, Sampling

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.support import gateway_server
+from utils.compress.compressor import Compressor
 from utils.errors import ConfigError
-from utils.inference.compressor import Compressor
 from utils.serving.door import DoorPolicy, is_loopback
 from utils.serving.page import PAGE_FILES
 

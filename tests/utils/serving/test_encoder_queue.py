@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("orjson")
 
-from utils.inference.span_encoder import EncodingStopped
+from utils.compress.span_encoder import EncodingStopped
 from utils.model.prompt import MemorySpan
 from utils.serving.api_error import ApiError
 from utils.serving.encoder_queue import EncoderQueue

@@ -15,7 +15,7 @@ import torch
 
 from tests.support import gateway_server
 from tests.support.fake_server import FakeServer, drop, refuse, rows_of, silence, stream
-from utils.inference.compressor import Compressor
+from utils.compress.compressor import Compressor
 from utils.model.markers import MEMORY_END, MEMORY_START
 
 openai = pytest.importorskip("openai")

@@ -15,9 +15,9 @@ import pytest
 
 from tests.support import fake_server, gateway_server
 from tests.support.fake_server import Handler
-from utils.inference.compressor import Compressor
-from utils.inference.latent_cache import LatentCache
-from utils.inference.prompt_embeds import encode_wire
+from utils.compress.compressor import Compressor
+from utils.compress.latent_cache import LatentCache
+from utils.compress.prompt_embeds import encode_wire
 from utils.model.markers import MEMORY_END, MEMORY_START
 
 CHAT = "/v1/chat/completions"

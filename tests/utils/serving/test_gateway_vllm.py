@@ -14,7 +14,7 @@ import pytest
 
 from tests.support import gateway_server, vllm_server
 from tests.support.vllm_server import local_answer
-from utils.inference.compressor import Compressor
+from utils.compress.compressor import Compressor
 from utils.model.markers import MEMORY_END, MEMORY_START
 
 openai = pytest.importorskip("openai")

@@ -10,8 +10,8 @@ import pytest
 
 from tests.support import fake_server, gateway_server, local_gateway
 from tests.support.fake_server import FakeServer
+from utils.compress.compressor import Compressor
 from utils.errors import ConfigError
-from utils.inference.compressor import Compressor
 from utils.model.markers import MEMORY_END, MEMORY_START
 from utils.serving.settings import GatewaySettings, read_keys
 

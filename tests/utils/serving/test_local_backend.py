@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tests.support import local_gateway
-from utils.inference.compressor import Compressor
+from utils.compress.compressor import Compressor
 from utils.inference.inference import load_model
 from utils.model.markers import MEMORY_END, MEMORY_START
 from utils.serving.local_decoder import LocalDecoder, Sampling
@@ -97,7 +97,7 @@ def test_completions_are_the_models(gateway: httpx.Client, expected: Any, text: 
 
 @pytest.mark.parametrize("text", PROMPTS)
 def test_greedy_ids_are_the_models(compressor: Compressor, decoder: LocalDecoder, expected: Any, text: str) -> None:
-    from utils.inference.prompt_embeds import encode_wire
+    from utils.compress.prompt_embeds import encode_wire
 
     embeds = compressor.compress([compressor.parse_raw(text)])[0]
     pieces: list[str] = []

@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from tests.support import chromium, fake_server, gateway_server, local_gateway
-from utils.inference.compressor import Compressor
-from utils.inference.latent_cache import LatentCache
+from utils.compress.compressor import Compressor
+from utils.compress.latent_cache import LatentCache
 from utils.serving.page import PAGE_FILES
 
 CODE = "def area(width, height):\n    return width * height\n"

@@ -16,7 +16,7 @@ import pytest
 from tests.support import fake_server, gateway_server, local_gateway
 from tests.support.fake_server import FakeServer
 from tests.support.tiny import MAX_POSITIONS
-from utils.inference.compressor import Compressor
+from utils.compress.compressor import Compressor
 from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import fake_server, gateway_server
 from tests.support.fake_server import FakeServer, Handler, refuse
-from utils.inference.compressor import Compressor
+from utils.compress.compressor import Compressor
 
 COMPLETIONS = "/v1/completions"
 PLAIN = {"model": "tiny", "prompt": "a"}

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.inference.saving import save_checkpoint
-from utils.model.cost import TransformerCost
-from utils.training.evaluate import main
-from utils.training.evaluation.evaluator import prompts_that_fit
-from utils.training.evaluation.scores import contains, edit_similarity, is_exact, mean, share
+from utils.checkpoint.save import save_checkpoint
+from utils.training.evaluate.__main__ import main
+from utils.training.evaluate.evaluator import prompts_that_fit
+from utils.training.evaluate.scores import contains, edit_similarity, is_exact, mean, share
+from utils.training.flops import TransformerCost
 from utils.training.toy import build_toy_pair
 
 TEXT = st.text("abc", max_size=8)

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from utils.checkpoint.default.build import merge_into_checkpoint
+from utils.checkpoint.default.trained_part import TrainedPart
+from utils.checkpoint.save import save_checkpoint
 from utils.errors import CheckpointError, ConfigError, DatasetError
 from utils.files import PROJECT_ROOT
 from utils.inference.inference import load_model
-from utils.inference.saving import save_checkpoint
-from utils.inference.trained_part import TrainedPart, merge_into_checkpoint
 from utils.training import pack
 from utils.training.config import TrainConfig, load_config
 from utils.training.export import export_pair
 from utils.training.loop import Trainer
-from utils.training.pairs import load_pair
+from utils.training.pairs import starting_pair
 from utils.training.parts import lora_scales
 
 Config = Callable[..., TrainConfig]
@@ -41,7 +42,7 @@ def test_packed_and_merged_is_the_exported_pair(
     assert max(path.stat().st_size for path in (tmp_path / "trained").iterdir()) <= 200_000
 
     folder = tmp_path / "assembled"
-    save_checkpoint(folder, *load_pair(config.pair, config.seed))
+    save_checkpoint(folder, *starting_pair(config.pair, config.seed))
     merge_into_checkpoint(folder, TrainedPart.open(tmp_path / "trained"))
     assert (folder / "README.md").read_text() == "# card\n"
     merged, _, _ = load_model(folder, device="cpu")
@@ -61,7 +62,7 @@ def test_a_damaged_part_is_refused(run_config: Config, tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"notes\.txt"):  # `--target ~`
         pack.pack_run(config, tmp_path / "trained")
     with pytest.raises(CheckpointError, match="missing or damaged"):
-        TrainedPart.open(tmp_path / "trained")
+        TrainedPart.open(tmp_path / "trained").tensors()
 
 
 def test_a_part_too_large_for_a_repository_is_refused(
@@ -106,7 +107,7 @@ def test_a_run_goes_on_from_a_packed_part(run_config: Config, tmp_path: Path) ->
     assert before["config"]["pair"]["trained"] is None
 
     folder = tmp_path / "assembled"
-    save_checkpoint(folder, *load_pair(config.pair, config.seed))
+    save_checkpoint(folder, *starting_pair(config.pair, config.seed))
     merge_into_checkpoint(folder, TrainedPart.open(tmp_path / "more"))
     merged, _, _ = load_model(folder, device="cpu")
     exported, _, _ = load_model(export_pair(further), device="cpu")

@@ -14,7 +14,7 @@ from utils.errors import DatasetError
 from utils.files import read_jsonl
 from utils.model.processor import IGNORED_LABEL, Processor
 from utils.training.data.cache import TokenCache
-from utils.training.objective import TrainedPair, loss_units
+from utils.training.losses import TrainedPair, loss_units
 from utils.training.packing import Draw, ExampleStream, RowPacker, pack, packed_ahead, packed_length
 from utils.training.toy import build_toy_pair
 

@@ -25,7 +25,7 @@ from utils.training.checkpoints import newest_checkpoint
 from utils.training.config import TrainConfig
 from utils.training.export import export_pair
 from utils.training.loop import Trainer
-from utils.training.objective import TrainedPair
+from utils.training.losses import TrainedPair
 from utils.training.packing import PackedRow
 from utils.training.train import main
 

@@ -117,8 +117,8 @@ def _answers(tasks: dict[str, int], args: argparse.Namespace) -> dict[str, str]:
 
 
 def _tokenize(args: argparse.Namespace) -> dict[str, Any]:
-    from utils.inference.checkpoint import find_checkpoint
-    from utils.inference.weights import load_tokenizers
+    from utils.checkpoint.load import load_tokenizers
+    from utils.checkpoint.locate import find_checkpoint
     from utils.model.processor import Processor
     from utils.training.datasets import tokenize_folder
 
@@ -141,9 +141,9 @@ def _config(args: argparse.Namespace) -> dict[str, Any]:
 
 def _load(pair: PairConfig, seed: int = 0) -> tuple[CodeLLaVAModel, Processor]:
     from utils.model.processor import Processor
-    from utils.training.pairs import load_pair
+    from utils.training.pairs import starting_pair
 
-    model, tokenizers = load_pair(pair, seed)
+    model, tokenizers = starting_pair(pair, seed)
     return model, Processor(tokenizers=tokenizers, chunk_size=model.config.chunk_size)
 
 

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.corpus.reading import UnusableTextError, open_regular, read_whole
 from utils.errors import DatasetError
 from utils.files import sha256_bytes
-from utils.inference.corpus.reading import UnusableTextError, open_regular, read_whole
 
 HELD_OUT_INITIALS = tuple("optz")
-# The haystacks of RULER's code tasks (ruler/code_files.py) are never trained on.
+# The haystacks of RULER's code tasks (ruler/generation/code_files.py) are never trained on.
 EVALUATION_PACKAGES = frozenset(
     ("accelerate", "fastapi", "httpx", "huggingface_hub", "jinja2", "networkx", "openai", "peft", "uvicorn")
 )

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ruler.prepare import DatasetJob, add_recipe_arguments, recipe_from, run_jobs
+from ruler.generation.prepare import DatasetJob, add_recipe_arguments, recipe_from, run_jobs
 from ruler.registry import get_task
 from utils.cli import make_parser, run_command
 from utils.errors import ConfigError

@@ -11,10 +11,10 @@ import os
 import sys
 from pathlib import Path
 
-from ruler.predict import PredictJob, exit_code, predict, print_outcomes
-from ruler.protocol import BackendSettings, Sampling
+from ruler.answering.predict import PredictJob, exit_code, predict, print_outcomes
+from ruler.answering.protocol import BackendSettings, Sampling
+from ruler.answering.runner import RetryPolicy
 from ruler.registry import resolve_tasks
-from ruler.runner import RetryPolicy
 from utils.cli import make_parser, run_command
 from utils.errors import ConfigError
 

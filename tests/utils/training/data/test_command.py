@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
+from utils.checkpoint.save import save_checkpoint
 from utils.errors import ConfigError
 from utils.files import read_json, read_jsonl, write_json
-from utils.inference.saving import save_checkpoint
 from utils.model.processor import Processor
 from utils.training.config import parse_config
 from utils.training.data.__main__ import main

@@ -11,7 +11,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from ruler.code_files import PACKAGES
+from ruler.generation.code_files import PACKAGES
 from utils.errors import ConfigError, DatasetError
 from utils.files import read_jsonl
 from utils.model.processor import Processor

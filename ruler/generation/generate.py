@@ -1,0 +1,244 @@
+"""Puts task, template, tokenizer and data together: a `Recipe` is everything that decides a dataset's rows.
+
+rows = list(generate_rows(Recipe(task="vt", max_seq_length=4096, tokenizer="models/Qwen3-4B", num_samples=20)))
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import PurePath
+from typing import Any
+
+from ruler.generation.counting import PieceCounter
+from ruler.generation.data_files import RulerData
+from ruler.generation.essay import Essay
+from ruler.generation.fitting import CountMismatchError, RowMaker, balanced_row, compat_rows, derive_seed
+from ruler.generation.tasks.base import Prompt, Streams, TaskGenerator
+from ruler.generation.templates import chat_template
+from ruler.generation.tokenizers import TextTokenizer, load_tokenizer
+from ruler.registry import TaskConfig, get_task
+from utils.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+MODES = ("compat", "balanced")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides the rows of one dataset.
+
+    Attributes:
+        task: Name of the task.
+        max_seq_length: Budget in tokens: prompt, answer prefix and room for the answer.
+        tokenizer: Path, hub id or encoding name.
+        tokenizer_type: `hf`, `openai` or `nemo`.
+        num_samples: Number of rows.
+        seed: Random seed.
+        mode: `compat` or `balanced` (see `ruler/generation/fitting.py`). Code tasks are always balanced.
+        template: Chat template: a name of `ruler.generation.templates.NAMED`, or `tokenizer`.
+        remove_newline_tab: Flatten prompts to one line.
+        reference_index: NIAH's `index` as in the reference: a character offset.
+        first: Number of the first sample, for a chunk of a dataset.
+        data_dir: Folder of the data files; None = built in.
+        code_dir: Folder of source files for the code tasks; None = installed packages.
+    """
+
+    task: str
+    max_seq_length: int
+    tokenizer: str
+    tokenizer_type: str = "hf"
+    num_samples: int = 500
+    seed: int = 42
+    mode: str = "compat"
+    template: str = "base"
+    remove_newline_tab: bool = False
+    reference_index: bool = False
+    first: int = 0
+    data_dir: str | None = None
+    code_dir: str | None = None
+
+    @property
+    def balanced(self) -> bool:
+        """Whether every row has streams of its own."""
+        return self.mode == "balanced" or get_task(self.task).family == "code"
+
+    def check(self) -> None:
+        """Raises:
+        ConfigError: A value is out of its range.
+        """
+        get_task(self.task)
+        if self.mode not in MODES:
+            raise ConfigError(f"unknown mode {self.mode!r}: expected one of {', '.join(MODES)}")
+        for name, least in (("max_seq_length", 1), ("num_samples", 1), ("first", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be {least} or more, got {getattr(self, name)}")
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(kind: str, path: str) -> TextTokenizer:
+    return load_tokenizer(kind, path)
+
+
+@lru_cache(maxsize=2)
+def _data(folder: str | None, code_folder: str | None) -> RulerData:
+    return RulerData(folder, code_folder)
+
+
+@lru_cache(maxsize=2)
+def _counter(kind: str, path: str) -> PieceCounter:
+    return PieceCounter(_tokenizer(kind, path))
+
+
+@lru_cache(maxsize=2)
+def _essay(folder: str | None, kind: str, path: str) -> Essay:
+    return Essay(_data(folder, None).essay_words, _counter(kind, path))
+
+
+def generate_rows(recipe: Recipe, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
+    """Make the rows of a dataset.
+
+    Args:
+        recipe: What to make.
+        start: First row to yield. A balanced dataset can start anywhere; the others draw what comes before.
+        stop: End of the rows (exclusive); all without it.
+
+    Raises:
+        ConfigError: A value of the recipe is wrong.
+        DatasetError: Data is missing, or no sample fits the budget.
+    """
+    recipe.check()
+    stop = recipe.num_samples if stop is None else stop
+    maker = _row_maker(recipe, whole=False)
+    done = start
+    try:
+        for row in _rows(recipe, maker, start, stop):
+            yield row
+            done += 1
+    except CountMismatchError as mismatch:
+        # Found on the first row made, before it was yielded.
+        assert done == start
+        logger.warning("%s: counting whole texts, parts do not add up (%s)", recipe.tokenizer, mismatch)
+        yield from _rows(recipe, _row_maker(recipe, whole=True), start, stop)
+
+
+def _rows(recipe: Recipe, maker: RowMaker, start: int, stop: int) -> Iterator[dict[str, Any]]:
+    if recipe.balanced:
+        shared = Streams(derive_seed(recipe.seed, recipe.task, recipe.max_seq_length, "shared"))
+        maker.generator.begin(shared, maker.counter)
+        for number in range(start, stop):
+            yield balanced_row(maker, recipe.seed, number + recipe.first)
+        return
+    for number, row in enumerate(compat_rows(maker, recipe.seed, stop, recipe.first)):
+        if number >= start:
+            yield row
+
+
+def _row_maker(recipe: Recipe, *, whole: bool) -> RowMaker:
+    task = get_task(recipe.task)
+    source = (recipe.tokenizer_type, recipe.tokenizer)
+    counter = PieceCounter(_tokenizer(*source), whole=True) if whole else _counter(*source)
+    data = _data(recipe.data_dir, recipe.code_dir)
+    prompt = Prompt(task, chat_template(recipe.template, recipe.tokenizer))
+    generator = _BUILDERS[task.family](recipe, task, prompt, data, counter)
+    return RowMaker(generator, counter, recipe.reference_index)
+
+
+def _niah(recipe: Recipe, task: TaskConfig, prompt: Prompt, data: RulerData, counter: PieceCounter) -> TaskGenerator:
+    from ruler.generation.tasks.niah import Niah
+
+    essay = None
+    if task.params["haystack"] == "essay":
+        cached = counter is _counter(recipe.tokenizer_type, recipe.tokenizer)
+        essay = (
+            _essay(recipe.data_dir, recipe.tokenizer_type, recipe.tokenizer)
+            if cached
+            else Essay(data.essay_words, counter)
+        )
+    pairs = data.word_lists.pairs if task.params["key"] == "words" else None
+    return Niah(task, prompt, recipe.max_seq_length, recipe.remove_newline_tab, essay=essay, pairs=pairs)
+
+
+def _vt(recipe: Recipe, task: TaskConfig, prompt: Prompt, data: RulerData, counter: PieceCounter) -> TaskGenerator:
+    from ruler.generation.tasks.variable_tracking import VariableTracking
+
+    return VariableTracking(task, prompt, recipe.max_seq_length, recipe.remove_newline_tab)
+
+
+def _cwe(recipe: Recipe, task: TaskConfig, prompt: Prompt, data: RulerData, counter: PieceCounter) -> TaskGenerator:
+    from ruler.generation.tasks.common_words import CommonWords
+
+    return CommonWords(
+        task,
+        prompt,
+        recipe.max_seq_length,
+        recipe.remove_newline_tab,
+        words=data.word_lists.shuffled(recipe.seed),
+        more_words=lambda: data.english_words,
+    )
+
+
+def _fwe(recipe: Recipe, task: TaskConfig, prompt: Prompt, data: RulerData, counter: PieceCounter) -> TaskGenerator:
+    from ruler.generation.tasks.freq_words import FreqWords
+
+    return FreqWords(task, prompt, recipe.max_seq_length, recipe.remove_newline_tab)
+
+
+def _qa(recipe: Recipe, task: TaskConfig, prompt: Prompt, data: RulerData, counter: PieceCounter) -> TaskGenerator:
+    from ruler.generation.tasks.qa import QuestionAnswering
+
+    source = data.squad if task.params["dataset"] == "squad" else data.hotpotqa
+    return QuestionAnswering(task, prompt, recipe.max_seq_length, recipe.remove_newline_tab, source=source)
+
+
+def _code(recipe: Recipe, task: TaskConfig, prompt: Prompt, data: RulerData, counter: PieceCounter) -> TaskGenerator:
+    from ruler.generation.tasks.code import CodeTask
+
+    return CodeTask(task, prompt, recipe.max_seq_length, recipe.remove_newline_tab, files=data.code_files)
+
+
+_Builder = Callable[[Recipe, TaskConfig, Prompt, RulerData, PieceCounter], TaskGenerator]
+_BUILDERS: dict[str, _Builder] = {
+    "niah": _niah,
+    "variable_tracking": _vt,
+    "common_words": _cwe,
+    "freq_words": _fwe,
+    "qa": _qa,
+    "code": _code,
+}
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """What identifies the rows of a recipe: its values, and fingerprints of tokenizer and data.
+
+    Raises:
+        ConfigError: A value of the recipe is wrong, or the tokenizer cannot be loaded.
+        DatasetError: Data is missing.
+    """
+    recipe.check()
+    task = get_task(recipe.task)
+    tokenizer = _tokenizer(recipe.tokenizer_type, recipe.tokenizer)
+    data = _data(recipe.data_dir, recipe.code_dir)
+    chat = chat_template(recipe.template, recipe.tokenizer)
+    return {
+        "task": task.name,
+        "max_seq_length": recipe.max_seq_length,
+        "tokens_to_generate": task.tokens_to_generate,
+        "num_samples": recipe.num_samples,
+        "first_sample": recipe.first,
+        "mode": "balanced" if recipe.balanced else "compat",
+        "seed": recipe.seed,
+        "template": {"name": chat.name, "before": chat.before, "behind": chat.behind},
+        "remove_newline_tab": recipe.remove_newline_tab,
+        "reference_index": recipe.reference_index,
+        # The name without its folder: a dataset says nothing about the machine it was made on.
+        "tokenizer": {
+            "type": recipe.tokenizer_type,
+            "name": PurePath(tokenizer.name).name,
+            "sha256": tokenizer.fingerprint,
+        },
+        "data": data.sources(task),
+    }

@@ -1,0 +1,367 @@
+"""`python -m ruler prepare`: generate datasets, many tasks and lengths in one call, in parallel and resumably.
+
+Each dataset is cut into units of work: balanced ones into ranges of rows, the others (whose rows depend on those
+before) into one. A finished unit is a file in a hidden folder beside the dataset; when all are there they become the
+dataset. A run that was cut off keeps its finished units, a dataset that is complete is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ruler.dataset import read_dataset, read_manifest, rows_path, write_dataset
+from ruler.registry import REFERENCE_COMMIT, resolve_tasks
+from utils.cli import print_json
+from utils.errors import CodeLlavaError, ConfigError, DatasetError
+from utils.files import provenance, read_json, read_jsonl, write_json, write_jsonl
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = """\
+  python -m ruler prepare --output-dir data --lengths 4k,32k --tokenizer-path models/Qwen3-4B --num-samples 100
+  python -m ruler prepare --output-dir data --tasks vt,code --lengths 8k --tokenizer-path tokenizer.json --mode balanced
+  python -m ruler prepare --output-dir data --lengths 4k --tokenizer-path models/Qwen3-4B --data-dir ruler_data"""
+
+_UNIT_ROWS = 16
+_VERSIONS = ("tokenizers", "numpy", "wonderwords")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetJob:
+    """One dataset to be made.
+
+    Attributes:
+        recipe: What its rows are (`ruler.generation.generate.Recipe`).
+        folder: Where it goes.
+        subset: Stem of the rows file.
+    """
+
+    recipe: Any
+    folder: Path
+    subset: str = "validation"
+
+    @property
+    def parts(self) -> Path:
+        """Folder of the finished units."""
+        return self.folder / f".{self.subset}.parts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What became of a job.
+
+    Attributes:
+        task: Its task.
+        max_seq_length: Its budget in tokens.
+        path: The rows file.
+        num_rows: Rows in it.
+        mean_length: Mean length of a row in tokens, answer included.
+        made: False where it was complete already.
+    """
+
+    task: str
+    max_seq_length: int
+    path: str
+    num_rows: int
+    mean_length: float
+    made: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unit:
+    job: DatasetJob
+    start: int
+    stop: int
+
+    @property
+    def path(self) -> Path:
+        return self.job.parts / f"{self.start:08d}-{self.stop:08d}.jsonl"
+
+
+def prepare_datasets(
+    jobs: Sequence[DatasetJob], *, num_workers: int | None = None, overwrite: bool = False
+) -> tuple[list[Prepared], dict[str, CodeLlavaError]]:
+    """Make datasets, or find them made.
+
+    Args:
+        jobs: What to make.
+        num_workers: Processes; one for each core, at most one for each unit, by default.
+        overwrite: Replace other datasets that lie in the way.
+
+    Returns:
+        The datasets in the order of `jobs`, and the errors of those that could not be made by `task @ length`.
+
+    Raises:
+        ConfigError: A value of a recipe is wrong.
+        DatasetError: Another dataset lies in the way, or data is missing.
+    """
+    from ruler.generation.generate import describe
+
+    identities = [describe(job.recipe) for job in jobs]
+    done = [_is_complete(job, identity, overwrite) for job, identity in zip(jobs, identities, strict=True)]
+    units = [
+        unit
+        for job, identity, complete in zip(jobs, identities, done, strict=True)
+        if not complete
+        for unit in _open_units(job, identity)
+    ]
+    errors = _make_units(units, num_workers or os.cpu_count() or 1)
+    prepared = []
+    for job, identity, complete in zip(jobs, identities, done, strict=True):
+        if _name(job) not in errors:
+            prepared.append(_summary(job) if complete else _finish(job, identity))
+    return prepared, errors
+
+
+def _is_complete(job: DatasetJob, identity: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the dataset is there already.
+
+    Raises:
+        DatasetError: Another one is there.
+    """
+    path = rows_path(job.folder, job.subset)
+    if not path.exists() or overwrite:
+        return False
+    manifest = read_manifest(job.folder, job.subset)
+    if manifest is None:
+        raise DatasetError(f"{path} was not written by this program: choose another folder, or pass --overwrite")
+    for name, wanted in identity.items():
+        if manifest.get(name) != wanted:
+            raise DatasetError(
+                f"{path} holds another dataset: {name} is {manifest.get(name)!r:.80}, wanted {wanted!r:.80}; "
+                "choose another folder, or pass --overwrite"
+            )
+    read_dataset(job.folder, job.subset)
+    return True
+
+
+def _open_units(job: DatasetJob, identity: dict[str, Any]) -> list[_Unit]:
+    """The units of a job that are still to be made; units of another dataset are thrown away."""
+    note = job.parts / "recipe.json"
+    size = _UNIT_ROWS if job.recipe.balanced else job.recipe.num_samples
+    units = {**identity, "unit_rows": size}
+    if note.exists() and read_json(note) != units:
+        shutil.rmtree(job.parts)
+    write_json(note, units)
+    return [unit for unit in _units(job, size) if not unit.path.exists()]
+
+
+def _units(job: DatasetJob, size: int) -> Iterator[_Unit]:
+    total = job.recipe.num_samples
+    for start in range(0, total, size):
+        yield _Unit(job=job, start=start, stop=min(start + size, total))
+
+
+def _make_units(units: Sequence[_Unit], num_workers: int) -> dict[str, CodeLlavaError]:
+    """Make all units, here or in worker processes; a failed one does not keep the others from being made."""
+    from tqdm import tqdm
+
+    errors: dict[str, CodeLlavaError] = {}
+    total = sum(unit.stop - unit.start for unit in units)
+    # disable=None: no bar where stderr is a file.
+    with tqdm(total=total, desc="prepare", unit="row", disable=None) as bar:
+        for unit, error in _run(units, min(num_workers, len(units)), bar.update):
+            if error:
+                errors.setdefault(_name(unit.job), error)
+                logger.error("%s: %s", _name(unit.job), error)
+    return errors
+
+
+def _run(
+    units: Sequence[_Unit], num_workers: int, progress: Callable[[int], object]
+) -> Iterator[tuple[_Unit, CodeLlavaError | None]]:
+    if num_workers <= 1:
+        for unit in units:
+            yield unit, _make_unit(unit, progress)
+        return
+    threads = max((os.cpu_count() or 1) // num_workers, 1)
+    # Spawned, not forked: the tokenizer's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, context, _start_worker, (threads,)) as pool:
+        futures = {pool.submit(_make_unit, unit): unit for unit in units}
+        try:
+            for future in as_completed(futures):
+                unit = futures[future]
+                progress(unit.stop - unit.start)
+                yield unit, future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _start_worker(num_threads: int) -> None:
+    os.environ["RAYON_NUM_THREADS"] = str(num_threads)
+
+
+def _make_unit(unit: _Unit, progress: Callable[[int], object] = lambda rows: None) -> CodeLlavaError | None:
+    from ruler.generation.generate import generate_rows
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for row in generate_rows(unit.job.recipe, unit.start, unit.stop):
+            yield row
+            progress(1)
+
+    try:
+        write_jsonl(unit.path, rows())
+    except CodeLlavaError as error:
+        return error
+    return None
+
+
+def _finish(job: DatasetJob, identity: dict[str, Any]) -> Prepared:
+    """Put the units together as the dataset."""
+    files = sorted(job.parts.glob("*.jsonl"))
+    rows = [row for file in files for row in read_jsonl(file)]
+    assert len(rows) == job.recipe.num_samples
+    manifest = {**identity, "reference_commit": REFERENCE_COMMIT, "provenance": provenance(_VERSIONS)}
+    write_dataset(job.folder, rows, manifest, job.subset)
+    shutil.rmtree(job.parts)
+    return _summary(job, rows)
+
+
+def _summary(job: DatasetJob, rows: list[dict[str, Any]] | None = None) -> Prepared:
+    made = rows is not None
+    rows = rows or read_dataset(job.folder, job.subset)[1]
+    return Prepared(
+        task=job.recipe.task,
+        max_seq_length=job.recipe.max_seq_length,
+        path=str(rows_path(job.folder, job.subset)),
+        num_rows=len(rows),
+        mean_length=round(sum(row["length"] for row in rows) / len(rows), 1),
+        made=made,
+    )
+
+
+def _name(job: DatasetJob) -> str:
+    return f"{job.recipe.task} @ {job.recipe.max_seq_length}"
+
+
+# ---- the command ----
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Lengths such as `4096,32k,1M` (k = 1024, M = 1024²) in tokens.
+
+    Raises:
+        ConfigError: One is not a length.
+    """
+    factors = {"k": 1024, "m": 1024**2}
+    lengths = []
+    for part in filter(None, (item.strip().lower() for item in text.split(","))):
+        number, factor = (part[:-1], factors[part[-1]]) if part[-1] in factors else (part, 1)
+        if not number.isdecimal() or int(number) < 1:
+            raise ConfigError(f"{part!r} is not a length: expected tokens such as 4096, 32k or 1M")
+        lengths.append(int(number) * factor)
+    if not lengths:
+        raise ConfigError("no length given: expected tokens such as 4096,32k")
+    return list(dict.fromkeys(lengths))
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags that decide rows, whichever command makes them."""
+    group = parser.add_argument_group("samples")
+    group.add_argument("--tokenizer-path", "--tokenizer_path", required=True, help="measures lengths: a folder, "
+                       "tokenizer.json, hub id; a tiktoken encoding; a sentencepiece model")  # fmt: skip
+    group.add_argument("--tokenizer-type", "--tokenizer_type", default="hf", choices=("hf", "openai", "nemo"),
+                       help="Hugging Face, tiktoken or sentencepiece (default: hf)")  # fmt: skip
+    group.add_argument("--num-samples", "--num_samples", type=int, default=500, help="rows a dataset (default: 500)")
+    group.add_argument("--random-seed", "--random_seed", "--seed", type=int, default=42, help="seed (default: 42)")
+    group.add_argument("--model-template-type", "--model_template_type", "--template", default="base",
+                       help="chat template: base, meta-chat, …, or tokenizer for its own (default: base)")  # fmt: skip
+    group.add_argument("--remove-newline-tab", "--remove_newline_tab", action="store_true",
+                       help="make each prompt one line")  # fmt: skip
+    group.add_argument("--mode", choices=("compat", "balanced"), default="compat", help="compat: the reference's rows, "
+                       "byte for byte; balanced: every row full, depths even (default: compat)")  # fmt: skip
+    group.add_argument("--reference-index", action="store_true",
+                       help="compat: NIAH's index as the reference writes it, a character offset")  # fmt: skip
+    group.add_argument("--subset", default="validation", help="stem of the rows file (default: validation)")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-dir", "--data_dir", help="folder of the real data files (default: built-in data)")
+    data.add_argument("--code-dir", "--code_dir", help="source files for the code tasks (default: installed packages)")
+    run = parser.add_argument_group("run")
+    run.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    run.add_argument("--overwrite", action="store_true", help="replace other datasets that lie in the way")
+    run.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+
+
+def recipe_from(args: argparse.Namespace, task: str, max_seq_length: int, **changes: Any) -> Any:
+    """The recipe that the flags of `add_recipe_arguments` describe."""
+    from ruler.generation.generate import Recipe
+
+    values = {
+        "task": task,
+        "max_seq_length": max_seq_length,
+        "tokenizer": args.tokenizer_path,
+        "tokenizer_type": args.tokenizer_type,
+        "num_samples": args.num_samples,
+        "seed": args.random_seed,
+        "mode": args.mode,
+        "template": args.model_template_type,
+        "remove_newline_tab": args.remove_newline_tab,
+        "reference_index": args.reference_index,
+        "data_dir": args.data_dir,
+        "code_dir": args.code_dir,
+    }
+    return Recipe(**{**values, **changes})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `prepare`."""
+    parser.add_argument("--output-dir", "--save-dir", "--save_dir", type=Path, required=True,
+                        help="datasets go to <output-dir>/<length>/<task>/")  # fmt: skip
+    parser.add_argument("--tasks", "--task", default="ruler",
+                        help="task names with commas, or ruler, code, all (default: ruler, the thirteen)")  # fmt: skip
+    parser.add_argument("--lengths", "--max-seq-length", "--max_seq_length", default="4096",
+                        help="budgets in tokens, answer included; 32k = 32768 (default: 4096)")  # fmt: skip
+    add_recipe_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `prepare`."""
+    jobs = [
+        DatasetJob(
+            recipe=recipe_from(args, task, length), folder=args.output_dir / str(length) / task, subset=args.subset
+        )
+        for length in parse_lengths(args.lengths)
+        for task in resolve_tasks(args.tasks)
+    ]
+    return run_jobs(jobs, args)
+
+
+def run_jobs(jobs: Sequence[DatasetJob], args: argparse.Namespace) -> int:
+    """Make the datasets and print what became of them.
+
+    Raises:
+        DatasetError: A dataset could not be made; the others were.
+    """
+    started = time.perf_counter()
+    prepared, errors = prepare_datasets(jobs, num_workers=args.workers, overwrite=args.overwrite)
+    seconds = round(time.perf_counter() - started, 2)
+    if args.json:
+        failed = {name: str(error) for name, error in errors.items()}
+        print_json({"datasets": [asdict(item) for item in prepared], "failed": failed, "seconds": seconds})
+    else:
+        _print_table(prepared)
+        logger.info("%d datasets in %.1f s", len(prepared), seconds)
+    if errors:
+        name, error = next(iter(errors.items()))
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise DatasetError(f"{len(errors)} of {len(jobs)} datasets were not made; {name}: {error}{more}")
+    return 0
+
+
+def _print_table(prepared: Iterable[Prepared]) -> None:
+    for item in prepared:
+        state = "made" if item.made else "complete"
+        print(f"{item.max_seq_length:>8} {item.task:<16} {item.num_rows:>5} rows {item.mean_length:>10.1f} tokens "
+              f"{state:<8} {item.path}")  # fmt: skip

@@ -1,0 +1,191 @@
+"""A checkpoint's folder: its two published layouts, whether it is whole, and its fingerprint.
+
+    files = open_checkpoint("pairs/mine")
+    files.config                                     # CompressionConfig
+
+Two published layouts, one model:
+
+    Code-LLaVA   llm/      embedder/  projectors/{code_projection,code_norm_pre}.safetensors  (model_config.json: ours)
+    LCLM         decoder/  encoder/   adapter/adapter.safetensors                             model_config.json
+
+Nothing larger than a header is opened, except for the fingerprint.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from utils.checkpoint.lora import base_of, is_peft_folder
+from utils.checkpoint.weight_files import tensor_names, weight_files
+from utils.errors import CheckpointError, ConfigError
+from utils.files import sha256_bytes, sha256_file
+from utils.model.config import CONFIG_FILE, CompressionConfig
+from utils.pretrained import ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG, read_settings
+
+_RUN_CHILD = re.compile(r"checkpoint_(\d+)(?:\D.*)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Where one published layout keeps its parts.
+
+    Attributes:
+        name: Its name in messages.
+        decoder: Folder of the decoder.
+        encoder: Folder of the encoder.
+        adapter: File(s) of the adapter → prefix map from the names on disk to ours.
+    """
+
+    name: str
+    decoder: str
+    encoder: str
+    adapter: Mapping[str, Mapping[str, str]]
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The top-level folders that make a checkpoint of this layout."""
+        return (self.decoder, self.encoder, str(Path(next(iter(self.adapter))).parent))
+
+
+CODE_LLAVA = Layout(
+    name="code-llava",
+    decoder="llm",
+    encoder="embedder",
+    adapter={
+        "projectors/code_norm_pre.safetensors": {"weight": "norm.weight"},
+        "projectors/code_projection.safetensors": {
+            "0.weight": "fc1.weight",
+            "0.bias": "fc1.bias",
+            "2.weight": "fc2.weight",
+            "2.bias": "fc2.bias",
+        },
+    },
+)
+LCLM = Layout(name="lclm", decoder="decoder", encoder="encoder", adapter={"adapter/adapter.safetensors": {}})
+LAYOUTS = (CODE_LLAVA, LCLM)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFiles:
+    """A complete checkpoint folder and how it compresses.
+
+    Attributes:
+        root: The folder itself.
+        layout: Which of the published layouts it has.
+        config: From `model_config.json`, at the chunk size that was asked for.
+    """
+
+    root: Path
+    layout: Layout
+    config: CompressionConfig
+
+    @property
+    def decoder(self) -> Path:
+        """Folder of the decoder and its tokenizer."""
+        return self.root / self.layout.decoder
+
+    @property
+    def encoder(self) -> Path:
+        """Folder of the encoder and its tokenizer."""
+        return self.root / self.layout.encoder
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex sha256 over everything that decides a latent: encoder, adapter and compression (not the chunk size)."""
+        parts = [(f"{self.layout.encoder}/{path.name}", path) for path in _model_files(self.encoder)]
+        parts += [(name, self.root / name) for name in self.layout.adapter]
+        if is_peft_folder(self.encoder):
+            parts += [(f"base/{path.name}", path) for path in _model_files(base_of(self.encoder))]
+        settings = {key: value for key, value in self.config.to_json().items() if key != "compression_ratio"}
+        if self.config.window_follows:
+            del settings["encoder_window_size"]
+        lines = [f"{name} {_cached_sha256(path)}" for name, path in parts]
+        return sha256_bytes("\n".join([*lines, json.dumps(settings, sort_keys=True)]).encode())
+
+
+def open_checkpoint(folder: str | Path, chunk_size: int | None = None) -> CheckpointFiles:
+    """Open a checkpoint's folder and check that it is whole.
+
+    Args:
+        folder: The checkpoint itself.
+        chunk_size: Encoder tokens per latent; None for the checkpoint's own.
+
+    Raises:
+        CheckpointError: Something is missing in it.
+        ConfigError: The checkpoint cannot serve this chunk size, or does not say its own and none was given.
+    """
+    root = Path(folder)
+    layout = _layout_of(root)
+    files = CheckpointFiles(root=root, layout=layout, config=_read_config(root, layout, chunk_size))
+    _check_complete(files)
+    return files
+
+
+def newest_child(root: Path) -> Path | None:
+    """The `checkpoint_<int>…` of the largest number in a run's folder; None in a checkpoint itself."""
+    numbered = [(int(m.group(1)), p) for p in root.iterdir() if p.is_dir() and (m := _RUN_CHILD.fullmatch(p.name))]
+    if not numbered or any((root / layout.decoder).is_dir() for layout in LAYOUTS):
+        return None
+    return max(numbered)[1]
+
+
+def _layout_of(root: Path) -> Layout:
+    present = {path.name for path in root.iterdir() if path.is_dir()}
+    # The layout of which most folders are there; the complaint below then names what is missing of it.
+    best = max(LAYOUTS, key=lambda layout: len(present & set(layout.folders)))
+    missing = [name for name in best.folders if name not in present]
+    if missing:
+        wanted = " or ".join(" ".join(f"{name}/" for name in layout.folders) for layout in LAYOUTS)
+        raise CheckpointError(
+            f"{root} is not a complete checkpoint: {', '.join(f'{m}/' for m in missing)} is missing (expected {wanted})"
+        )
+    return best
+
+
+def _read_config(root: Path, layout: Layout, chunk_size: int | None) -> CompressionConfig:
+    path = root / CONFIG_FILE
+    if path.is_file():
+        return CompressionConfig.from_json(read_settings(path), str(path)).with_chunk_size(chunk_size)
+    if layout is LCLM:
+        raise CheckpointError(f"{path} is missing: an LCLM checkpoint does not say without it how it compresses")
+    if chunk_size is None:
+        raise ConfigError(
+            f"{root} is a published Code-LLaVA checkpoint, which does not say its chunk size: pass --chunk-size with "
+            "the value it was trained for"
+        )
+    return CompressionConfig.code_llava(chunk_size)
+
+
+def _check_complete(files: CheckpointFiles) -> None:
+    for name in files.layout.adapter:
+        tensor_names(files.root / name)
+    for folder in (files.decoder, files.encoder):
+        config = ADAPTER_CONFIG if is_peft_folder(folder) else CONFIG
+        for name in (config, TOKENIZER_CONFIG):
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder / name} is missing: the checkpoint is half copied; copy it again")
+        if not is_peft_folder(folder):
+            weight_files(folder)
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """Weights, configuration and tokenizer."""
+    suffixes = (".safetensors", ".json", ".model", ".bin")
+    return sorted(path for path in folder.glob("*") if path.suffix in suffixes and path.is_file())
+
+
+def _cached_sha256(path: Path) -> str:
+    """sha256 of a file, remembered beside nothing but its size and time of change for the life of the process."""
+    stat = path.stat()
+    key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    if key not in _HASHES:
+        _HASHES[key] = sha256_file(path)
+    return _HASHES[key]
+
+
+_HASHES: dict[tuple[str, int, int], str] = {}

@@ -1,0 +1,91 @@
+"""What a server answered, put together from one whole reply or from the pieces of a stream; its shape is distrusted."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from utils.client.connection import RequestError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerCompletion:
+    """An answer.
+
+    Attributes:
+        text: The new text.
+        finish_reason: "stop", "length", "tool_calls", ….
+        prompt_tokens: Rows of the prompt as the server counted them; None if it did not say.
+        completion_tokens: New tokens; None if it did not say.
+        cached_tokens: Prompt rows that the server took from its prefix cache; None if it did not say.
+        first_text_s: Seconds until the first text; None without streaming.
+        total_s: Seconds until the end.
+    """
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    cached_tokens: int | None
+    first_text_s: float | None
+    total_s: float
+
+
+class AnswerReader:
+    """Collects the replies to one request.
+
+    Args:
+        where: The address, for error messages.
+    """
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._started = time.perf_counter()
+        self._texts: list[str] = []
+        self._finish_reason: str | None = None
+        self._usage: Any = None
+        self._first_text_s: float | None = None
+
+    def read(self, reply: Any) -> str:
+        """Take in a reply or a piece of one; returns its text.
+
+        Raises:
+            RequestError: It is no completion.
+        """
+        choices = getattr(reply, "choices", None)
+        if not isinstance(choices, list):
+            raise RequestError(f"{self._where} sent what is no completion: {str(reply)[:300]}")
+        self._usage = getattr(reply, "usage", None) or self._usage
+        if not choices:  # the last piece of a stream holds the usage alone
+            return ""
+        choice = choices[0]
+        holder = getattr(choice, "delta", None) or getattr(choice, "message", None)
+        text = getattr(choice, "text", None) if holder is None else getattr(holder, "content", None)
+        self._finish_reason = getattr(choice, "finish_reason", None) or self._finish_reason
+        if not text:
+            return ""
+        if self._first_text_s is None:
+            self._first_text_s = time.perf_counter() - self._started
+        self._texts.append(text)
+        return str(text)
+
+    def completion(self, streamed: bool) -> ServerCompletion:
+        """The whole answer.
+
+        Raises:
+            RequestError: The stream ended before the answer did.
+        """
+        text = "".join(self._texts)
+        if self._finish_reason is None:
+            raise RequestError(f"{self._where} broke the answer off after {len(text)} characters", transient=True)
+        details = getattr(self._usage, "prompt_tokens_details", None)
+        return ServerCompletion(
+            text=text,
+            finish_reason=self._finish_reason,
+            prompt_tokens=getattr(self._usage, "prompt_tokens", None),
+            completion_tokens=getattr(self._usage, "completion_tokens", None),
+            cached_tokens=getattr(details, "cached_tokens", None),
+            first_text_s=self._first_text_s if streamed else None,
+            total_s=time.perf_counter() - self._started,
+        )

@@ -1,0 +1,96 @@
+"""Command-line flags that several commands share: which checkpoint, how it runs, how long memory may be, the cache.
+
+Knows no torch, so that `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from utils.checkpoint.settings import DTYPE_NAMES
+
+if TYPE_CHECKING:
+    from utils.compress.latent_cache import LatentCache
+    from utils.model.prompt import MemoryLimit
+
+
+def add_checkpoint_flags(
+    parser: argparse.ArgumentParser,
+    path_flags: tuple[str, ...] = ("--model-path", "--checkpoint"),
+    per_span_chunk_size: bool = False,
+) -> None:
+    """Add the flags that choose a checkpoint and how it runs.
+
+    Args:
+        parser: Where to add them.
+        path_flags: Spellings of the checkpoint's flag; its value is found under `args.checkpoint`.
+        per_span_chunk_size: `args.chunk_size` is then a list, one number for all spans or one a span.
+    """
+    group = parser.add_argument_group("checkpoint")
+    group.add_argument(
+        *_spellings(*path_flags), dest="checkpoint", help="folder, run folder or hub id; default: the embedded one"
+    )
+    group.add_argument(
+        *_spellings("--chunk-size"),
+        type=_numbers if per_span_chunk_size else int,
+        help="encoder tokens per latent"
+        + (" (or one a span: 4,16)" if per_span_chunk_size else "")
+        + "; default: the checkpoint's own",
+    )
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>; default auto")
+    group.add_argument("--dtype", default="auto", choices=DTYPE_NAMES, help="default auto: as stored")
+    group.add_argument(
+        *_spellings("--attn-implementation"), help="transformers name (eager, sdpa, …); default: packed encoding"
+    )
+    group.add_argument("--batch-tokens", type=int, help="tokens of one encoder pass; default: by device")
+
+
+def add_memory_limit_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the limit on a span's length."""
+    group = parser.add_argument_group("memory")
+    group.add_argument(
+        *_spellings("--max-memory-tokens", "--max-code-length"),
+        dest="max_code_length",
+        type=int,
+        help="most encoder tokens of one span; longer is an error; default: no limit",
+    )
+    group.add_argument(
+        "--truncate-memory", action="store_true", help="keep the beginning of a longer span, and report it"
+    )
+
+
+def add_cache_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the latent cache's flags."""
+    group = parser.add_argument_group("latent cache")
+    group.add_argument("--no-cache", action="store_true", help="encode everything, store nothing")
+    group.add_argument("--cache-dir", help="default $CODE_LLAVA_CACHE_DIR, else ~/.cache/code-llava/latents")
+
+
+def memory_limit(args: argparse.Namespace) -> MemoryLimit:
+    """The limit that the flags describe."""
+    from utils.model.prompt import MemoryLimit
+
+    return MemoryLimit(max_tokens=args.max_code_length, truncate=args.truncate_memory)
+
+
+def open_cache(args: argparse.Namespace) -> LatentCache | None:
+    """The cache that the flags describe; None with --no-cache, and (with a warning) where it cannot be used."""
+    from utils.compress.latent_cache import LatentCache
+
+    return None if args.no_cache else LatentCache.open_if_usable(args.cache_dir)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _spellings(*flags: str) -> list[str]:
+    """Each flag with hyphens, and the published spelling with underscores as an alias."""
+    spellings = []
+    for flag in flags:
+        spellings.append(flag)
+        underscored = "--" + flag.removeprefix("--").replace("-", "_")
+        if underscored != flag:
+            spellings.append(underscored)
+    return spellings

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 from utils.cli import EXIT_OK, print_json
 from utils.errors import PromptError
 from utils.files import refuse_overwriting_inputs
-from utils.flags import add_cache_flags, add_checkpoint_flags, add_memory_limit_flags
+from utils.flags import (
+    add_cache_flags,
+    add_checkpoint_flags,
+    add_memory_limit_flags,
+    encoder_settings,
+    memory_limit,
+    open_cache,
+)
 
 if TYPE_CHECKING:
     from utils.compress.compressor import Compressor
@@ -51,7 +58,6 @@ def compress_and_save(
     """
     from utils.compress.compressor import Compressor
     from utils.compress.prompt_embeds import save_prompt_embeds, sidecar_path
-    from utils.flags import memory_limit, open_cache
 
     outputs = {"--output": args.output, "the sidecar of --output": sidecar_path(args.output)}
     refuse_overwriting_inputs(outputs, inputs)
@@ -60,10 +66,7 @@ def compress_and_save(
     compressor = Compressor.load(
         args.checkpoint,
         chunk_size=sizes[0] if sizes else None,
-        device=args.device,
-        dtype=args.dtype,
-        attn_implementation=args.attn_implementation,
-        batch_tokens=args.batch_tokens,
+        settings=encoder_settings(args),
         limit=memory_limit(args),
         cache=open_cache(args),
     )

@@ -6,9 +6,9 @@ Knows no torch, so that `--help` stays fast.
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from utils.checkpoint.settings import DTYPE_NAMES
+from utils.checkpoint.settings import DTYPE_NAMES, EncoderSettings
 
 if TYPE_CHECKING:
     from utils.compress.latent_cache import LatentCache
@@ -65,6 +65,12 @@ def add_cache_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("latent cache")
     group.add_argument("--no-cache", action="store_true", help="encode everything, store nothing")
     group.add_argument("--cache-dir", help="default $CODE_LLAVA_CACHE_DIR, else ~/.cache/code-llava/latents")
+
+
+def encoder_settings(args: argparse.Namespace, **changes: Any) -> EncoderSettings:
+    """The settings that the flags of `add_checkpoint_flags` describe; `changes` win over them."""
+    names = ("device", "dtype", "attn_implementation", "batch_tokens")
+    return EncoderSettings(**{**{name: getattr(args, name) for name in names}, **changes})
 
 
 def memory_limit(args: argparse.Namespace) -> MemoryLimit:

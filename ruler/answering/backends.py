@@ -148,13 +148,14 @@ class ServerMemory(ServerText):
     """
 
     def __init__(self, settings: BackendSettings) -> None:
+        from utils.checkpoint.settings import EncoderSettings
         from utils.compress.compressor import Compressor
 
         super().__init__(settings)
         self._compressor = Compressor.load(
             settings.checkpoint,
             chunk_size=settings.chunk_size,
-            device=settings.device,
+            settings=EncoderSettings(device=settings.device),
             cache=_latent_cache(settings),
         )
         self.details |= {

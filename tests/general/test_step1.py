@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from general import step1, step1_raw_text
+from utils.checkpoint.settings import ON_CPU
 from utils.compress.compressor import Compressor
 from utils.compress.prompt_embeds import load_prompt_embeds
 from utils.files import PROJECT_ROOT
@@ -27,7 +28,7 @@ def flags(checkpoints: dict[str, Path], tmp_path: Path) -> list[str]:
 
 
 def expected(flags: list[str], prompt: Any) -> torch.Tensor:
-    compressor = Compressor.load(flags[1], device="cpu")
+    compressor = Compressor.load(flags[1], settings=ON_CPU)
     parsed = compressor.parse_raw(prompt) if isinstance(prompt, str) else compressor.parse_chat(prompt)
     return compressor.compress([parsed])[0].values_TD
 

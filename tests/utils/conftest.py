@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from utils.checkpoint.settings import EncoderSettings
+
+FLOAT32 = EncoderSettings(device="cpu", dtype="float32")
+
 
 @pytest.fixture(scope="session")
 def default_checkpoint() -> Path:
@@ -35,7 +39,7 @@ def default_compressor(default_checkpoint: Path, tmp_path_factory: pytest.TempPa
     from utils.compress.latent_cache import LatentCache
 
     with LatentCache.open(tmp_path_factory.mktemp("cache")) as cache:
-        yield Compressor.load(default_checkpoint, chunk_size=8, device="cpu", dtype="float32", cache=cache)
+        yield Compressor.load(default_checkpoint, settings=FLOAT32, chunk_size=8, cache=cache)
 
 
 @pytest.fixture(scope="session")
@@ -44,4 +48,4 @@ def decoder(default_checkpoint: Path) -> Any:
     from utils.checkpoint.load import load_decoder
     from utils.checkpoint.locate import find_checkpoint
 
-    return load_decoder(find_checkpoint(default_checkpoint, 8), device="cpu", dtype="float32").eval()
+    return load_decoder(find_checkpoint(default_checkpoint, 8), FLOAT32).eval()

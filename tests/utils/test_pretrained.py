@@ -19,6 +19,7 @@ from ruler.answering.backends import open_backend
 from ruler.answering.protocol import BackendSettings
 from utils.checkpoint import describe
 from utils.checkpoint.locate import find_checkpoint
+from utils.checkpoint.settings import ON_CPU
 from utils.compress.compressor import Compressor
 from utils.errors import CheckpointError, CodeLlavaError
 from utils.files import PROJECT_ROOT
@@ -67,7 +68,7 @@ def test_own_code_is_an_error_without_a_question(
     edit(own_code / "embedder" / "config.json", model_type="mine" if "AutoConfig" in value else "qwen3")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked a question"))
     ways: list[Callable[[], Any]] = [
-        lambda: Compressor.load(own_code, device="cpu"),
+        lambda: Compressor.load(own_code, settings=ON_CPU),
         lambda: load_model(own_code, device="cpu"),
         lambda: read_config(path.parent),
         lambda: read_tokenizer(path.parent),
@@ -185,7 +186,7 @@ def test_a_template_may_fail_in_any_way(copied: Copied) -> None:
     for template in ("{% for i in range(10**9) %}x{% endfor %}", "{{ 1 / 0 }}", "{{ messages.a.b.c() }}", "{% if %}"):
         (root / "llm" / "chat_template.jinja").write_text(template)
         with pytest.raises(CodeLlavaError, match="template"):
-            Compressor.load(root, device="cpu").parse_chat([{"role": "user", "content": "x"}])
+            Compressor.load(root, settings=ON_CPU).parse_chat([{"role": "user", "content": "x"}])
 
 
 def test_panics_of_rust_are_errors_of_the_file() -> None:
@@ -238,8 +239,8 @@ def calls() -> list[tuple[str, ast.Call]]:
 def test_one_module_has_transformers_load_things() -> None:
     allowed = {
         "utils/pretrained.py",
-        "utils/checkpoint/layout.py",  # hub ids of checkpoints
-        "utils/checkpoint/default/assemble.py",  # the GGUF file of a package
+        "utils/checkpoint/locate.py",  # hub ids of checkpoints
+        "utils/checkpoint/default/build.py",  # the GGUF file of a package
         "utils/checkpoint/lora.py",  # peft
         "ruler/generation/tokenizers.py",  # single files of a hub repository
     }

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from utils.benchmark.material import SEED, cut_into_texts, load_settings, marked, source_tokens
+from utils.benchmark.material import SEED, cut_into_texts, load_compressor, marked, source_tokens
 from utils.benchmark.measure import Timing, machine, markdown_table, median_ratio, time_interleaved
 from utils.flags import add_checkpoint_flags
 
@@ -37,12 +37,11 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     Returns:
         A table for people, and everything as one JSON-ready value.
     """
-    from utils.compress.compressor import Compressor
     from utils.compress.latent_cache import LatentCache
 
     with tempfile.TemporaryDirectory() as folder, LatentCache.open(folder) as cache:
-        encoding = Compressor.load(args.checkpoint, **load_settings(args))
-        cached = Compressor.load(args.checkpoint, **load_settings(args), cache=cache)
+        encoding = load_compressor(args)
+        cached = load_compressor(args, cache=cache)
         tokenizer = encoding.processor.tokenizers.encoder
         text = marked(cut_into_texts(tokenizer, source_tokens(tokenizer, args.tokens), args.spans))
         prompt = encoding.parse_raw(text)

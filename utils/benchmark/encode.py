@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from utils.benchmark.material import SEED, bare_encoder, bare_forward, cut_into_spans, load_settings, source_tokens
+from utils.benchmark.material import SEED, bare_encoder, bare_forward, cut_into_spans, load_compressor, source_tokens
 from utils.benchmark.measure import Timing, finished, machine, markdown_table, median_ratio, time_interleaved
 from utils.flags import add_checkpoint_flags
 
@@ -40,9 +40,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """
     import torch
 
-    from utils.compress.compressor import Compressor
-
-    compressor = Compressor.load(args.checkpoint, **load_settings(args), compiled=args.compile)
+    compressor = load_compressor(args, compiled=args.compile)
     encoder = compressor.memory_encoder
     config, device = compressor.files.config, encoder.chunker.device
     tokens = source_tokens(compressor.processor.tokenizers.encoder, args.tokens)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from utils.benchmark.material import load_settings
+from utils.benchmark.material import load_compressor
 from utils.benchmark.measure import machine, markdown_table
 from utils.errors import ConfigError
 from utils.flags import add_checkpoint_flags
@@ -58,10 +58,9 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 async def _measure(args: argparse.Namespace) -> dict[tuple[int, str], list[float]]:
     from utils.client.server_client import VllmClient
-    from utils.compress.compressor import Compressor
 
     most = max(args.clients)
-    compressor = Compressor.load(args.checkpoint, **load_settings(args))
+    compressor = load_compressor(args)
     texts = [_prompt_text(number, args.lines) for number in range(most)]
     embeds = compressor.compress([compressor.parse_raw(text) for text in texts])
     runs: dict[tuple[int, str], list[float]] = {}

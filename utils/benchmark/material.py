@@ -11,19 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import ConfigError
+from utils.flags import encoder_settings
 from utils.model.markers import MEMORY_END, MEMORY_START
 
 if TYPE_CHECKING:
     from utils.compress.compressor import Compressor
+    from utils.compress.latent_cache import LatentCache
 
 SEED = 0
 QUESTION = "\nWhat does this code do?"
 
 
-def load_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The checkpoint flags as arguments of `Compressor.load`, but for the checkpoint itself."""
-    names = ("chunk_size", "device", "dtype", "attn_implementation", "batch_tokens")
-    return {name: getattr(args, name) for name in names}
+def load_compressor(args: argparse.Namespace, *, cache: LatentCache | None = None, **changes: Any) -> Compressor:
+    """Load what the checkpoint flags describe; `changes` to the encoder's settings win over them."""
+    from utils.compress.compressor import Compressor
+
+    settings = encoder_settings(args, **changes)
+    return Compressor.load(args.checkpoint, chunk_size=args.chunk_size, settings=settings, cache=cache)
 
 
 def source_tokens(tokenizer: Any, count: int) -> list[int]:

@@ -10,10 +10,11 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
-from utils.benchmark.material import cut_into_spans, load_settings, source_tokens
+from utils.benchmark.material import cut_into_spans, source_tokens
 from utils.benchmark.measure import machine, markdown_table
 from utils.benchmark.processes import forget_peak, held_bytes, in_a_fresh_process, peak_bytes
-from utils.flags import add_checkpoint_flags
+from utils.checkpoint.settings import EncoderSettings
+from utils.flags import add_checkpoint_flags, encoder_settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,8 +40,8 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     Returns:
         A table for people, and everything as one JSON-ready value.
     """
-    settings = load_settings(args)
-    rows = [in_a_fresh_process(encode_once, args.checkpoint, settings, tokens) for tokens in args.tokens]
+    settings = encoder_settings(args)
+    rows = [in_a_fresh_process(encode_once, args.checkpoint, args.chunk_size, settings, n) for n in args.tokens]
     first = rows[0]["peak_bytes"]
     for row in rows:
         row["ratio"] = round(row["peak_bytes"] / first, 3)
@@ -76,7 +77,9 @@ def figures(result: dict[str, Any]) -> dict[str, Figure]:
     return {"memory_by_length": memory_by_length(result["rows"])}
 
 
-def encode_once(checkpoint: str | None, settings: dict[str, Any], num_tokens: int) -> dict[str, Any]:
+def encode_once(
+    checkpoint: str | None, chunk_size: int | None, settings: EncoderSettings, num_tokens: int
+) -> dict[str, Any]:
     """Load a checkpoint and encode one span in this process.
 
     Returns:
@@ -84,7 +87,7 @@ def encode_once(checkpoint: str | None, settings: dict[str, Any], num_tokens: in
     """
     from utils.compress.compressor import Compressor
 
-    compressor = Compressor.load(checkpoint, **settings)
+    compressor = Compressor.load(checkpoint, chunk_size=chunk_size, settings=settings)
     tokens = source_tokens(compressor.processor.tokenizers.encoder, num_tokens)
     spans = cut_into_spans(tokens, 1, compressor.files.config.chunk_size)
     device = compressor.memory_encoder.chunker.device

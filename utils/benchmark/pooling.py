@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from utils.benchmark.material import load_settings, source_tokens
+from utils.benchmark.material import load_compressor, source_tokens
 from utils.benchmark.measure import machine, markdown_table
 from utils.errors import ConfigError
 from utils.flags import add_checkpoint_flags
@@ -50,10 +50,9 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"--tokens: give at least 64 chunks of each size, {64 * max(args.chunk_sizes)} tokens")
     import torch
 
-    from utils.compress.compressor import Compressor
     from utils.model.code_chunker import plan_windows
 
-    compressor = Compressor.load(args.checkpoint, **load_settings(args))
+    compressor = load_compressor(args)
     chunker = compressor.memory_encoder.chunker
     own_config = chunker.config
     tokenizer = compressor.processor.tokenizers.encoder

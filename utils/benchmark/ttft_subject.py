@@ -20,7 +20,7 @@ from utils.benchmark.material import (
     bare_encoder,
     bare_forward,
     cut_into_texts,
-    load_settings,
+    load_compressor,
     marked,
     source_tokens,
 )
@@ -30,6 +30,7 @@ from utils.checkpoint.load import load_decoder
 from utils.compress.compressor import Compressor
 from utils.compress.latent_cache import LatentCache
 from utils.compress.prompt_embeds import encode_wire
+from utils.flags import encoder_settings
 from utils.model.code_llava_model import check_prompt_fits, pad_left
 from utils.model.config import CompressionConfig
 from utils.model.prompt import MemoryPrompt
@@ -50,12 +51,11 @@ class Subject:
     """
 
     def __init__(self, args: argparse.Namespace, dtype: str, latents: LatentCache, ask: Any = None) -> None:
-        settings = {**load_settings(args), "dtype": dtype}
-        self.encoding = Compressor.load(args.checkpoint, **settings)
-        self.cached = Compressor.load(args.checkpoint, **settings, cache=latents)
+        self.encoding = load_compressor(args, dtype=dtype)
+        self.cached = load_compressor(args, dtype=dtype, cache=latents)
         self.device = self.encoding.memory_encoder.chunker.device
         files = self.encoding.files
-        self.decoder = load_decoder(files, device=self.device, dtype=dtype)
+        self.decoder = load_decoder(files, encoder_settings(args, dtype=dtype))
         self.cost = PairCost.of(self.encoding.memory_encoder, self.decoder)
         self._bare = bare_encoder(self.encoding)
         self._ask = ask

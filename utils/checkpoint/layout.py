@@ -19,13 +19,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from utils.checkpoint.lora import base_of, is_peft_folder
 from utils.checkpoint.weight_files import tensor_names, weight_files
 from utils.errors import CheckpointError, ConfigError
 from utils.files import sha256_bytes, sha256_file
 from utils.model.config import CONFIG_FILE, CompressionConfig
-from utils.pretrained import ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG, read_settings
+from utils.pretrained import ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG, read_config, read_settings
 
 _RUN_CHILD = re.compile(r"checkpoint_(\d+)(?:\D.*)?")
 
@@ -93,6 +94,24 @@ class CheckpointFiles:
     def encoder(self) -> Path:
         """Folder of the encoder and its tokenizer."""
         return self.root / self.layout.encoder
+
+    @cached_property
+    def decoder_tensors(self) -> dict[str, Path]:
+        """Tensor name → file of the decoder, of its base for a LoRA folder."""
+        return weight_files(_base(self.decoder))
+
+    @cached_property
+    def decoder_config(self) -> Any:
+        """The decoder's Hugging Face configuration, its base's for a LoRA folder.
+
+        Raises:
+            CheckpointError: It cannot be used.
+        """
+        folder = _base(self.decoder)
+        config = read_config(folder)
+        for name in ("hidden_size", "vocab_size"):
+            check_size(config, name, folder)
+        return config
 
     @cached_property
     def fingerprint(self) -> str:
@@ -169,8 +188,24 @@ def _check_complete(files: CheckpointFiles) -> None:
         for name in (config, TOKENIZER_CONFIG):
             if not (folder / name).is_file():
                 raise CheckpointError(f"{folder / name} is missing: the checkpoint is half copied; copy it again")
-        if not is_peft_folder(folder):
-            weight_files(folder)
+    _ = files.decoder_tensors
+    if not is_peft_folder(files.encoder):
+        weight_files(files.encoder)
+
+
+def _base(folder: Path) -> Path:
+    return base_of(folder) if is_peft_folder(folder) else folder
+
+
+def check_size(config: Any, name: str, folder: Path) -> None:
+    """Refuse a configuration in which a size is no positive whole number.
+
+    Raises:
+        CheckpointError: Names the file and the key.
+    """
+    value = getattr(config, name, None)
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{folder / CONFIG}: {name}: expected a whole number of at least 1, got {value!r}")
 
 
 def _model_files(folder: Path) -> list[Path]:

@@ -2,9 +2,9 @@
 
     files = find_checkpoint(path)
     tokenizers = load_tokenizers(files)
-    encoder = load_memory_encoder(files, device="cpu")      # encoder and adapter
+    encoder = load_memory_encoder(files, settings)          # encoder and adapter
     table = load_embedding_table(files)                     # the decoder's embeddings, memory-mapped
-    decoder = load_decoder(files, device="cpu")
+    decoder = load_decoder(files, settings)
 
 LoRA folders (`adapter_model.safetensors`) are merged into their base. Every tensor is checked against the configuration
 before use.
@@ -24,15 +24,16 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from utils.checkpoint.layout import CheckpointFiles
+from utils.checkpoint.layout import CheckpointFiles, check_size
 from utils.checkpoint.lora import base_of, is_peft_folder, merge_lora
+from utils.checkpoint.settings import AUTOMATIC, ON_CPU, EncoderSettings
 from utils.checkpoint.weight_files import weight_files
 from utils.errors import CheckpointError, ConfigError
 from utils.model.adapter import Adapter
 from utils.model.code_chunker import CodeChunker
 from utils.model.code_llava_model import MemoryEncoder, explain_out_of_memory
 from utils.model.prompt import PromptTokenizers
-from utils.pretrained import CONFIG, TOKENIZER_CONFIG, loading, read_config, read_model, read_tokenizer
+from utils.pretrained import CONFIG, TOKENIZER_CONFIG, loading, read_model, read_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -87,32 +88,21 @@ def load_tokenizers(files: CheckpointFiles) -> PromptTokenizers:
 
 
 def load_memory_encoder(
-    files: CheckpointFiles,
-    *,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype | None = None,
-    attn_implementation: str | None = None,
-    batch_tokens: int | None = None,
-    compiled: bool = False,
-    tokenizer: Any = None,
+    files: CheckpointFiles, settings: EncoderSettings = AUTOMATIC, *, tokenizer: Any = None
 ) -> MemoryEncoder:
     """Load encoder and adapter.
 
     Args:
         files: The checkpoint.
-        device: Where to put them.
-        dtype: Their dtype; None for the encoder's as stored.
-        attn_implementation: A transformers name (`eager`, `sdpa`, …) to batch equal windows with it; None for packed
-            rows wherever the encoder can run them.
-        batch_tokens: Tokens of one encoder pass; None: chosen by device.
-        compiled: Compile full micro-batches; see `CodeChunker`.
+        settings: Where and how they run.
         tokenizer: The encoder's tokenizer; None: loaded.
 
     Raises:
         CheckpointError: A tensor is missing, unknown or of another shape than the configurations say.
+        ConfigError: The device is not there, or the dtype unknown.
     """
-    target, wanted = resolve_device(device), resolve_dtype(dtype)
-    encoder = _load_model(AutoModel, files.encoder, wanted, attn_implementation)
+    target, wanted = resolve_device(settings.device), resolve_dtype(settings.dtype)
+    encoder = _load_model(AutoModel, files.encoder, wanted, settings.attn_implementation)
     _round_rotary_frequencies(encoder, DTYPES[files.config.rope_dtype])
     tokenizer = tokenizer or read_tokenizer(files.encoder)
     check_vocabulary(tokenizer, encoder.get_input_embeddings().weight, files.encoder)
@@ -122,9 +112,9 @@ def load_memory_encoder(
         encoder,
         files.config,
         pad_token_id=tokenizer.pad_token_id,
-        packed=None if attn_implementation is None else False,
-        batch_tokens=batch_tokens,
-        compiled=compiled,
+        packed=None if settings.attn_implementation is None else False,
+        batch_tokens=settings.batch_tokens,
+        compiled=settings.compiled,
         tokenizer=tokenizer,
     )
     adapter = _load_adapter(files, chunker, encoder.dtype)
@@ -132,41 +122,39 @@ def load_memory_encoder(
         return MemoryEncoder(chunker, adapter).to(target).eval()
 
 
-def load_decoder(
-    files: CheckpointFiles,
-    *,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype | None = None,
-    attn_implementation: str | None = None,
-) -> Any:
+def load_decoder(files: CheckpointFiles, settings: EncoderSettings = AUTOMATIC) -> Any:
     """Load the decoder, a Hugging Face causal language model.
 
     Raises:
         CheckpointError: A tensor is missing or of another shape than the configuration says.
+        ConfigError: The device is not there, or the dtype unknown.
     """
-    model = _load_model(AutoModelForCausalLM, files.decoder, resolve_dtype(dtype), attn_implementation)
-    target = resolve_device(device)
+    dtype = resolve_dtype(settings.dtype)
+    model = _load_model(AutoModelForCausalLM, files.decoder, dtype, settings.attn_implementation)
+    target = resolve_device(settings.device)
     with explain_out_of_memory(f"loading the decoder to {target}", "use another --device"):
         return model.to(target).eval()
 
 
-def load_embedding_table(files: CheckpointFiles, dtype: str | torch.dtype | None = None) -> torch.Tensor:
+def load_embedding_table(files: CheckpointFiles) -> torch.Tensor:
     """Load the decoder's input embedding table [vocabulary, D] on the CPU and nothing else of the decoder.
 
-    The table stays memory-mapped in its stored dtype: only the rows that are looked up become resident. Decoders whose
-    table cannot stand alone (LoRA on top of a base model, scaled embeddings) are loaded whole.
+    The table stays memory-mapped in its stored dtype: only the rows that are looked up become resident. That of a LoRA
+    folder, which training may have resized, is loaded with its whole base.
+
+    Raises:
+        CheckpointError: There is none, or it cannot stand alone because the model scales what it looks up.
     """
-    wanted = resolve_dtype(dtype)
     if is_peft_folder(files.decoder):
         logger.info("%s holds LoRA weights: loading the base model for its embedding table", files.decoder)
-        return load_decoder(files, device="cpu", dtype=dtype).get_input_embeddings().weight.detach()
-    config = load_decoder_config(files)
+        return load_decoder(files, ON_CPU).get_input_embeddings().weight.detach()
+    config = files.decoder_config
     if str(config.model_type).startswith(_SCALED_EMBEDDINGS):
         raise CheckpointError(
             f"{files.decoder}: the embeddings of {config.model_type} models are scaled as they are looked up, which "
             "compressing without the decoder does not do; generate with `python -m utils.inference.inference` instead"
         )
-    places = {n: p for n, p in weight_files(files.decoder).items() if n.endswith(_TABLE_NAMES)}
+    places = {n: p for n, p in files.decoder_tensors.items() if n.endswith(_TABLE_NAMES)}
     if len(places) != 1:
         raise CheckpointError(f"{files.decoder}: expected one input embedding table, found {sorted(places) or 'none'}")
     name, path = next(iter(places.items()))
@@ -176,16 +164,7 @@ def load_embedding_table(files: CheckpointFiles, dtype: str | torch.dtype | None
     if table.ndim != 2 or table.shape[1] != config.hidden_size or table.shape[0] < config.vocab_size:
         expected = [config.vocab_size, config.hidden_size]
         raise CheckpointError(f"{path}: {name}: expected shape {expected}, got {list(table.shape)}")
-    return table if wanted is None else table.to(wanted)
-
-
-def load_decoder_config(files: CheckpointFiles) -> Any:
-    """The decoder's Hugging Face configuration (its base model's for a LoRA folder)."""
-    folder = base_of(files.decoder) if is_peft_folder(files.decoder) else files.decoder
-    config = read_config(folder)
-    for name in ("hidden_size", "vocab_size"):
-        _check_size(config, name, folder)
-    return config
+    return table
 
 
 def check_vocabulary(tokenizer: Any, table_VD: torch.Tensor, folder: Path) -> None:
@@ -239,17 +218,11 @@ def _load_model(kind: Any, folder: Path, dtype: torch.dtype | None, attn_impleme
         model, report = read_model(kind, base, dtype=dtype or "auto", attn_implementation=attn_implementation)
     check_report(report, base)
     _check_dtype(model.dtype, base)
-    _check_size(model.config, "hidden_size", base)
+    check_size(model.config, "hidden_size", base)
     if peft:
         resize_table(model, len(read_tokenizer(folder)))
         model = merge_lora(model, folder)
     return model
-
-
-def _check_size(config: Any, name: str, folder: Path) -> None:
-    value = getattr(config, name, None)
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"{folder / CONFIG}: {name}: expected a whole number of at least 1, got {value!r}")
 
 
 def _check_dtype(dtype: torch.dtype, path: Path) -> None:
@@ -306,7 +279,7 @@ def _load_adapter(files: CheckpointFiles, chunker: CodeChunker, dtype: torch.dty
     layers = len({key.split(".")[1] for key in state if key.startswith("attention_layers.")})
     if layers != (wanted := files.config.num_adapter_layers):
         raise CheckpointError(f"{where}: expected {wanted} attention layers (num_adapter_layers), got {layers}")
-    decoder_config = load_decoder_config(files)
+    decoder_config = files.decoder_config
     layer_config, source = decoder_config, files.decoder
     if files.config.adapter == "attn_mlp":
         layer_config, source = chunker.encoder.config, files.encoder

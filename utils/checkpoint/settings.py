@@ -1,27 +1,35 @@
-"""How an encoder runs: one value, built once – from a command's flags or by a caller – and passed on whole."""
+"""How the models of a checkpoint run: one value, built once – from flags or by a caller – and passed on whole."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPE_NAMES = ("auto", "bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderSettings:
-    """Where and how the models of a checkpoint run.
+    """Where and how the encoder runs; a decoder that is loaded with it takes the first three.
 
     Attributes:
         device: "auto", "cpu", "cuda" or "cuda:<number>".
         dtype: One of `DTYPE_NAMES`; "auto" as stored.
-        attn_implementation: A transformers name (`eager`, `sdpa`, …) to batch equal windows with it; None for packed
-            rows wherever the encoder can run them.
+        attn_implementation: A transformers name (`eager`, `sdpa`, …), with which windows of equal length are batched;
+            None: packed encoding wherever the encoder can, transformers' choice for a decoder.
         batch_tokens: Tokens of one encoder pass; None: chosen by device.
-        compiled: Compile full micro-batches of the encoder; see `CodeChunker`.
+        compiled: Compile full micro-batches; see `CodeChunker`.
     """
 
-    device: str = "auto"
-    dtype: str = "auto"
+    device: str | torch.device = "auto"
+    dtype: str | torch.dtype = "auto"
     attn_implementation: str | None = None
     batch_tokens: int | None = None
     compiled: bool = False
+
+
+AUTOMATIC = EncoderSettings()
+ON_CPU = EncoderSettings(device="cpu")

@@ -18,13 +18,13 @@ import torch
 from utils.checkpoint.layout import CheckpointFiles
 from utils.checkpoint.load import (
     check_vocabulary,
-    load_decoder_config,
     load_embedding_table,
     load_memory_encoder,
     load_tokenizers,
     resolve_dtype,
 )
 from utils.checkpoint.locate import find_checkpoint
+from utils.checkpoint.settings import AUTOMATIC, EncoderSettings
 from utils.compress.latent_cache import LatentCache
 from utils.compress.prompt_embeds import CompressionStats, PromptEmbeds
 from utils.compress.span_encoder import SpanEncoder
@@ -63,7 +63,6 @@ class Compressor:
         self._span_encoder = SpanEncoder(memory_encoder, files.fingerprint if cache else "", cache)
         self.dtype = dtype or table_VD.dtype
         self._table_VD = table_VD
-        self._decoder_config = load_decoder_config(files)
 
     @classmethod
     def load(
@@ -71,11 +70,7 @@ class Compressor:
         checkpoint: str | Path | None = None,
         *,
         chunk_size: int | None = None,
-        device: str | torch.device = "auto",
-        dtype: str | torch.dtype | None = None,
-        attn_implementation: str | None = None,
-        batch_tokens: int | None = None,
-        compiled: bool = False,
+        settings: EncoderSettings = AUTOMATIC,
         limit: MemoryLimit | None = None,
         cache: LatentCache | None = None,
     ) -> Compressor:
@@ -84,11 +79,7 @@ class Compressor:
         Args:
             checkpoint: Folder or hub id; None for the embedded default.
             chunk_size: Encoder tokens per latent; None for the checkpoint's own.
-            device: "auto", "cpu", "cuda" or "cuda:<number>".
-            dtype: "float32", "bfloat16", "float16"; None as stored.
-            attn_implementation: See `load_memory_encoder`.
-            batch_tokens: Tokens of one encoder pass; None: chosen by device.
-            compiled: See `CodeChunker`.
+            settings: Where and how the encoder runs; its dtype is the prompt embeddings', too.
             limit: Longest allowed span.
             cache: Latents of earlier compressions.
 
@@ -98,19 +89,11 @@ class Compressor:
         """
         files = find_checkpoint(checkpoint, chunk_size)
         tokenizers = load_tokenizers(files)
-        encoder = load_memory_encoder(
-            files,
-            device=device,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            batch_tokens=batch_tokens,
-            compiled=compiled,
-            tokenizer=tokenizers.encoder,
-        )
+        encoder = load_memory_encoder(files, settings, tokenizer=tokenizers.encoder)
         processor = Processor(tokenizers=tokenizers, chunk_size=files.config.chunk_size, limit=limit)
         table_VD = load_embedding_table(files)
         check_vocabulary(tokenizers.decoder, table_VD, files.decoder)
-        return cls(files, processor, encoder, table_VD, dtype=resolve_dtype(dtype), cache=cache)
+        return cls(files, processor, encoder, table_VD, dtype=resolve_dtype(settings.dtype), cache=cache)
 
     @property
     def width(self) -> int:
@@ -120,7 +103,7 @@ class Compressor:
     @property
     def max_positions(self) -> int | None:
         """Longest prompt that the decoder reads, in rows; None where its configuration does not say."""
-        return getattr(self._decoder_config, "max_position_embeddings", None)
+        return getattr(self.files.decoder_config, "max_position_embeddings", None)
 
     def parse_raw(self, text: str, chunk_size: int | Sequence[int] | None = None) -> MemoryPrompt:
         """Parse one text; see `utils.model.prompt.parse_raw_prompt`."""
@@ -143,7 +126,7 @@ class Compressor:
             PromptError: A prompt is longer than the decoder's positions, or a chunk size does not fit.
         """
         for number, prompt in enumerate(prompts):
-            check_prompt_fits(len(prompt.input_ids), self._decoder_config, name=f"prompt {number}")
+            check_prompt_fits(len(prompt.input_ids), self.files.decoder_config, name=f"prompt {number}")
         encoded = iter(self.encode_spans([span for prompt in prompts for span in prompt.spans]))
         return [self.embed(prompt, [next(encoded) for _ in prompt.spans]) for prompt in prompts]
 

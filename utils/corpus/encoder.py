@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from utils.checkpoint.load import load_memory_encoder
 from utils.checkpoint.locate import find_checkpoint
+from utils.checkpoint.settings import EncoderSettings
 from utils.compress.latent_cache import LatentCache
 from utils.compress.span_encoder import SpanEncoder
 from utils.corpus.crew import WorkCounts
@@ -96,14 +97,14 @@ class CorpusWorker:
         self._job = job
         self._source = source_from_json(dict(job.source))
         files = find_checkpoint(job.checkpoint, job.chunk_size)
-        memory_encoder = load_memory_encoder(
-            files,
+        settings = EncoderSettings(
             device=job.device,
             dtype=job.dtype,
             attn_implementation=job.attn_implementation,
             batch_tokens=job.batch_tokens,
             compiled=job.compiled,
         )
+        memory_encoder = load_memory_encoder(files, settings)
         cache = LatentCache.open(job.cache_dir, strict=True) if job.cache_dir is not None else None
         self._tokenizer = memory_encoder.chunker.tokenizer
         self._spans = SpanEncoder(memory_encoder, job.fingerprint, cache)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.checkpoint.settings import EncoderSettings
 from utils.cli import EXIT_OK, make_parser, print_json, run_command
 from utils.errors import ConfigError, DatasetError
 from utils.files import read_json
@@ -109,9 +110,10 @@ def load_model(
     from utils.model.prompt import MemoryLimit
 
     files = find_checkpoint(checkpoint_path, chunk_size)
-    model, tokenizers = load_pair(
-        files, device=device, dtype=dtype, attn_implementation=attn_implementation, batch_tokens=batch_tokens
+    settings = EncoderSettings(
+        device=device, dtype=dtype or "auto", attn_implementation=attn_implementation, batch_tokens=batch_tokens
     )
+    model, tokenizers = load_pair(files, settings)
     if cache is not None:
         model.cached_encoder = SpanEncoder(model.memory_encoder, files.fingerprint, cache)
     limit = MemoryLimit(max_tokens=max_code_length, truncate=truncate_memory)

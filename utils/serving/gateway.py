@@ -11,7 +11,6 @@ import gc
 import logging
 import os
 import sys
-from typing import Any
 
 from utils.cli import make_parser, run_command
 from utils.errors import ConfigError
@@ -19,6 +18,7 @@ from utils.flags import (
     add_cache_flags,
     add_checkpoint_flags,
     add_memory_limit_flags,
+    encoder_settings,
     memory_limit,
     open_cache,
 )
@@ -139,18 +139,15 @@ def _run(args: argparse.Namespace) -> int:
             "NO KEY: everyone who reaches %s can use this gateway, and so can every web page they open; "
             "set --api-key, or at least --allowed-host", args.host,
         )  # fmt: skip
-    weights: dict[str, Any] = {
-        "device": args.device, "dtype": args.dtype, "attn_implementation": args.attn_implementation,
-    }  # fmt: skip
+    encoder = encoder_settings(args)
     cache = open_cache(args)
     try:
         compressor = Compressor.load(
-            args.checkpoint, chunk_size=args.chunk_size, batch_tokens=args.batch_tokens, limit=memory_limit(args),
-            cache=cache, **weights,
-        )  # fmt: skip
+            args.checkpoint, chunk_size=args.chunk_size, settings=encoder, limit=memory_limit(args), cache=cache
+        )
         backend = None
         if args.backend == "local":
-            backend = LocalBackend(LocalDecoder.load(compressor.files, **weights), args.max_waiting)
+            backend = LocalBackend(LocalDecoder.load(compressor.files, encoder), args.max_waiting)
         else:
             asyncio.run(check_backend(settings, compressor.width))
         logger.info("gateway on http://%s:%d in front of %s", args.host, args.port, settings.backend_url)

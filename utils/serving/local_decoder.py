@@ -1,6 +1,6 @@
 """The checkpoint's decoder in this process, through Hugging Face: prompt rows in, pieces of text out.
 
-    decoder = LocalDecoder.load(files, device="cpu")
+    decoder = LocalDecoder.load(files)
     rows_TD = decoder.chat_rows(messages)              # text, or content parts with latents as a server takes them
     answer = decoder.answer(rows_TD, Sampling(max_tokens=64, temperature=0), on_text=print)
 
@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from utils.checkpoint.layout import CheckpointFiles
 from utils.checkpoint.load import load_decoder, load_tokenizers
 from utils.checkpoint.pair import end_tokens
+from utils.checkpoint.settings import AUTOMATIC, EncoderSettings
 from utils.compress.prompt_embeds import decode_wire
 from utils.errors import PromptError
 from utils.model.code_llava_model import check_prompt_fits, explain_out_of_memory
@@ -91,13 +92,13 @@ class LocalDecoder:
         self._end_ids = end_tokens(model, tokenizer)
 
     @classmethod
-    def load(cls, files: CheckpointFiles, **settings: Any) -> LocalDecoder:
-        """Load a checkpoint's decoder; `settings` go to `load_decoder`.
+    def load(cls, files: CheckpointFiles, settings: EncoderSettings = AUTOMATIC) -> LocalDecoder:
+        """Load a checkpoint's decoder.
 
         Raises:
             CheckpointError: The decoder cannot be read.
         """
-        return cls(load_decoder(files, **settings), load_tokenizers(files).decoder, files.root.name)
+        return cls(load_decoder(files, settings), load_tokenizers(files).decoder, files.root.name)
 
     @property
     def max_model_len(self) -> int | None:

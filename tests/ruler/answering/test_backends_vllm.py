@@ -14,6 +14,7 @@ from tests.support import vllm_server
 from tests.support.marks import needs_default_checkpoint
 from utils.checkpoint.load import load_decoder
 from utils.checkpoint.locate import find_checkpoint
+from utils.checkpoint.settings import ON_CPU, EncoderSettings
 from utils.compress.compressor import Compressor
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -33,9 +34,9 @@ def test_text_and_memory_of_the_same_rows(make_dataset, tmp_path):
         [json.loads(line) for line in (tmp_path / name / "1024/vt.jsonl").read_text().splitlines()]
         for name in ("server-text", "server-memory")
     )
-    compressor = Compressor.load(None, chunk_size=8, device="cpu")
+    compressor = Compressor.load(None, settings=ON_CPU, chunk_size=8)
     tokenizer = compressor.processor.tokenizers.decoder
-    decoder = load_decoder(files, device="cpu", dtype="float32").eval()
+    decoder = load_decoder(files, EncoderSettings(device="cpu", dtype="float32")).eval()
     for row, asked, answered in zip(make_rows("vt", 3), text, memory, strict=True):
         fields = {name: row[name] for name in ("input", "answer_prefix", "context_start", "context_end")}
         question = Question(**fields, max_tokens=30)

@@ -15,6 +15,7 @@ from utils.benchmark import all as all_benchmarks
 from utils.benchmark import memory
 from utils.benchmark.ttft import STAGES
 from utils.checkpoint.load import load_decoder
+from utils.checkpoint.settings import ON_CPU
 from utils.errors import CodeLlavaError
 from utils.files import read_json, write_json, write_text
 from utils.training.flops import PairCost
@@ -70,7 +71,7 @@ def test_ttft_counts_the_ideal_as_the_cost_model_does(
     result = result_of("ttft", *tiny, "--tokens", 64, *NO_SWEEPS, "--repeats", 1)
     fresh, cached = result["cases"]
     compressor = compressor_of()
-    cost = PairCost.of(compressor.memory_encoder, load_decoder(compressor.files, device="cpu"))
+    cost = PairCost.of(compressor.memory_encoder, load_decoder(compressor.files, ON_CPU))
     rows = {"full_rows": fresh["full_rows"], "prompt_rows": fresh["prompt_rows"], "span_lengths": [64]}
     assert fresh["ideal_operations"] == pytest.approx(cost.ideal_speedup(**rows))
     assert cached["ideal_operations"] == pytest.approx(cost.ideal_speedup(**rows, cached=True))
@@ -81,7 +82,7 @@ def test_ttft_counts_the_ideal_as_the_cost_model_does(
 def compressor_of(checkpoints: dict[str, Path]) -> Callable[[], Any]:
     from utils.compress.compressor import Compressor
 
-    return lambda: Compressor.load(checkpoints["lclm"], device="cpu")
+    return lambda: Compressor.load(checkpoints["lclm"], settings=ON_CPU)
 
 
 def test_ttft_refuses_a_text_that_the_decoder_cannot_read(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,8 +130,7 @@ def test_generate(tiny: list[str], result_of: Run) -> None:
 
 
 def test_memory_of_one_length(checkpoints: dict[str, Path]) -> None:
-    settings = {"chunk_size": None, "device": "cpu", "dtype": "auto", "attn_implementation": None, "batch_tokens": None}
-    row = memory.encode_once(str(checkpoints["lclm"]), settings, 400)
+    row = memory.encode_once(str(checkpoints["lclm"]), None, ON_CPU, 400)
     assert row["peak_bytes"] >= row["loaded_bytes"] > 10 * 2**20
     assert row["latent_bytes"] == 100 * 32 * 4
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import fake_server
+from utils.checkpoint.settings import ON_CPU
 from utils.compress.compressor import Compressor
 from utils.compress.latent_cache import LatentCache
 
@@ -25,7 +26,7 @@ def test_gateway(checkpoints: dict[str, Path], tmp_path: Path, result_of: Run) -
 
     folder = str(checkpoints["lclm"])
     with fake_server.running() as backend, LatentCache.open(tmp_path) as cache:
-        with gateway_server.running(Compressor.load(folder, device="cpu", cache=cache), backend.url) as url:
+        with gateway_server.running(Compressor.load(folder, settings=ON_CPU, cache=cache), backend.url) as url:
             flags = ["--checkpoint", folder, "--device", "cpu", "--gateway-url", url, "--backend-url", backend.url]
             result = result_of("gateway", *flags, "--clients", 1, 3, "--requests", 2, "--lines", 4)
         ways = {name: figures["requests"] for name, figures in result["latency"].items()}

@@ -93,7 +93,7 @@ def test_a_checkpoint_with_bin_parts_becomes_safetensors(base: Path, tmp_path: P
     for file in set(places.values()):
         torch.save({n: states["embedder"][n] for n in names if places[n] == file}, base / "embedder" / file)
     (base / "embedder" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
-    with pytest.raises(CheckpointError, match=r"weights are pickled .*: python -m utils\.inference\.convert"):
+    with pytest.raises(CheckpointError, match=r"weights are pickled .*: python -m utils\.checkpoint\.convert"):
         find_checkpoint(base)
     convert(base, tmp_path / "new")
     assert_is(tmp_path / "new", before)

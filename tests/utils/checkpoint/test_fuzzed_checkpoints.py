@@ -16,6 +16,7 @@ import torch
 
 from tests.conftest import GOLDEN
 from utils.checkpoint.locate import find_checkpoint
+from utils.checkpoint.settings import ON_CPU
 from utils.compress.compressor import Compressor
 from utils.errors import CodeLlavaError
 from utils.inference.inference import load_model
@@ -107,7 +108,7 @@ def use(folder: Path) -> None:
     files = find_checkpoint(folder, None if (folder / "model_config.json").exists() else 8)
     assert len(files.fingerprint) == 64
     chunk_size = files.config.chunk_size
-    compressor = Compressor.load(folder, chunk_size=chunk_size, device="cpu")
+    compressor = Compressor.load(folder, settings=ON_CPU, chunk_size=chunk_size)
     compressor.compress([compressor.parse_raw(TEXT)])
     model, _, processor = load_model(folder, device="cpu", chunk_size=chunk_size)
     prompt = processor.parse_chat([{"role": "user", "content": TEXT}])

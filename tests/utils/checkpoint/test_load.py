@@ -19,6 +19,7 @@ from utils.checkpoint import load as weights
 from utils.checkpoint.layout import CODE_LLAVA, LAYOUTS, LCLM, Layout
 from utils.checkpoint.locate import find_checkpoint
 from utils.checkpoint.save import save_checkpoint
+from utils.checkpoint.settings import ON_CPU, EncoderSettings
 from utils.compress.compressor import Compressor
 from utils.errors import CheckpointError, ConfigError
 from utils.inference.inference import load_model
@@ -43,7 +44,7 @@ def test_what_is_saved_is_what_is_loaded(family: str, decoder_family: str, layou
     model, _, processor = load_model(tmp_path / "pair", device="cpu")
     assert model.config == config
     prompt = processor.parse_raw(TEXT)
-    compressor = Compressor.load(tmp_path / "pair", device="cpu")
+    compressor = Compressor.load(tmp_path / "pair", settings=ON_CPU)
     with torch.inference_mode():
         expected = original.embed_prompt(prompt)
         torch.testing.assert_close(model.embed_prompt(prompt), expected, atol=1e-5, rtol=0)
@@ -93,7 +94,7 @@ def test_lora_of_decoder_and_encoder_is_merged(copied: Callable[[str], Path]) ->
             assert any(not torch.equal(got[n], v) for n, v in before.state_dict().items() if "q_proj" in n)
         torch.testing.assert_close(model.decoder(ids).logits, decoder(ids).logits, atol=1e-5, rtol=0)
         # The table of a LoRA decoder is that of its base, resized: the same in every load.
-        compressor = Compressor.load(root, device="cpu")
+        compressor = Compressor.load(root, settings=ON_CPU)
         expected_rows = model.embed_prompt(prompt)
         torch.testing.assert_close(compressor.compress([prompt])[0].values_TD, expected_rows, atol=1e-5, rtol=0)
 
@@ -165,7 +166,7 @@ def test_lora_that_does_not_fit(
 ) -> None:
     folder = write_lora(copied("code-llava"), tensors, **changes)
     with pytest.raises(CheckpointError, match=wanted) as caught:
-        weights.load_memory_encoder(find_checkpoint(folder.parent), device="cpu")
+        weights.load_memory_encoder(find_checkpoint(folder.parent), ON_CPU)
     assert str(folder) in str(caught.value)
 
 
@@ -173,9 +174,9 @@ def test_lora_that_does_not_fit(
 def test_whole_lora_is_added_to_the_base(copied: Callable[[str], Path]) -> None:
     root = copied("code-llava")
     name = "layers.1.self_attn.q_proj.weight"
-    before = weights.load_memory_encoder(find_checkpoint(root), device="cpu").chunker.encoder.state_dict()[name]
+    before = weights.load_memory_encoder(find_checkpoint(root), ON_CPU).chunker.encoder.state_dict()[name]
     write_lora(root, WHOLE)
-    after = weights.load_memory_encoder(find_checkpoint(root), device="cpu").chunker.encoder.state_dict()[name]
+    after = weights.load_memory_encoder(find_checkpoint(root), ON_CPU).chunker.encoder.state_dict()[name]
     # B·A of ones at rank 2, times alpha / rank.
     torch.testing.assert_close(after, before + 2.0)
 
@@ -187,7 +188,7 @@ def test_a_base_on_the_hub_is_named_and_not_fetched(
     folder = write_lora(copied("code-llava"), WHOLE, base_model_name_or_path="some-org/some-model")
     for way in (
         lambda: find_checkpoint(folder.parent).fingerprint,
-        lambda: weights.load_memory_encoder(find_checkpoint(folder.parent), device="cpu"),
+        lambda: weights.load_memory_encoder(find_checkpoint(folder.parent), ON_CPU),
     ):
         with pytest.raises(CheckpointError, match="hf download some-org/some-model --local-dir") as caught:
             way()
@@ -239,7 +240,7 @@ def test_compressing_opens_nothing_of_the_decoder_but_its_table(
 
     monkeypatch.setattr(weights, "safe_open", Recorder)
     monkeypatch.setattr(weights.AutoModelForCausalLM, "from_pretrained", refuse)
-    compressor = Compressor.load(root, device="cpu")
+    compressor = Compressor.load(root, settings=ON_CPU)
     compressor.compress([compressor.parse_raw(TEXT)])
     assert opened == [("decoder", "model.embed_tokens.weight")]
 
@@ -248,13 +249,13 @@ def test_dtype_is_as_stored_unless_asked(checkpoints: dict[str, Path], tmp_path:
     model = make_model(CONFIGS[CODE_LLAVA.name]).to(torch.bfloat16)
     save_checkpoint(tmp_path / "half", model, tokenizers())
     for dtype, expected in ((None, torch.bfloat16), ("auto", torch.bfloat16), ("float32", torch.float32)):
-        compressor = Compressor.load(tmp_path / "half", device="cpu", dtype=dtype)
+        compressor = Compressor.load(tmp_path / "half", settings=EncoderSettings(device="cpu", dtype=dtype))
         assert compressor.memory_encoder.adapter.fc1.weight.dtype == expected
         assert compressor.compress([compressor.parse_raw(TEXT)])[0].values_TD.dtype == expected
         loaded = load_model(tmp_path / "half", device="cpu", dtype=dtype)[0]
         assert {p.dtype for p in loaded.parameters()} == {expected}
     with pytest.raises(ConfigError, match="--dtype float8: expected auto, bfloat16"):
-        Compressor.load(tmp_path / "half", dtype="float8")
+        Compressor.load(tmp_path / "half", settings=EncoderSettings(dtype="float8"))
 
 
 @pytest.mark.parametrize("rope_dtype", ["float32", "bfloat16"])
@@ -262,7 +263,7 @@ def test_rotary_frequencies_have_the_precision_of_the_checkpoint(rope_dtype: str
     config = CompressionConfig(chunk_size=4, window=4, pooling="eos", rope_dtype=rope_dtype)
     write_checkpoint(tmp_path / "pair", config)
     files = find_checkpoint(tmp_path / "pair")
-    frequencies = weights.load_memory_encoder(files, device="cpu").chunker.encoder.rotary_emb.inv_freq
+    frequencies = weights.load_memory_encoder(files, ON_CPU).chunker.encoder.rotary_emb.inv_freq
     exact = make_model(config).code_chunker.encoder.rotary_emb.inv_freq
     assert frequencies.dtype == torch.float32
     assert torch.equal(frequencies, exact.to(weights.DTYPES[rope_dtype]).float())
@@ -291,4 +292,4 @@ def test_scaled_embeddings_are_refused(copied: Callable[[str], Path]) -> None:
 
     GemmaConfig(hidden_size=32, vocab_size=264).save_pretrained(root / "llm")
     with pytest.raises(CheckpointError, match="embeddings of gemma models are scaled"):
-        Compressor.load(root, device="cpu")
+        Compressor.load(root, settings=ON_CPU)

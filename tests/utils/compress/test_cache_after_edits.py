@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from utils.checkpoint.settings import ON_CPU
 from utils.compress.compressor import Compressor
 from utils.compress.latent_cache import LatentCache
 from utils.compress.prompt_embeds import PromptEmbeds
@@ -19,7 +20,7 @@ FILES = [f"# file {number}\n" + f"value_{number} = {number}\n" * 12 for number i
 @pytest.mark.parametrize("edit_at", [0, 40, 100])
 def test_only_windows_from_the_edit_on(checkpoints: dict[str, Path], tmp_path: Path, edit_at: int) -> None:
     with LatentCache.open(tmp_path) as cache:
-        compressor = Compressor.load(checkpoints["lclm"], device="cpu", cache=cache)
+        compressor = Compressor.load(checkpoints["lclm"], settings=ON_CPU, cache=cache)
 
         def compress(files: list[str], with_: Compressor = compressor) -> PromptEmbeds:
             text = "\n".join(f"{MEMORY_START}{file}{MEMORY_END}" for file in files)
@@ -34,7 +35,7 @@ def test_only_windows_from_the_edit_on(checkpoints: dict[str, Path], tmp_path: P
         encoded = len(edited[2]) - first_changed
         assert after.stats.memory_tokens - after.stats.cached_tokens == encoded
         assert cache.stats().misses - misses == -(-encoded // WINDOW)
-        without_cache = compress(edited, Compressor.load(checkpoints["lclm"], device="cpu"))
+        without_cache = compress(edited, Compressor.load(checkpoints["lclm"], settings=ON_CPU))
         torch.testing.assert_close(after.values_TD, without_cache.values_TD, atol=1e-5, rtol=0)
         again = compress(edited)
         assert again.stats.cached_tokens == again.stats.memory_tokens

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from utils.checkpoint.settings import ON_CPU, EncoderSettings
 from utils.compress.compressor import Compressor
 from utils.compress.latent_cache import LatentCache
 from utils.errors import PromptError
@@ -25,10 +26,10 @@ TEXTS = [
 
 @pytest.mark.parametrize("layout", ["code-llava", "lclm"])
 def test_order_and_batches_change_nothing(layout: str, checkpoints: dict[str, Path]) -> None:
-    compressor = Compressor.load(checkpoints[layout], device="cpu")
+    compressor = Compressor.load(checkpoints[layout], settings=ON_CPU)
     prompts = [compressor.parse_raw(text) for text in TEXTS]
     alone = [compressor.compress([prompt])[0] for prompt in prompts]
-    small = Compressor.load(checkpoints[layout], device="cpu", batch_tokens=8)
+    small = Compressor.load(checkpoints[layout], settings=EncoderSettings(device="cpu", batch_tokens=8))
     for together in (compressor.compress(prompts), compressor.compress(prompts[::-1])[::-1], small.compress(prompts)):
         for one, other in zip(together, alone, strict=True):
             torch.testing.assert_close(one.values_TD, other.values_TD, atol=1e-5, rtol=0)
@@ -38,7 +39,7 @@ def test_order_and_batches_change_nothing(layout: str, checkpoints: dict[str, Pa
 @pytest.mark.parametrize("layout", ["code-llava", "lclm"])
 def test_the_cache_gives_the_same_latents(layout: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     with LatentCache.open(tmp_path) as cache:
-        compressor = Compressor.load(checkpoints[layout], device="cpu", cache=cache)
+        compressor = Compressor.load(checkpoints[layout], settings=ON_CPU, cache=cache)
         prompts = [compressor.parse_raw(text) for text in TEXTS]
         fresh = compressor.compress(prompts)
         again, once_more = compressor.compress(prompts), compressor.compress(prompts)
@@ -62,14 +63,16 @@ def test_the_cache_gives_the_same_latents(layout: str, checkpoints: dict[str, Pa
 def test_another_checkpoint_finds_nothing_in_the_cache(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     with LatentCache.open(tmp_path) as cache:
         cached = []
-        for layout, dtype in (("lclm", None), ("code-llava", None), ("lclm", "bfloat16"), ("lclm", None)):
-            compressor = Compressor.load(checkpoints[layout], device="cpu", dtype=dtype, cache=cache)
+        for layout, dtype in (("lclm", "auto"), ("code-llava", "auto"), ("lclm", "bfloat16"), ("lclm", "auto")):
+            compressor = Compressor.load(
+                checkpoints[layout], settings=EncoderSettings(device="cpu", dtype=dtype), cache=cache
+            )
             cached.append(compressor.compress([compressor.parse_raw(TEXTS[0])])[0].stats.cached_tokens)
     assert cached == [0, 0, 0, 85]
 
 
 def test_chunk_sizes_in_one_prompt(checkpoints: dict[str, Path]) -> None:
-    compressor = Compressor.load(checkpoints["lclm"], device="cpu")
+    compressor = Compressor.load(checkpoints["lclm"], settings=ON_CPU)
     both = compressor.compress([compressor.parse_raw(TEXTS[2], [1, 32])])[0]
     assert both.spans == ((1, 2), (4, 5))
     with pytest.raises(PromptError, match="3 chunk sizes for 2 memory spans"):
@@ -77,14 +80,14 @@ def test_chunk_sizes_in_one_prompt(checkpoints: dict[str, Path]) -> None:
 
 
 def test_a_prompt_without_room(checkpoints: dict[str, Path]) -> None:
-    compressor = Compressor.load(checkpoints["lclm"], device="cpu")
+    compressor = Compressor.load(checkpoints["lclm"], settings=ON_CPU)
     long = compressor.parse_raw("x" * 513)
     with pytest.raises(PromptError, match="prompt 1 needs 513 rows, but the decoder has 512 positions"):
         compressor.compress([compressor.parse_raw("x"), long])
 
 
 def test_provenance_says_what_made_the_latents(checkpoints: dict[str, Path]) -> None:
-    compressor = Compressor.load(checkpoints["lclm"], device="cpu")
+    compressor = Compressor.load(checkpoints["lclm"], settings=ON_CPU)
     facts = compressor.compress([compressor.parse_raw("x")])[0].provenance
     assert facts["fingerprint"] == compressor.files.fingerprint
     assert facts["config"]["encoder_window_size"] == 32
@@ -116,7 +119,7 @@ def test_resident_memory(tmp_path: Path, record_property: Callable[[str, object]
     from utils.checkpoint.locate import find_checkpoint
 
     files = find_checkpoint()
-    encoder = load_memory_encoder(files, device="cpu")
+    encoder = load_memory_encoder(files, ON_CPU)
     table = load_embedding_table(files)
     known = sum(p.numel() * p.element_size() for p in encoder.parameters()) + table.numel() * table.element_size()
     (tmp_path / "code.py").write_text("value = 1\n" * 2000)

@@ -14,6 +14,7 @@ from general import processor_v2
 from utils.checkpoint.layout import CODE_LLAVA, LCLM
 from utils.checkpoint.locate import find_checkpoint
 from utils.checkpoint.save import save_checkpoint
+from utils.checkpoint.settings import ON_CPU, EncoderSettings
 from utils.compress.compressor import Compressor
 from utils.inference.inference import load_model
 
@@ -55,7 +56,9 @@ def test_there_are_cases_in_both_layouts() -> None:
 def test_compressor(case: str, attention: str | None) -> None:
     prompts, size = read_case(case)
     compressor = Compressor.load(
-        GOLDEN / case, chunk_size=size, device="cpu", dtype="float32", attn_implementation=attention
+        GOLDEN / case,
+        settings=EncoderSettings(device="cpu", dtype="float32", attn_implementation=attention),
+        chunk_size=size,
     )
     parsed = {name: parse(compressor, name, row["text"]) for name, row in prompts.items()}
     for name, row in prompts.items():
@@ -118,12 +121,12 @@ def test_layouts_convert_into_each_other_and_back(case: str, tmp_path: Path) -> 
         files = find_checkpoint(source)
         assert files.layout is layout
         # Stored as bfloat16, computed as float32: the copy says everything that decides a latent.
-        copy = Compressor.load(source, device="cpu", dtype="float32")
+        copy = Compressor.load(source, settings=EncoderSettings(device="cpu", dtype="float32"))
         for name, row in prompts.items():
             prompt = parse(copy, name, row["text"])
             assert prompt.input_ids == row.get("input_ids", prompt.input_ids)
             assert_close(copy.compress([prompt])[0].values_TD, expected_embeds(case, name))
-    first, last = (Compressor.load(tmp_path / name, device="cpu") for name in ("0-lclm", "2-lclm"))
+    first, last = (Compressor.load(tmp_path / name, settings=ON_CPU) for name in ("0-lclm", "2-lclm"))
     before, after = first.memory_encoder.state_dict(), last.memory_encoder.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from utils.checkpoint.locate import find_checkpoint
+from utils.checkpoint.settings import ON_CPU, EncoderSettings
 from utils.compress.compressor import Compressor
 from utils.compress.latent_cache import LatentCache
 from utils.compress.latent_files import LatentFiles
@@ -96,7 +97,7 @@ def test_latents_are_those_of_prompts(
     layout: str, encode: Encode, corpus: Path, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     summary = encode(corpus, layout=layout)
-    compressor = Compressor.load(checkpoints[layout], device="cpu")
+    compressor = Compressor.load(checkpoints[layout], settings=ON_CPU)
     with EncodedCorpus.open(tmp_path / "out") as encoded:
         encoded.check(compressor.files)
         rows = list(encoded)
@@ -123,7 +124,7 @@ def test_shards_are_plain_safetensors_in_the_encoders_dtype(
     encode: Encode, corpus: Path, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     encode(corpus, "--dtype", "bfloat16")
-    compressor = Compressor.load(checkpoints["lclm"], device="cpu", dtype="bfloat16")
+    compressor = Compressor.load(checkpoints["lclm"], settings=EncoderSettings(device="cpu", dtype="bfloat16"))
     with EncodedCorpus.open(tmp_path / "out") as encoded:
         row = encoded.document("d.py")
         rows_ND = load_file(tmp_path / "out" / row.shard)["latents"][row.first_row : row.stop_row]
@@ -151,7 +152,7 @@ def test_a_span_takes_its_latents_from_the_corpus(
     encode: Encode, corpus: Path, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode(corpus)
-    compressor = Compressor.load(checkpoints["lclm"], device="cpu")
+    compressor = Compressor.load(checkpoints["lclm"], settings=ON_CPU)
     text = f"See <|memory_start|>{TEXTS['d.py']}<|memory_end|> and <|memory_start|>{TEXTS['c.py']}<|memory_end|>."
     prompt = compressor.parse_raw(text)
     expected = compressor.compress([prompt])[0]
@@ -165,7 +166,7 @@ def test_a_span_takes_its_latents_from_the_corpus(
         with pytest.raises(DatasetError, match=r"216 tokens at chunk size 4, the span has 216 at 8: .* chunk_size=4"):
             encoded.encoded(compressor.parse_raw(text, 8).spans[0])
         with pytest.raises(ConfigError, match="another checkpoint"):
-            encoded.check(Compressor.load(checkpoints["code-llava"], device="cpu").files)
+            encoded.check(Compressor.load(checkpoints["code-llava"], settings=ON_CPU).files)
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(
@@ -406,7 +407,7 @@ def test_prompts_hit_the_cache(
     assert first["encoded_tokens"] > 0
     assert again.items() >= {"encoded_tokens": 0, "cached_tokens": again["memory_tokens"], "documents": 6}.items()
     with LatentCache.open(tmp_path / "cache") as cache:
-        compressor = Compressor.load(checkpoints["lclm"], device="cpu", cache=cache)
+        compressor = Compressor.load(checkpoints["lclm"], settings=ON_CPU, cache=cache)
         prompt = compressor.parse_raw(f"<|memory_start|>{TEXTS['d.py']}<|memory_end|>?")
         assert compressor.compress([prompt])[0].stats.cached_tokens == prompt.memory_tokens
     # A cache that cannot keep its latents is no result.

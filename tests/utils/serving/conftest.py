@@ -9,6 +9,7 @@ import pytest
 
 from tests.support import fake_server
 from tests.support.fake_server import FakeServer
+from utils.checkpoint.settings import ON_CPU
 from utils.compress.compressor import Compressor
 from utils.compress.latent_cache import LatentCache
 
@@ -16,7 +17,7 @@ from utils.compress.latent_cache import LatentCache
 @pytest.fixture(scope="module")
 def compressor(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compressor]:
     with LatentCache.open(tmp_path_factory.mktemp("cache")) as cache:
-        yield Compressor.load(checkpoints["lclm"], device="cpu", cache=cache)
+        yield Compressor.load(checkpoints["lclm"], settings=ON_CPU, cache=cache)
 
 
 @pytest.fixture

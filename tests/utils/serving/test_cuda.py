@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.support.marks import DEVICES
+from utils.checkpoint.settings import EncoderSettings
 from utils.compress.compressor import Compressor
 from utils.inference.inference import load_model
 from utils.model.markers import MEMORY_END, MEMORY_START
@@ -32,8 +33,8 @@ def expected(checkpoints: dict[str, Path]) -> tuple[list[int], str]:
 def test_the_local_decoder_answers_as_on_the_cpu(
     checkpoints: dict[str, Path], expected: tuple[list[int], str], device: str, dtype: str
 ) -> None:
-    compressor = Compressor.load(checkpoints["lclm"], device=device, dtype=dtype)
-    decoder = LocalDecoder.load(compressor.files, device=device, dtype=compressor.dtype)
+    compressor = Compressor.load(checkpoints["lclm"], settings=EncoderSettings(device=device, dtype=dtype))
+    decoder = LocalDecoder.load(compressor.files, EncoderSettings(device=device, dtype=compressor.dtype))
     embeds = compressor.compress([compressor.parse_chat([{"role": "user", "content": TEXT}])])[0]
     pieces: list[str] = []
     rows = embeds.values_TD.to(device)
@@ -50,7 +51,7 @@ def test_the_gateway_answers_as_on_the_cpu(
 ) -> None:
     from tests.support import local_gateway  # skips where what it is made of is not installed
 
-    compressor = Compressor.load(checkpoints["lclm"], device=device, dtype="float32")
+    compressor = Compressor.load(checkpoints["lclm"], settings=EncoderSettings(device=device, dtype="float32"))
     body = {"messages": [{"role": "user", "content": TEXT}], "max_tokens": NEW_TOKENS, "temperature": 0}
     with local_gateway.running(compressor, device=device) as url, httpx.Client(base_url=url, timeout=60) as client:
         got = client.post("/v1/chat/completions", json=body).json()

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.support import gateway_server
+from utils.checkpoint.settings import ON_CPU
 from utils.compress.compressor import Compressor
 from utils.errors import ConfigError
 from utils.serving.door import DoorPolicy, is_loopback
@@ -28,7 +29,7 @@ Got = tuple[int, Headers, Any]
 
 @pytest.fixture(scope="module")
 def compressor(checkpoints: dict[str, Path]) -> Compressor:
-    return Compressor.load(checkpoints["lclm"], device="cpu")
+    return Compressor.load(checkpoints["lclm"], settings=ON_CPU)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pytest
 
 from tests.support import fake_server, gateway_server
 from tests.support.fake_server import Handler
+from utils.checkpoint.settings import ON_CPU
 from utils.compress.compressor import Compressor
 from utils.compress.latent_cache import LatentCache
 from utils.compress.prompt_embeds import encode_wire
@@ -130,7 +131,7 @@ def test_two_gateways_share_one_cache(checkpoints: dict[str, Path], tmp_path: Pa
     with fake_server.running() as backend, LatentCache.open(tmp_path) as one, LatentCache.open(tmp_path) as two:
         reports, sent = [], []
         for cache in (one, two, one):
-            compressor = Compressor.load(checkpoints["lclm"], device="cpu", cache=cache)
+            compressor = Compressor.load(checkpoints["lclm"], settings=ON_CPU, cache=cache)
             with gateway_server.running(compressor, backend.url) as url:
                 reports.append(httpx.post(url + CHAT, json=chat_body(7)).json()["code_llava"])
             sent.append(backend.requests[-1][1]["messages"])
@@ -141,9 +142,9 @@ def test_two_gateways_share_one_cache(checkpoints: dict[str, Path], tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_damaged_cache_and_a_full_disk_change_no_answer(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    plain = Compressor.load(checkpoints["lclm"], device="cpu")
+    plain = Compressor.load(checkpoints["lclm"], settings=ON_CPU)
     with fake_server.running() as backend, LatentCache.open(tmp_path) as cache:
-        compressor = Compressor.load(checkpoints["lclm"], device="cpu", cache=cache)
+        compressor = Compressor.load(checkpoints["lclm"], settings=ON_CPU, cache=cache)
         with gateway_server.running(compressor, backend.url) as url:
 
             def cached_tokens(number: int) -> int:

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from tests.support import local_gateway
+from utils.checkpoint.settings import ON_CPU
 from utils.compress.compressor import Compressor
 from utils.inference.inference import load_model
 from utils.model.markers import MEMORY_END, MEMORY_START
@@ -36,12 +37,12 @@ NEW_TOKENS = 24
 
 @pytest.fixture(scope="module")
 def compressor(checkpoints: dict[str, Path]) -> Compressor:
-    return Compressor.load(checkpoints["lclm"], device="cpu")
+    return Compressor.load(checkpoints["lclm"], settings=ON_CPU)
 
 
 @pytest.fixture(scope="module")
 def decoder(compressor: Compressor) -> LocalDecoder:
-    return LocalDecoder.load(compressor.files, device="cpu")
+    return LocalDecoder.load(compressor.files, ON_CPU)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +194,7 @@ def test_the_chunk_size_of_one_request(
     folder = shutil.copytree(checkpoints["lclm"], tmp_path / "several")
     config = json.loads((folder / "model_config.json").read_text())
     (folder / "model_config.json").write_text(json.dumps({**config, "chunk_sizes": [4, 8]}))
-    with local_gateway.running(Compressor.load(folder, device="cpu")) as url, httpx.Client(base_url=url) as several:
+    with local_gateway.running(Compressor.load(folder, settings=ON_CPU)) as url, httpx.Client(base_url=url) as several:
         told = several.get("/v1/compression").json()
         assert (told["chunk_size"], told["chunk_sizes"]) == (4, [4, 8])
         latents = [

@@ -16,6 +16,7 @@ import pytest
 from tests.support import fake_server, gateway_server, local_gateway
 from tests.support.fake_server import FakeServer
 from tests.support.tiny import MAX_POSITIONS
+from utils.checkpoint.settings import ON_CPU
 from utils.compress.compressor import Compressor
 from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START
 
@@ -33,7 +34,7 @@ def chat_body(content: Any, **fields: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def compressor(checkpoints: dict[str, Path]) -> Compressor:
-    return Compressor.load(checkpoints["lclm"], device="cpu")
+    return Compressor.load(checkpoints["lclm"], settings=ON_CPU)
 
 
 class Counting:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support import fake_server, gateway_server
 from tests.support.fake_server import FakeServer, Handler, refuse
+from utils.checkpoint.settings import ON_CPU
 from utils.compress.compressor import Compressor
 
 COMPLETIONS = "/v1/completions"
@@ -22,7 +23,7 @@ MAX_ANSWER_BYTES = 100_000
 
 @pytest.fixture(scope="module")
 def compressor(checkpoints: dict[str, Path]) -> Compressor:
-    return Compressor.load(checkpoints["lclm"], device="cpu")
+    return Compressor.load(checkpoints["lclm"], settings=ON_CPU)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from utils.checkpoint.locate import find_checkpoint
 from utils.checkpoint.lora import ADAPTER_WEIGHTS
 from utils.checkpoint.pair import load_pair
 from utils.checkpoint.save import save_checkpoint
+from utils.checkpoint.settings import EncoderSettings
 from utils.errors import CheckpointError
 from utils.files import refuse_overwriting_inputs
 
@@ -94,7 +95,9 @@ def convert(
     if base is None:
         _check_is_checkpoint(source)
     with _with_safetensors(source if base is None else base, Path(output)) as root:
-        model, tokenizers = load_pair(find_checkpoint(root, chunk_size), dtype=dtype)
+        model, tokenizers = load_pair(
+            find_checkpoint(root, chunk_size), EncoderSettings(device="cpu", dtype=dtype or "auto")
+        )
         if base is not None:
             markers = tokenizers.markers
             counts = put_state(model, source, (markers.start, markers.end), options)

@@ -77,7 +77,7 @@ def _print_device() -> None:
 def _compress_something() -> None:
     from utils.checkpoint.default.recipe import is_trained
     from utils.compress.compressor import Compressor
-    from utils.model.markers import MEMORY_END, MEMORY_START
+    from utils.model.markers import wrap
 
     began = time.perf_counter()
     compressor = Compressor.load()
@@ -85,7 +85,7 @@ def _compress_something() -> None:
     trained = "trained" if is_trained() else "its adapter is UNTRAINED: shapes and speed are real, answers are not"
     print(f"default checkpoint: {compressor.files.root} ({trained}), loaded in {loaded - began:.1f} s")
     source = Path(__file__).read_text(encoding="utf-8")
-    text = f"{MEMORY_START}{source}{MEMORY_END}What does this program check?"
+    text = f"{wrap(source)}What does this program check?"
     embeds = compressor.compress([compressor.parse_raw(text)])[0]
     seconds = time.perf_counter() - loaded
     stats = embeds.stats

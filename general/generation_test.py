@@ -23,7 +23,7 @@ from utils.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from utils.client.answer import ServerCompletion
+    from utils.client.completion import Completion
     from utils.client.server_client import VllmClient
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def _run(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-async def _ask(client: VllmClient, values_TD: torch.Tensor, args: argparse.Namespace) -> ServerCompletion:
+async def _ask(client: VllmClient, values_TD: torch.Tensor, args: argparse.Namespace) -> Completion:
     fields: dict[str, Any] = {
         "max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
         "seed": args.seed,
@@ -126,7 +126,7 @@ def _print_piece(text: str) -> None:
     sys.stdout.flush()
 
 
-def _summary(completion: ServerCompletion) -> str:
+def _summary(completion: Completion) -> str:
     def count(number: int | None) -> str:
         return "?" if number is None else str(number)
 

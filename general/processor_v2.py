@@ -67,7 +67,7 @@ def compress(
     """
     import torch
 
-    from utils.model.code_llava_model import check_prompt_fits
+    from utils.model.limits import check_prompt_fits
     from utils.model.splice import splice_latents
 
     check_prompt_fits(len(input_ids), model.llm_model.config)

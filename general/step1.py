@@ -14,13 +14,10 @@ from general.compress_command import add_flags, compress_and_save
 from utils.cli import make_parser, run_command
 from utils.errors import DatasetError
 from utils.files import read_json
-from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.model.markers import wrap
 
-PROMPT = [
-    {
-        "role": "user",
-        "content": f"""What does this class do?
-{MEMORY_START}class RunningMean:
+_CODE = """\
+class RunningMean:
     def __init__(self):
         self.count = 0
         self.mean = 0.0
@@ -28,9 +25,8 @@ PROMPT = [
     def add(self, value):
         self.count += 1
         self.mean += (value - self.mean) / self.count
-{MEMORY_END}""",
-    }
-]
+"""
+PROMPT = [{"role": "user", "content": f"What does this class do?\n{wrap(_CODE)}"}]
 
 
 def build_parser() -> argparse.ArgumentParser:

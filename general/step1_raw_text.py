@@ -13,7 +13,7 @@ import sys
 from general.compress_command import add_flags, compress_and_save, read_text
 from utils.cli import make_parser, run_command
 from utils.errors import PromptError
-from utils.model.markers import MARKERS, MEMORY_END, MEMORY_START
+from utils.model.markers import MARKERS, wrap
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,7 +67,7 @@ def _marked(path: str) -> str:
     for marker in MARKERS:
         if marker in content:
             raise PromptError(f"{path} holds the marker {marker}: a memory file is plain text; pass it as --input-file")
-    return f"{MEMORY_START}{content}{MEMORY_END}\n"
+    return f"{wrap(content)}\n"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +29,14 @@ from ruler.answering.protocol import (
     BackendSettings,
     Question,
     RowRefusedError,
-    Sampling,
     TransientError,
 )
 from utils.errors import CheckpointError, ConfigError
 from utils.pretrained import fetch, loading, read_model, read_tokenizer
 
 if TYPE_CHECKING:
+    import torch
+
     from utils.compress.latent_cache import LatentCache
     from utils.compress.prompt_embeds import PromptEmbeds
     from utils.model.prompt import MemoryPrompt
@@ -123,16 +126,7 @@ class ServerText:
 
     def _fields(self, question: Question) -> dict[str, Any]:
         """The request's further fields; None is left out."""
-        sampling = self._settings.sampling
-        return {
-            "max_tokens": question.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": sampling.seed,
-            "stop": list(sampling.stop) or None,
-            # Not OpenAI's, but vLLM's and SGLang's; left out at "no limit" so that OpenAI accepts the request.
-            "top_k": sampling.top_k or None,
-        }
+        return replace(self._settings.sampling, max_tokens=question.max_tokens).request_fields()
 
 
 def _latent_cache(settings: BackendSettings) -> LatentCache | None:
@@ -205,51 +199,71 @@ def _sorted_failures() -> Iterator[None]:
         raise
 
 
-class LocalCodeLlava:
-    """A Code-LLaVA checkpoint in this process: contexts as latents, or as text for its bare decoder."""
+class LocalModel(ABC):
+    """A model in this process; a subclass says how a question becomes prompt rows."""
 
     concurrency = 1
 
-    def __init__(self, settings: BackendSettings) -> None:
-        from utils.checkpoint.locate import find_checkpoint
-        from utils.inference.inference import load_model
+    def __init__(self, settings: BackendSettings, decoder: Any, tokenizer: Any) -> None:
+        from utils.inference.generation import Generator
 
         self.batch_size = settings.batch_size
+        self.details: dict[str, Any] = {}
         self._settings = settings
-        self._sampling = settings.sampling
-        self._compress = settings.name == "local-memory"
-        files = find_checkpoint(settings.model, settings.chunk_size)
-        self.details: dict[str, Any] = {"model": files.root.name, "fingerprint": files.fingerprint}
-        self._model, self._tokenizer, self._processor = load_model(
-            files.root, settings.device, settings.chunk_size, cache=_latent_cache(settings) if self._compress else None
-        )
-        if self._compress:
-            self.details["chunk_size"] = self._processor.chunk_size
+        self._generator = Generator(decoder, tokenizer)
 
-    async def start(self) -> None:
-        """Nothing to find out: the checkpoint is loaded."""
+    async def start(self) -> None:  # noqa: B027
+        """Nothing to find out: the model is loaded."""
 
     async def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """Answer as one batch, beside the event loop."""
         return await asyncio.to_thread(self._answer, questions)
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027
         """The model goes with this object."""
 
     def _answer(self, questions: Sequence[Question]) -> list[Answer]:
+        rows, counts = self._read(questions)
+        # The seed is set before each batch, so that a resumed run draws what an undisturbed one would have drawn.
+        sampling = replace(self._settings.sampling, max_tokens=max(question.max_tokens for question in questions))
+        completions = self._generator.complete(rows, sampling)
+        return [
+            Answer(text=completion.text, prompt_tokens=completion.prompt_tokens, **count)
+            for completion, count in zip(completions, counts, strict=True)
+        ]
+
+    @abstractmethod
+    def _read(self, questions: Sequence[Question]) -> tuple[list[torch.Tensor], list[dict[str, int]]]:
+        """Rows [T, D] of each question, and what is known of its memory."""
+
+
+class LocalCodeLlava(LocalModel):
+    """A Code-LLaVA checkpoint in this process: contexts as latents, or as text for its bare decoder."""
+
+    def __init__(self, settings: BackendSettings) -> None:
+        from utils.checkpoint.locate import find_checkpoint
+        from utils.inference.inference import load_model
+
+        self._compress = settings.name == "local-memory"
+        files = find_checkpoint(settings.model, settings.chunk_size)
+        cache = _latent_cache(settings) if self._compress else None
+        self._model, tokenizer, self._processor = load_model(
+            files.root, settings.device, settings.chunk_size, cache=cache
+        )
+        super().__init__(settings, self._model.decoder, tokenizer)
+        self.details = {"model": files.root.name, "fingerprint": files.fingerprint}
+        if self._compress:
+            self.details["chunk_size"] = self._processor.chunk_size
+
+    def _read(self, questions: Sequence[Question]) -> tuple[list[torch.Tensor], list[dict[str, int]]]:
         texts = [question.memory_text if self._compress else question.text for question in questions]
         prompts = [parse_prompt(self._processor, text, self._settings) for text in texts]
-        max_tokens = max(question.max_tokens for question in questions)
-        generated = self._model.generate(prompts, max_new_tokens=max_tokens, **_sampling_arguments(self._sampling))
-        return [
-            Answer(
-                text=_until_stop(self._tokenizer.decode(ids, skip_special_tokens=True), self._sampling),
-                prompt_tokens=len(prompt.input_ids),
-                memory_tokens=prompt.memory_tokens if self._compress else None,
-                num_latents=prompt.num_latents if self._compress else None,
-            )
-            for prompt, ids in zip(prompts, generated, strict=True)
+        self._model.check_room(prompts, max(question.max_tokens for question in questions))
+        counts = [
+            {"memory_tokens": prompt.memory_tokens, "num_latents": prompt.num_latents} if self._compress else {}
+            for prompt in prompts
         ]
+        return self._model.embed_prompts(prompts), counts
 
 
 def parse_prompt(processor: Any, text: str, settings: BackendSettings) -> MemoryPrompt:
@@ -259,69 +273,31 @@ def parse_prompt(processor: Any, text: str, settings: BackendSettings) -> Memory
     return processor.parse_raw(text)
 
 
-class LocalCausalLm:
+class LocalCausalLm(LocalModel):
     """Any Hugging Face causal language model in this process, from a folder or by hub id."""
 
-    concurrency = 1
-
     def __init__(self, settings: BackendSettings) -> None:
-        import torch
         from transformers import AutoModelForCausalLM
 
-        from utils.checkpoint.load import check_report
+        from utils.checkpoint.load import check_report, resolve_device
 
-        self.batch_size = settings.batch_size
-        self._settings = settings
-        self._sampling = settings.sampling
-        device = settings.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             folder = fetch(str(settings.model))
-            self._tokenizer = read_tokenizer(folder, padding_side="left")
+            tokenizer = read_tokenizer(folder)
             model, report = read_model(AutoModelForCausalLM, folder)
             check_report(report, folder)
         except CheckpointError as error:
             raise CheckpointError(f"{settings.model} cannot be loaded as a causal language model: {error}") from None
-        self._model = model.to(device).eval()
-        if self._tokenizer.pad_token_id is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token
-        self.details: dict[str, Any] = {"model": Path(str(settings.model)).name}
+        super().__init__(settings, model.to(resolve_device(settings.device)).eval(), tokenizer)
+        self._tokenizer = tokenizer
+        self.details = {"model": Path(str(settings.model)).name}
 
-    async def start(self) -> None:
-        """Nothing to find out: the model is loaded."""
-
-    async def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """Answer as one batch, beside the event loop."""
-        return await asyncio.to_thread(self._answer, questions)
-
-    async def close(self) -> None:
-        """The model goes with this object."""
-
-    def _answer(self, questions: Sequence[Question]) -> list[Answer]:
-        from utils.model.code_llava_model import check_prompt_fits
-
-        texts = [question.text for question in questions]
+    def _read(self, questions: Sequence[Question]) -> tuple[list[torch.Tensor], list[dict[str, int]]]:
         chat = self._settings.api == "chat"
-        if chat:
-            texts = [self._in_template(text) for text in texts]
+        texts = [self._in_template(question.text) if chat else question.text for question in questions]
         # A template writes its own special tokens.
-        batch = self._tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not chat)
-        lengths = batch["attention_mask"].sum(dim=1).tolist()
-        max_tokens = max(question.max_tokens for question in questions)
-        for question, length in zip(questions, lengths, strict=True):
-            check_prompt_fits(length, self._model.config, question.max_tokens)
-        ids = self._model.generate(
-            **batch.to(self._model.device),
-            max_new_tokens=max_tokens,
-            pad_token_id=self._tokenizer.pad_token_id,
-            **_sampling_arguments(self._sampling),
-        )
-        new = self._tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [
-            Answer(text=_until_stop(text, self._sampling), prompt_tokens=length)
-            for text, length in zip(new, lengths, strict=True)
-        ]
+        ids = self._tokenizer(texts, add_special_tokens=not chat)["input_ids"]
+        return [self._generator.embed(own) for own in ids], [{}] * len(ids)
 
     def _in_template(self, text: str) -> str:
         messages = self._settings.messages(text)
@@ -332,24 +308,3 @@ class LocalCausalLm:
 def _is_plain_model(model: str | None) -> bool:
     """Whether `--model` is a language model by itself; a Code-LLaVA checkpoint has its `config.json` one floor down."""
     return model is not None and (not Path(model).is_dir() or (Path(model) / "config.json").is_file())
-
-
-def _sampling_arguments(sampling: Sampling) -> dict[str, Any]:
-    """Hugging Face generation arguments; plain greedy search at temperature 0."""
-    import torch
-
-    if sampling.temperature == 0:
-        return {"do_sample": False}
-    # Before each batch, so that a resumed run draws what an undisturbed one would have drawn.
-    torch.manual_seed(sampling.seed)
-    return {
-        "do_sample": True,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-    }
-
-
-def _until_stop(text: str, sampling: Sampling) -> str:
-    """Cut an answer before the first stop string; a server does this itself."""
-    return text[: min((at for stop in sampling.stop if (at := text.find(stop)) >= 0), default=len(text))]

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ruler.answering.predictions import DataRow, PredictionFile
-from ruler.answering.protocol import BACKENDS, DEFAULT_SERVER_URL, Backend, BackendSettings, Sampling, TransientError
+from ruler.answering.protocol import BACKENDS, DEFAULT_SERVER_URL, Backend, BackendSettings, TransientError
 from ruler.answering.runner import FailedRow, RetryPolicy, ask
 from ruler.dataset import read_dataset
 from ruler.generation.prepare import parse_lengths
 from ruler.layout import check_same, choose, claim_run_folder, dataset_tasks, length_folders, write_run_manifest
 from ruler.registry import get_task, resolve_tasks
 from utils.cli import EXIT_FAILED_ROWS, EXIT_OK, print_json
+from utils.client.completion import Sampling
 from utils.errors import ConfigError
 from utils.files import provenance, write_jsonl
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from utils.client.completion import Sampling
 from utils.errors import ServerError
-from utils.model.markers import MARKERS, MEMORY_END, MEMORY_START
+from utils.model.markers import MARKERS, wrap
 
 DEFAULT_SERVER_URL = "http://127.0.0.1:8000"
 BACKENDS = ("server-text", "local-text", "server-memory", "local-memory")
@@ -64,7 +65,7 @@ class Question:
                 f"the row's context is empty (context_start {self.context_start}, context_end {self.context_end}): "
                 "prepare the dataset again"
             )
-        return f"{before}{MEMORY_START}{context}{MEMORY_END}{self.input[self.context_end :]}{self.answer_prefix}"
+        return f"{before}{wrap(context)}{self.input[self.context_end :]}{self.answer_prefix}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,17 +87,6 @@ class Answer:
     def counts(self) -> dict[str, int]:
         """The known counts, for the prediction row."""
         return {k: v for k, v in asdict(self).items() if k != "text" and v is not None}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How answers are drawn; greedy by default. `top_k` 0 and `top_p` 1 mean no limit."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +125,7 @@ class BackendSettings:
     device: str = "auto"
     cache: bool = True
     cache_dir: str | None = None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
 
     def messages(self, prompt: str) -> list[dict[str, str]]:
         """The chat around a prompt."""
@@ -151,7 +141,7 @@ class BackendSettings:
             "chunk_size": self.chunk_size,
             "api": self.api,
             "system_prompt": self.system_prompt,
-            **asdict(self.sampling),
+            **{name: getattr(self.sampling, name) for name in ("temperature", "top_p", "top_k", "seed")},
             "stop": list(self.sampling.stop),
         }
 

@@ -17,7 +17,7 @@ from utils.benchmark.material import load_compressor
 from utils.benchmark.measure import machine, markdown_table
 from utils.errors import ConfigError
 from utils.flags import add_checkpoint_flags
-from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.model.markers import wrap
 
 DESCRIPTION = "latency that a gateway adds, at several numbers of clients"
 QUICK = {"clients": [1], "requests": 1, "lines": 4}
@@ -90,7 +90,7 @@ async def _seconds(ask: Ask, number: int) -> float:
 
 def _prompt_text(number: int, lines: int) -> str:
     code = "".join(f"client_{number}_value_{line} = {number * 7919 + line}\n" for line in range(lines))
-    return f"{MEMORY_START}{code}{MEMORY_END} What is this?"
+    return f"{wrap(code)} What is this?"
 
 
 def _percentile(times: Sequence[float], share: float) -> float:

@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         A table for people, and everything as one JSON-ready value.
     """
     from utils.compress.latent_cache import LatentCache
-    from utils.inference.inference import batches_by_length, load_model
+    from utils.inference.generation import batches_by_length
+    from utils.inference.inference import load_model
 
     if min(args.prompts, args.shortest, args.new_tokens, args.batch_size, args.repeats) < 1:
         raise ConfigError("--prompts, --shortest, --new-tokens, --batch-size and --repeats must be at least 1")
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         prompts = [processor.parse_raw(text) for text in _texts(processor.tokenizers.encoder, args)]
         model.check_room(prompts, args.new_tokens)
         as_they_come = [prompts[at : at + args.batch_size] for at in range(0, len(prompts), args.batch_size)]
-        by_length = [[prompts[i] for i in batch] for batch in batches_by_length(prompts, args.batch_size)]
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        by_length = [[prompts[i] for i in batch] for batch in batches_by_length(lengths, args.batch_size)]
         ways: dict[str, tuple[Batches, Callable[[], Any]]] = {
             "one by one": _ours(model, [[prompt] for prompt in prompts], args.new_tokens),
             "batches as they come": _ours(model, as_they_come, args.new_tokens),
@@ -72,8 +74,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         decoder_rows = {name: _count_rows(model, job) for name, (_, job) in ways.items()}
         config = model.config.to_json()
     padding = {name: _padding(batches) for name, (batches, _) in ways.items()}
-    lengths = sorted(len(prompt.input_ids) for prompt in prompts)
-    return _report(args, timings, padding, decoder_rows, lengths, config)
+    return _report(args, timings, padding, decoder_rows, sorted(lengths), config)
 
 
 def _texts(tokenizer: Any, args: argparse.Namespace) -> list[str]:
@@ -101,7 +102,7 @@ def _transformers(model: CodeLLaVAModel, batches: Batches, new_tokens: int) -> C
     """The decoder's own `generate` on rows that are ready."""
     import torch
 
-    from utils.model.code_llava_model import pad_left
+    from utils.model.generate import pad_left
 
     with torch.inference_mode():
         padded = [pad_left(model.embed_prompts(batch)) for batch in batches]

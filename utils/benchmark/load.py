@@ -19,12 +19,12 @@ from utils.benchmark.measure import Timing, machine, markdown_table, median_rati
 from utils.errors import ConfigError
 from utils.files import PROJECT_ROOT
 from utils.flags import add_checkpoint_flags
-from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.model.markers import wrap
 
 DESCRIPTION = "time from the command to its first output, beside bare imports and the encoder"
 QUICK = {"repeats": 1}
 TARGET = 1.3
-_PROMPT = f"Explain {MEMORY_START}def f(): return 1{MEMORY_END}"
+_PROMPT = f"Explain {wrap('def f(): return 1')}"
 _IMPORTS = "import torch, transformers"
 _LEAST = f"""{_IMPORTS}
 import sys

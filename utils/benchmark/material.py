@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.errors import ConfigError
 from utils.flags import encoder_settings
-from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.model.markers import wrap
 
 if TYPE_CHECKING:
     from utils.compress.compressor import Compressor
@@ -72,7 +72,7 @@ def cut_into_texts(tokenizer: Any, tokens: Sequence[int], count: int) -> list[st
 
 def marked(texts: Sequence[str]) -> str:
     """One prompt with each text as a memory span."""
-    return "\n".join(f"{MEMORY_START}{text}{MEMORY_END}" for text in texts)
+    return "\n".join(wrap(text) for text in texts)
 
 
 def bare_encoder(compressor: Compressor) -> Any:

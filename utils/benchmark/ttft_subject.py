@@ -31,8 +31,9 @@ from utils.compress.compressor import Compressor
 from utils.compress.latent_cache import LatentCache
 from utils.compress.prompt_embeds import encode_wire
 from utils.flags import encoder_settings
-from utils.model.code_llava_model import check_prompt_fits, pad_left
 from utils.model.config import CompressionConfig
+from utils.model.generate import pad_left
+from utils.model.limits import check_prompt_fits
 from utils.model.prompt import MemoryPrompt
 from utils.training.flops import PairCost
 

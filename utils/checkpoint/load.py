@@ -31,7 +31,8 @@ from utils.checkpoint.weight_files import weight_files
 from utils.errors import CheckpointError, ConfigError
 from utils.model.adapter import Adapter
 from utils.model.code_chunker import CodeChunker
-from utils.model.code_llava_model import MemoryEncoder, explain_out_of_memory
+from utils.model.code_llava_model import MemoryEncoder
+from utils.model.limits import explain_out_of_memory
 from utils.model.prompt import PromptTokenizers
 from utils.pretrained import CONFIG, TOKENIZER_CONFIG, loading, read_model, read_tokenizer
 

@@ -3,33 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
+from utils.client.completion import Completion
 from utils.client.connection import RequestError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerCompletion:
-    """An answer.
-
-    Attributes:
-        text: The new text.
-        finish_reason: "stop", "length", "tool_calls", ….
-        prompt_tokens: Rows of the prompt as the server counted them; None if it did not say.
-        completion_tokens: New tokens; None if it did not say.
-        cached_tokens: Prompt rows that the server took from its prefix cache; None if it did not say.
-        first_text_s: Seconds until the first text; None without streaming.
-        total_s: Seconds until the end.
-    """
-
-    text: str
-    finish_reason: str
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    cached_tokens: int | None
-    first_text_s: float | None
-    total_s: float
 
 
 class AnswerReader:
@@ -70,7 +47,7 @@ class AnswerReader:
         self._texts.append(text)
         return str(text)
 
-    def completion(self, streamed: bool) -> ServerCompletion:
+    def completion(self, streamed: bool) -> Completion:
         """The whole answer.
 
         Raises:
@@ -80,7 +57,7 @@ class AnswerReader:
         if self._finish_reason is None:
             raise RequestError(f"{self._where} broke the answer off after {len(text)} characters", transient=True)
         details = getattr(self._usage, "prompt_tokens_details", None)
-        return ServerCompletion(
+        return Completion(
             text=text,
             finish_reason=self._finish_reason,
             prompt_tokens=getattr(self._usage, "prompt_tokens", None),

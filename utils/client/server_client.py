@@ -6,7 +6,7 @@
 
 `complete` sends a whole prompt and no template is applied. `chat` sends messages whose content parts may be latents
 (`embeds_part`) and the server applies its template around them. With `on_text` the answer streams; the returned
-`ServerCompletion` is the same either way. Shape legend: T prompt rows, D decoder width.
+`Completion` is the same either way. Shape legend: T prompt rows, D decoder width.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 import orjson
-from openai.types import Completion
+from openai.types import Completion as TextCompletion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from utils.client.answer import AnswerReader, ServerCompletion
+from utils.client.answer import AnswerReader
+from utils.client.completion import Completion
 from utils.client.connection import RequestError, api_base, find_api_key, request_errors
 from utils.errors import ConfigError, ServerError
 
@@ -151,9 +152,7 @@ class VllmClient:
             await self._check_embeds(width)
         return chosen
 
-    async def complete(
-        self, prompt: str | torch.Tensor, *, on_text: OnText | None = None, **fields: Any
-    ) -> ServerCompletion:
+    async def complete(self, prompt: str | torch.Tensor, *, on_text: OnText | None = None, **fields: Any) -> Completion:
         """Continue a prompt, exactly as given: no template is applied.
 
         Args:
@@ -174,7 +173,7 @@ class VllmClient:
 
     async def chat(
         self, messages: Sequence[Mapping[str, Any]], *, on_text: OnText | None = None, **fields: Any
-    ) -> ServerCompletion:
+    ) -> Completion:
         """Answer messages; the server applies its chat template.
 
         Where the server's template takes plain strings, the server itself joins a message's parts with newlines. A
@@ -251,7 +250,7 @@ class VllmClient:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         return orjson.dumps(body)
 
-    async def _ask(self, path: str, fields: Mapping[str, Any], on_text: OnText | None) -> ServerCompletion:
+    async def _ask(self, path: str, fields: Mapping[str, Any], on_text: OnText | None) -> Completion:
         """Ask until an answer comes, with back-off between tries."""
         if self.model is None:
             await self.preflight()
@@ -277,17 +276,17 @@ class VllmClient:
                 await asyncio.sleep(delay_s)
         raise AssertionError("unreachable: the last try returns or raises")
 
-    async def _ask_once(self, path: str, content: bytes, on_text: OnText | None) -> ServerCompletion:
+    async def _ask_once(self, path: str, content: bytes, on_text: OnText | None) -> Completion:
         where = self.base_url + path
         chat = path.startswith("/chat")
         options: Any = {"headers": {"Content-Type": "application/json"}}
         reader = AnswerReader(where)
         with request_errors(where, self._timeout_s):
             if on_text is None:
-                whole: Any = ChatCompletion if chat else Completion
+                whole: Any = ChatCompletion if chat else TextCompletion
                 reader.read(await self._openai.post(path, cast_to=whole, content=content, options=options))
                 return reader.completion(streamed=False)
-            piece: Any = ChatCompletionChunk if chat else Completion
+            piece: Any = ChatCompletionChunk if chat else TextCompletion
             stream: openai.AsyncStream[Any] = await self._openai.post(
                 path, cast_to=piece, content=content, options=options, stream=True, stream_cls=openai.AsyncStream[piece]
             )

@@ -29,7 +29,8 @@ from utils.compress.latent_cache import LatentCache
 from utils.compress.prompt_embeds import CompressionStats, PromptEmbeds
 from utils.compress.span_encoder import SpanEncoder
 from utils.files import provenance
-from utils.model.code_llava_model import MemoryEncoder, check_prompt_fits
+from utils.model.code_llava_model import MemoryEncoder
+from utils.model.limits import check_prompt_fits
 from utils.model.processor import Processor
 from utils.model.prompt import MemoryLimit, MemoryPrompt, MemorySpan
 from utils.model.splice import splice_latents

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from utils.checkpoint.settings import EncoderSettings
 from utils.cli import EXIT_OK, make_parser, print_json, run_command
+from utils.client.completion import Sampling
 from utils.errors import ConfigError, DatasetError
 from utils.files import read_json
 from utils.flags import add_cache_flags, add_checkpoint_flags, add_memory_limit_flags, open_cache
-from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START
+from utils.model.markers import MEMORY, wrap
 
 if TYPE_CHECKING:
     import torch
@@ -30,12 +33,8 @@ if TYPE_CHECKING:
     from utils.compress.latent_cache import LatentCache
     from utils.model.code_llava_model import CodeLLaVAModel
     from utils.model.processor import Processor
-    from utils.model.prompt import MemoryPrompt
 
 logger = logging.getLogger(__name__)
-
-# Source: the published Code-LLaVA inference command.
-SAMPLING = {"top_p": 0.8, "top_k": 20, "min_p": 0.0, "repetition_penalty": 1.1}
 
 # Answered without --test-data, so that the command shows what it does on any machine.
 _STORE = (
@@ -52,23 +51,6 @@ BUILT_IN_EXAMPLES = tuple(
         "What does the function `open_store` return?",
     )
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """What a model said to one prompt.
-
-    Attributes:
-        text: The new text, without special tokens.
-        finish_reason: "stop" at an end token, "length" at the limit.
-        prompt_tokens: Rows of the prompt.
-        completion_tokens: New tokens.
-    """
-
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
 
 
 def load_model(
@@ -145,53 +127,23 @@ def generate_text(
     Raises:
         PromptError: Markers in the code, empty code, or a prompt longer than the decoder's positions.
     """
-    parsed = processor.parse_chat(build_messages(code, prompt))
-    return complete(model, llm_tokenizer, [parsed], max_tokens=max_tokens, temperature=temperature)[0].text
+    from utils.inference.generation import Generator
+
+    rows = [model.embed_prompt(processor.parse_chat(build_messages(code, prompt)))]
+    sampling = published_sampling(max_tokens, temperature)
+    return Generator(model.decoder, llm_tokenizer).complete(rows, sampling)[0].text
 
 
-def complete(
-    model: CodeLLaVAModel,
-    llm_tokenizer: Any,
-    prompts: Sequence[MemoryPrompt],
-    *,
-    max_tokens: int = 512,
-    temperature: float = 0.0,
-) -> list[Completion]:
-    """Continue parsed prompts as one batch, with the published sampling settings; temperature 0 is greedy."""
-    sampling: dict[str, Any] = {"do_sample": temperature > 0, "repetition_penalty": SAMPLING["repetition_penalty"]}
-    if temperature > 0:
-        sampling |= {**SAMPLING, "temperature": temperature}
-    generated = model.generate(prompts, max_new_tokens=max_tokens, **sampling)
-    return [
-        Completion(
-            text=llm_tokenizer.decode(ids, skip_special_tokens=True),
-            finish_reason="length" if len(ids) == max_tokens else "stop",
-            prompt_tokens=len(prompt.input_ids),
-            completion_tokens=len(ids),
-        )
-        for prompt, ids in zip(prompts, generated, strict=True)
-    ]
-
-
-def batches_by_length(prompts: Sequence[MemoryPrompt], batch_size: int, window: int = 8) -> list[list[int]]:
-    """Indices of prompts in batches of similar lengths, so that little padding is prefilled.
-
-    Args:
-        prompts: In their own order.
-        batch_size: Prompts of a batch.
-        window: Batches among which prompts change places: no result waits for longer than that.
-    """
-    batches = []
-    for begin in range(0, len(prompts), window * batch_size):
-        here = range(begin, min(begin + window * batch_size, len(prompts)))
-        order = sorted(here, key=lambda index: len(prompts[index].input_ids))
-        batches += [sorted(order[at : at + batch_size]) for at in range(0, len(order), batch_size)]
-    return batches
+def published_sampling(max_tokens: int, temperature: float) -> Sampling:
+    """The settings of the published Code-LLaVA inference command; its repetition penalty is greedy decoding's, too."""
+    return Sampling(
+        max_tokens=max_tokens, temperature=temperature, top_p=0.8, top_k=20, repetition_penalty=1.1, seed=None
+    )
 
 
 def build_messages(code: str, prompt: str) -> list[dict[str, str]]:
     """One user turn in which the code, wrapped in the memory markers, stands for each `<|memory|>` or at the end."""
-    wrapped = f"{MEMORY_START}{code}{MEMORY_END}"
+    wrapped = wrap(code)
     content = prompt.replace(MEMORY, wrapped) if MEMORY in prompt else f"{prompt} {wrapped}"
     return [{"role": "user", "content": content}]
 
@@ -260,7 +212,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def _answers(args: argparse.Namespace, examples: Sequence[dict[str, str]]) -> Iterator[dict[str, Any]]:
     import torch
-    from tqdm import tqdm
+
+    from utils.inference.generation import Generator, batches_by_length
 
     model, tokenizer, processor = load_model(
         args.checkpoint,
@@ -276,17 +229,20 @@ def _answers(args: argparse.Namespace, examples: Sequence[dict[str, str]]) -> It
     # All prompts are parsed before the first is answered: a bad one is reported at once.
     prompts = [processor.parse_chat(build_messages(e["code"], e["prompt"])) for e in examples]
     model.check_room(prompts, args.max_tokens)
+    generator = Generator(model.decoder, tokenizer)
+    sampling = published_sampling(args.max_tokens, args.temperature)
     torch.manual_seed(args.seed)
     # Batches are of similar lengths, results come in the order of the examples.
     waiting: dict[int, dict[str, Any]] = {}
     turn = 0
     with tqdm(total=len(prompts), unit="prompt", disable=len(prompts) <= args.batch_size) as bar:
-        for batch in batches_by_length(prompts, args.batch_size):
+        for batch in batches_by_length([len(prompt.input_ids) for prompt in prompts], args.batch_size):
             began = time.perf_counter()
-            chosen = [prompts[index] for index in batch]
-            completions = complete(model, tokenizer, chosen, max_tokens=args.max_tokens, temperature=args.temperature)
+            rows = model.embed_prompts([prompts[index] for index in batch])
+            completions = generator.complete(rows, sampling)
             seconds = time.perf_counter() - began
-            for index, prompt, completion in zip(batch, chosen, completions, strict=True):
+            for index, completion in zip(batch, completions, strict=True):
+                prompt = prompts[index]
                 waiting[index] = {
                     "index": index,
                     "prompt": examples[index]["prompt"],
@@ -311,8 +267,6 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    import sys
-
     counts = f"{result['memory_tokens']} memory tokens → {result['num_latents']} latents ({result['ratio']}×)"
     sys.stdout.write(
         f"--- example {result['index']}: {counts}, {result['completion_tokens']} new tokens, {result['seconds']} s\n"

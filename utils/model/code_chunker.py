@@ -34,6 +34,7 @@ from torch import nn
 
 from utils.errors import ConfigError
 from utils.model.config import CompressionConfig
+from utils.model.limits import free_device_bytes
 from utils.model.packed_attention import Segments, supports_packed_attention, use_packed_attention
 from utils.model.prompt import TokenIds, num_latents
 from utils.model.transfer import to_device
@@ -191,7 +192,7 @@ class CodeChunker(nn.Module):
             return self.batch_tokens
         device = self.device
         if device not in self._pass_tokens:
-            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+            free = free_device_bytes(device)
             self._pass_tokens[device] = tokens_that_fit(self.encoder, free)
         return self._pass_tokens[device]
 

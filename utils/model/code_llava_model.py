@@ -9,19 +9,18 @@ a span, D decoder width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from utils.errors import ConfigError, PromptError
 from utils.model.adapter import Adapter
 from utils.model.code_chunker import CodeChunker, Window, plan_windows
 from utils.model.config import CompressionConfig
+from utils.model.generate import continue_rows
+from utils.model.limits import check_prompt_fits, explain_out_of_memory
 from utils.model.processor import ModelInputs
 from utils.model.prompt import MemoryPrompt, MemorySpan
 from utils.model.splice import copy_rows, join_rows, splice_latents
@@ -217,30 +216,21 @@ class CodeLLaVAModel(nn.Module):
 
         Raises:
             PromptError: A prompt and its answer are longer than the decoder's positions.
+            ConfigError: There is not memory enough.
         """
         if not prompts:
             return []
         self.check_room(prompts, max_new_tokens)
-        embeds = self.embed_prompts(prompts)
-        embeds_BTD, mask_BT = pad_left(embeds)
-        arguments = {"do_sample": False, **sampling}
-        penalty = arguments.pop("repetition_penalty", None) or self.decoder.generation_config.repetition_penalty or 1.0
-        # transformers' own would skip as many new tokens as a row has padding: embeddings come without padded ids.
-        penalties = [RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else []
-        with explain_out_of_memory(
-            f"generating for {len(prompts)} prompts of up to {embeds_BTD.shape[1]} rows", "lower --batch-size"
-        ):
-            ids = self.decoder.generate(
-                inputs_embeds=embeds_BTD,
-                attention_mask=mask_BT,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=list(self.eos_token_ids) or None,
-                pad_token_id=self.pad_token_id,
-                repetition_penalty=1.0,
-                logits_processor=LogitsProcessorList(penalties),
-                **arguments,
-            )
-        return [self._until_end(row) for row in ids.tolist()]
+        rows = self.embed_prompts(prompts)
+        generated = continue_rows(
+            self.decoder,
+            rows,
+            max_new_tokens=max_new_tokens,
+            end_ids=self.eos_token_ids,
+            pad_id=self.pad_token_id,
+            **sampling,
+        )
+        return [ids[:-1] if ids and ids[-1] in self.eos_token_ids else ids for ids in generated]
 
     def check_room(self, prompts: Sequence[MemoryPrompt], max_new_tokens: int = 0) -> None:
         """Refuse prompts that the decoder has no positions for; nothing is ever cut."""
@@ -251,50 +241,3 @@ class CodeLLaVAModel(nn.Module):
         ids = to_device(np.array(prompt.input_ids), self.device)
         embeds = self.decoder.get_input_embeddings()(ids)
         return splice_latents(embeds, latents, [(span.start, span.stop) for span in prompt.spans])
-
-    def _until_end(self, ids: list[int]) -> list[int]:
-        for index, token in enumerate(ids):
-            if token in self.eos_token_ids:
-                return ids[:index]
-        return ids
-
-
-def pad_left(embeds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts as one batch that ends together, as generation wants it.
-
-    Args:
-        embeds: One [T, D] tensor a prompt, of any T.
-
-    Returns:
-        Rows [B, T, D] with zeros before the shorter prompts, and the mask [B, T], long: 1 where a prompt's row is.
-    """
-    longest = max(map(len, embeds))
-    embeds_BTD = torch.stack([nn.functional.pad(embed, (0, 0, longest - len(embed), 0)) for embed in embeds])
-    mask_BT = torch.zeros(embeds_BTD.shape[:2], dtype=torch.long, device=embeds_BTD.device)
-    for row, embed in enumerate(embeds):
-        mask_BT[row, longest - len(embed) :] = 1
-    return embeds_BTD, mask_BT
-
-
-def check_prompt_fits(num_rows: int, decoder_config: Any, max_new_tokens: int = 0, name: str = "the prompt") -> None:
-    """Raise `PromptError` if a prompt of `num_rows` and its answer exceed the decoder's positions."""
-    room = getattr(decoder_config, "max_position_embeddings", None)
-    if room is None or num_rows + max_new_tokens <= room:
-        return
-    wanted = f"{num_rows} rows" + (f" + {max_new_tokens} new tokens" if max_new_tokens else "")
-    raise PromptError(
-        f"{name} needs {wanted}, but the decoder has {room} positions: compress more (larger --chunk-size), shorten "
-        "the text outside the memory" + (", or lower --max-tokens" if max_new_tokens else "")
-    )
-
-
-@contextmanager
-def explain_out_of_memory(doing: str, advice: str) -> Iterator[None]:
-    """Turn an allocator's failure into an error that says what was tried and which flag lowers it."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        # The CPU allocator has no exception type of its own.
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise ConfigError(f"out of memory while {doing}: {advice}, or use a smaller dtype") from error
-        raise

@@ -15,6 +15,13 @@ MEMORY_START = "<|memory_start|>"
 MEMORY_END = "<|memory_end|>"
 MEMORY = "<|memory|>"
 MARKERS = (MEMORY_START, MEMORY_END, MEMORY)
+# What a memory becomes before it is widened to one placeholder a latent.
+PLACEHOLDER = MEMORY_START + MEMORY + MEMORY_END
+
+
+def wrap(memory: str) -> str:
+    """A text as a prompt's memory: between the markers."""
+    return f"{MEMORY_START}{memory}{MEMORY_END}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

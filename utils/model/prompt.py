@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from utils.errors import ConfigError, PromptError, first_line
-from utils.model.markers import MARKERS, MEMORY, MEMORY_END, MEMORY_START, MarkerIds
+from utils.model.markers import MARKERS, MEMORY, MEMORY_END, MEMORY_START, PLACEHOLDER, MarkerIds
 
 _MARKER = re.compile("|".join(re.escape(marker) for marker in MARKERS))
 _EXCERPT = 40
@@ -282,8 +282,7 @@ def _memories(pieces: Sequence[Piece]) -> list[str]:
 
 
 def _join_with_placeholders(pieces: Sequence[Piece]) -> str:
-    placeholder = MEMORY_START + MEMORY + MEMORY_END
-    return "".join(placeholder if piece.is_memory else piece.text for piece in pieces)
+    return "".join(PLACEHOLDER if piece.is_memory else piece.text for piece in pieces)
 
 
 def _role_and_content(message: Mapping[str, Any], number: int) -> tuple[str, str]:

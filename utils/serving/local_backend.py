@@ -19,10 +19,11 @@ from typing import Any
 import httpx
 import orjson
 
+from utils.client.completion import Completion
 from utils.errors import CodeLlavaError, PromptError
 from utils.serving.api_error import ApiError, error_body
 from utils.serving.json_body import read_object
-from utils.serving.local_decoder import Answer, LocalDecoder
+from utils.serving.local_decoder import LocalDecoder
 from utils.serving.local_request import LocalRequest
 from utils.serving.off_loop import OffLoop
 
@@ -104,7 +105,7 @@ class LocalBackend(httpx.AsyncBaseTransport):
 class _Run:
     """One answer in work: the decoder's thread writes events, the event loop reads them.
 
-    The events are the number of prompt rows, pieces of text, and the `Answer`; an exception in place of any of them.
+    The events are the number of prompt rows, pieces of text, and the `Completion`; an exception in place of any.
     """
 
     def __init__(self, wanted: LocalRequest) -> None:
@@ -181,7 +182,7 @@ class _Shape:
         self._object = kind + (".chunk" if wanted.chat and wanted.stream else "")
         self._common = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
-    def whole(self, text: str, answer: Answer) -> dict[str, Any]:
+    def whole(self, text: str, answer: Completion) -> dict[str, Any]:
         """An answer that is not streamed."""
         said: dict[str, Any] = {"text": text}
         if self._wanted.chat:
@@ -193,7 +194,7 @@ class _Shape:
         role = {"role": "assistant"} if first else {}
         return self._body([self._choice({"delta": role | {"content": text}} if self._wanted.chat else {"text": text})])
 
-    def ending(self, answer: Answer) -> list[dict[str, Any]]:
+    def ending(self, answer: Completion) -> list[dict[str, Any]]:
         """The last pieces: why it ended, and the usage where it was asked for."""
         last = self._choice({"delta": {}} if self._wanted.chat else {"text": ""}, answer.finish_reason)
         usage = [self._body([], usage=self._usage(answer))] if self._wanted.include_usage else []
@@ -205,8 +206,8 @@ class _Shape:
     def _body(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         return {**self._common, "object": self._object, "choices": choices, **more}
 
-    def _usage(self, answer: Answer) -> dict[str, int]:
-        new = answer.completion_tokens
+    def _usage(self, answer: Completion) -> dict[str, int]:
+        new = answer.completion_tokens or 0
         total = self._prompt_tokens + new
         return {"prompt_tokens": self._prompt_tokens, "completion_tokens": new, "total_tokens": total}
 

@@ -7,12 +7,14 @@ what is the case anyway (`n: 1`, penalties of 0, null, …) are let through.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from utils.client.completion import Sampling
 from utils.serving.api_error import ApiError, shown
-from utils.serving.local_decoder import LocalDecoder, Sampling
+from utils.serving.local_decoder import LocalDecoder
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +85,7 @@ class LocalRequest:
                 max_tokens=_whole(given, limit, default, at_least=1),
                 temperature=_number(given, "temperature", 1.0, 0.0, 100.0),
                 top_p=_number(given, "top_p", 1.0, 1e-6, 1.0),
-                seed=_whole(given, "seed", None, at_least=-(1 << 63)),
+                seed=_whole(given, "seed", secrets.randbits(63), at_least=-(1 << 63)),
                 stop=_texts(given.get("stop", [])),
             ),
             stream=given.get("stream", False) is True,

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from utils.compress.compressor import Compressor
-from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START
+from utils.model.markers import PLACEHOLDER
 from utils.model.prompt import MemoryPrompt, chat_text, num_latents, place_spans
 from utils.serving.api_error import ApiError
 from utils.serving.bounded_tokenizer import BoundedTokenizer
 from utils.serving.chat_parts import flat_chat
 from utils.serving.memories import Memory
 
-PLACEHOLDER = MEMORY_START + MEMORY + MEMORY_END
 # A decoder that does not say how many positions it has.
 _NO_LIMIT = 1 << 20
 

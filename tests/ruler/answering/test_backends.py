@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from ruler.answering.backends import decoder_folder, open_backend
 from ruler.answering.predict import PredictJob, predict
-from ruler.answering.protocol import BackendSettings, Question, RowRefusedError, Sampling
+from ruler.answering.protocol import BackendSettings, Question, RowRefusedError
 from ruler.answering.runner import RetryPolicy
 from tests.ruler.conftest import make_rows
 from tests.ruler.fake_server import FakeServer, answer_to
+from utils.client.completion import Sampling
 from utils.errors import CheckpointError, ConfigError, DatasetError
 from utils.inference.inference import load_model
 

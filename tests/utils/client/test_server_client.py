@@ -18,7 +18,7 @@ pytest.importorskip("orjson")
 from tests.support import fake_server
 from tests.support.fake_server import FakeServer, answer, drop, event, refuse, rows_of, silence, stream
 from utils.client import server_client as vllm_client
-from utils.client.answer import ServerCompletion
+from utils.client.completion import Completion
 from utils.client.connection import RequestError
 from utils.client.server_client import VllmClient
 from utils.errors import ConfigError, DatasetError, ServerError
@@ -46,7 +46,7 @@ def use(server: FakeServer | str, action: Callable[[VllmClient], Awaitable[Any]]
 def test_completion_sends_rows_and_fields(server: FakeServer) -> None:
     server.script = [answer("hello")]
     got = use(server, lambda client: client.complete(ROWS, max_tokens=3, temperature=0, top_k=20, stop=None))
-    assert isinstance(got, ServerCompletion)
+    assert isinstance(got, Completion)
     assert (got.text, got.finish_reason) == ("hello", "stop")
     assert (got.prompt_tokens, got.completion_tokens, got.cached_tokens) == (7, 3, 4)
     assert got.first_text_s is None
@@ -64,7 +64,7 @@ def test_text_and_wire_dtype(server: FakeServer) -> None:
 
 
 def test_chat_mixes_text_and_rows(server: FakeServer) -> None:
-    def action(client: VllmClient) -> Awaitable[ServerCompletion]:
+    def action(client: VllmClient) -> Awaitable[Completion]:
         content = [{"type": "text", "text": "a"}, client.embeds_part(ROWS)]
         return client.chat([{"role": "user", "content": content}], tools=[{"type": "function"}])
 
@@ -83,7 +83,7 @@ def test_a_stream_gives_pieces_and_the_same_answer(server: FakeServer, chat: boo
     server.script = [stream("he", "l", "lo")]
     pieces: list[str] = []
 
-    def action(client: VllmClient) -> Awaitable[ServerCompletion]:
+    def action(client: VllmClient) -> Awaitable[Completion]:
         if chat:
             return client.chat([{"role": "user", "content": "x"}], on_text=pieces.append)
         return client.complete("x", on_text=pieces.append)
@@ -250,7 +250,7 @@ def test_newlines_between_parts_are_reported_once(
 def test_requests_run_side_by_side(server: FakeServer) -> None:
     server.script = [silence(0.2)] * 3
 
-    async def action(client: VllmClient) -> list[ServerCompletion]:
+    async def action(client: VllmClient) -> list[Completion]:
         await client.preflight()
         return list(await asyncio.gather(*(client.complete(f"prompt {number}") for number in range(8))))
 

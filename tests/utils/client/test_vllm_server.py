@@ -19,7 +19,7 @@ pytest.importorskip("orjson")
 from tests.support.vllm_server import local_answer
 from utils.client.server_client import VllmClient
 from utils.errors import ServerError
-from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.model.markers import MEMORY_END, MEMORY_START, wrap
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -95,7 +95,7 @@ def test_chat_parts_answer_as_the_local_prompt(
 def test_the_same_rows_again_hit_the_servers_prefix_cache(vllm_url: str, default_compressor: Any) -> None:
     # Code that no other test sent: the first request must find the server's cache cold.
     code = CODE.replace("area", "volume_of_prefix_cache_test") * 100
-    prompt = default_compressor.parse_raw(f"{MEMORY_START}{code}{MEMORY_END} What is this?")
+    prompt = default_compressor.parse_raw(f"{wrap(code)} What is this?")
     values_TD = default_compressor.compress([prompt])[0].values_TD
     first, second = (use(vllm_url, lambda client: client.complete(values_TD, max_tokens=1)) for _ in range(2))
     assert not first.cached_tokens

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from utils.errors import PromptError
 from utils.inference import inference
-from utils.inference.inference import batches_by_length, build_messages, complete, generate_text, load_model, main
+from utils.inference.generation import Generator
+from utils.inference.inference import build_messages, generate_text, load_model, main, published_sampling
 from utils.model.markers import MEMORY
-from utils.model.prompt import MemoryPrompt
 
 EXAMPLES = [
     {"code": "def f(): return 1", "prompt": f"Look: {MEMORY} What is returned?"},
@@ -34,23 +32,6 @@ def flags(checkpoints: dict[str, Path], tmp_path: Path) -> list[str]:
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> list[dict[str, Any]]:
     assert main([*argv, "--json"]) == 0
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-
-@given(lengths=st.lists(st.integers(1, 50), max_size=40), batch_size=st.integers(1, 5), window=st.integers(1, 4))
-def test_batches_hold_each_prompt_once_and_none_waits_long(lengths: list[int], batch_size: int, window: int) -> None:
-    prompts = [MemoryPrompt(input_ids=[0] * length, spans=()) for length in lengths]
-    batches = batches_by_length(prompts, batch_size, window)
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    assert all(batch == sorted(batch) and 1 <= len(batch) <= batch_size for batch in batches)
-    done = 0
-    for batch in batches:
-        assert max(batch) < done // (window * batch_size) * window * batch_size + window * batch_size
-        done += len(batch)
-
-
-def test_batches_are_of_similar_lengths() -> None:
-    prompts = [MemoryPrompt(input_ids=[0] * length, spans=()) for length in (9, 1, 8, 2, 7, 3)]
-    assert batches_by_length(prompts, 2) == [[1, 3], [4, 5], [0, 2]]
 
 
 def test_results_come_in_the_order_of_the_examples(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,11 +62,12 @@ def test_code_stands_for_each_placeholder_or_at_the_end() -> None:
 def test_generate_text_is_the_new_text(checkpoints: dict[str, Path]) -> None:
     model, tokenizer, processor = load_model(checkpoints["lclm"], device="cpu")
     prompt = processor.parse_chat(build_messages(**EXAMPLES[0]))
-    greedy = {"do_sample": False, "repetition_penalty": inference.SAMPLING["repetition_penalty"]}
+    greedy = {"do_sample": False, "repetition_penalty": 1.1}
     ids = model.generate([prompt], max_new_tokens=6, **greedy)[0]
     text = generate_text(model, tokenizer, processor, **EXAMPLES[0], max_tokens=6, temperature=0)
     assert text == tokenizer.decode(ids, skip_special_tokens=True)
-    completion = complete(model, tokenizer, [prompt], max_tokens=6)[0]
+    generator = Generator(model.decoder, tokenizer)
+    completion = generator.complete([model.embed_prompt(prompt)], published_sampling(6, 0.0))[0]
     assert (completion.text, completion.completion_tokens) == (text, len(ids))
     assert completion.finish_reason == ("length" if len(ids) == 6 else "stop")
     assert completion.prompt_tokens == len(prompt.input_ids)

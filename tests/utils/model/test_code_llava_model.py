@@ -12,8 +12,9 @@ from transformers.generation.streamers import BaseStreamer
 from tests.support.marks import DEVICES
 from tests.support.tiny import DECODER_WIDTH, MAX_POSITIONS, make_model, tokenizers
 from utils.errors import ConfigError, PromptError
-from utils.model.code_llava_model import CodeLLaVAModel, pad_left
+from utils.model.code_llava_model import CodeLLaVAModel
 from utils.model.config import CompressionConfig
+from utils.model.generate import pad_left
 from utils.model.markers import MEMORY_END, MEMORY_START
 from utils.model.processor import Processor
 from utils.model.prompt import MemoryPrompt

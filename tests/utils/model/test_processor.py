@@ -6,11 +6,11 @@ import pytest
 
 from tests.support.tiny import tokenizers
 from utils.errors import PromptError
-from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.model.markers import MEMORY_END, MEMORY_START, wrap
 from utils.model.processor import IGNORED_LABEL, Processor
 
 PROCESSOR = Processor(tokenizers=tokenizers(), chunk_size=4)
-TEXTS = [f"ab{MEMORY_START}0123456789{MEMORY_END}", "no memory at all", f"{MEMORY_START}x{MEMORY_END}"]
+TEXTS = [f"ab{MEMORY_START}0123456789{MEMORY_END}", "no memory at all", wrap("x")]
 TARGETS = ["yes", "a longer answer", "n"]
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support.tiny import CHATML, byte_tokenizer, tokenizers
 from utils.errors import CheckpointError, ConfigError, PromptError
-from utils.model.markers import MARKERS, MEMORY, MEMORY_END, MEMORY_START
+from utils.model.markers import MARKERS, MEMORY, MEMORY_END, MEMORY_START, wrap
 from utils.model.prompt import (
     MemoryLimit,
     MemoryPrompt,
@@ -200,7 +200,7 @@ def test_a_chat_needs_a_template() -> None:
 def test_a_template_that_changes_the_spans_is_refused(template: str) -> None:
     odd = PromptTokenizers(decoder=byte_tokenizer(markers=True, template=template), encoder=TOKENIZERS.encoder)
     with pytest.raises(PromptError, match="chat template"):
-        parse_chat_prompt([{"role": "user", "content": f"{MEMORY_START}abc{MEMORY_END}"}], odd, 4)
+        parse_chat_prompt([{"role": "user", "content": wrap("abc")}], odd, 4)
 
 
 def test_template_arguments_reach_the_template() -> None:
@@ -216,7 +216,7 @@ def test_one_beginning_token_and_never_two() -> None:
         decoder=byte_tokenizer(markers=True, template=template, bos=True),
         encoder=byte_tokenizer(markers=False, bos=True),
     )
-    text = f"{MEMORY_START}abc{MEMORY_END}"
+    text = wrap("abc")
     raw = parse_raw_prompt(text, with_bos, 4)
     chat = parse_chat_prompt([{"role": "user", "content": text}], with_bos, 4)
     assert raw.input_ids == chat.input_ids

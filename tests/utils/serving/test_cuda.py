@@ -10,10 +10,11 @@ import torch
 
 from tests.support.marks import DEVICES
 from utils.checkpoint.settings import EncoderSettings
+from utils.client.completion import Sampling
 from utils.compress.compressor import Compressor
 from utils.inference.inference import load_model
 from utils.model.markers import MEMORY_END, MEMORY_START
-from utils.serving.local_decoder import LocalDecoder, Sampling
+from utils.serving.local_decoder import LocalDecoder
 
 TEXT = f"What is {MEMORY_START}def area(width, height):\n    return width * height\n{MEMORY_END}?"
 NEW_TOKENS = 24
@@ -39,10 +40,10 @@ def test_the_local_decoder_answers_as_on_the_cpu(
     pieces: list[str] = []
     rows = embeds.values_TD.to(device)
     answer = decoder.answer(rows, Sampling(max_tokens=NEW_TOKENS, temperature=0), pieces.append)
-    assert 0 < len(answer.token_ids) <= NEW_TOKENS
+    assert 0 < answer.completion_tokens <= NEW_TOKENS
     assert rows.dtype == getattr(torch, dtype)
     if dtype == "float32":
-        assert (answer.token_ids, "".join(pieces)) == expected
+        assert answer.text == "".join(pieces) == expected
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -19,7 +19,7 @@ from utils.checkpoint.settings import ON_CPU
 from utils.compress.compressor import Compressor
 from utils.compress.latent_cache import LatentCache
 from utils.compress.prompt_embeds import encode_wire
-from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.model.markers import MEMORY_END, MEMORY_START, wrap
 
 CHAT = "/v1/chat/completions"
 NUM_CLIENTS = 100
@@ -51,7 +51,7 @@ def echo_digest(handler: Handler) -> None:
 
 
 def expected_digest(compressor: Compressor, number: int) -> str:
-    prompt = compressor.parse_raw(f"{MEMORY_START}{secret(number)}{MEMORY_END}")
+    prompt = compressor.parse_raw(wrap(secret(number)))
     ((latents, _),) = compressor.encode_spans(prompt.spans)
     return digest(f"{number}: {MEMORY_START}", encode_wire(latents, compressor.dtype))
 

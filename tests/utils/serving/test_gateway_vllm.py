@@ -15,7 +15,7 @@ import pytest
 from tests.support import gateway_server, vllm_server
 from tests.support.vllm_server import local_answer
 from utils.compress.compressor import Compressor
-from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.model.markers import MEMORY_END, MEMORY_START, wrap
 
 openai = pytest.importorskip("openai")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -34,7 +34,7 @@ def code(number: int) -> str:
 
 
 def prompt_text(count: int, first: int = 0) -> str:
-    spans = " ".join(f"{MEMORY_START}{code(first + n)}{MEMORY_END}" for n in range(count))
+    spans = " ".join(wrap(code(first + n)) for n in range(count))
     return f"Prompt {first}: what is this? {spans} One word."
 
 

@@ -16,12 +16,12 @@ import pytest
 
 from tests.support import local_gateway
 from utils.checkpoint.settings import ON_CPU
+from utils.client.completion import Completion, Sampling
 from utils.compress.compressor import Compressor
 from utils.inference.inference import load_model
-from utils.model.markers import MEMORY_END, MEMORY_START
-from utils.serving.local_decoder import LocalDecoder, Sampling
+from utils.model.markers import MEMORY_END, MEMORY_START, wrap
+from utils.serving.local_decoder import LocalDecoder
 from utils.serving.local_request import LocalRequest
-from utils.serving.text_pieces import TextPieces
 
 openai = pytest.importorskip("openai")
 
@@ -29,8 +29,8 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 CODE = "def area(width, height):\n    return width * height\n"
 PROMPTS = [
     "What is this?",
-    f"What is {MEMORY_START}{CODE}{MEMORY_END}?",
-    f"{MEMORY_START}{CODE}{MEMORY_END}{MEMORY_START}x = 'é€'{MEMORY_END} Which is longer?",
+    f"What is {wrap(CODE)}?",
+    f"{wrap(CODE)}{MEMORY_START}x = 'é€'{MEMORY_END} Which is longer?",
 ]
 NEW_TOKENS = 24
 
@@ -105,8 +105,8 @@ def test_greedy_ids_are_the_models(compressor: Compressor, decoder: LocalDecoder
     sampling = Sampling(max_tokens=NEW_TOKENS, temperature=0)
     answer = decoder.answer(decoder.wire_rows(encode_wire(embeds.values_TD)), sampling, pieces.append)
     ids, decoded = expected(text, chat=False)
-    assert answer.token_ids == ids
-    assert "".join(pieces) == decoded
+    assert answer.text == "".join(pieces) == decoded
+    assert answer.completion_tokens - len(ids) == (answer.finish_reason == "stop")
 
 
 def test_usage_and_ends(gateway: httpx.Client, compressor: Compressor) -> None:
@@ -230,7 +230,6 @@ class Stuck:
         assert num_rows == 1
 
     def answer(self, rows: Any, sampling: Sampling, on_text: Any, cancelled: threading.Event) -> Any:
-        from utils.serving.local_decoder import Answer
 
         self.started.set()
         on_text("begin")
@@ -238,7 +237,7 @@ class Stuck:
             if cancelled.is_set():
                 self.cancelled.set()
                 break
-        return Answer(token_ids=[1], completion_tokens=1, finish_reason="stop")
+        return Completion(text="begin", finish_reason="stop", prompt_tokens=1, completion_tokens=1)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -291,28 +290,13 @@ def test_a_decoder_that_fails_is_an_error_and_the_next_request_is_answered(compr
         assert gateway.post(CHAT, json=chat_body("a")).status_code == 200
 
 
-def test_text_pieces_hold_back_what_is_not_certain(compressor: Compressor) -> None:
-    tokenizer = compressor.processor.tokenizers.decoder
-
-    def pieces(text: str, *stop: str) -> list[str]:
-        reader = TextPieces(tokenizer, stop)
-        told = [reader.add(token) for token in tokenizer(text)["input_ids"]]
-        return [*told, reader.finish()]
-
-    assert pieces("aé") == ["a", "", "é", ""]
-    assert pieces("abcabd", "abd") == ["", "", "abc", "", "", "", ""]
-    assert pieces("xab", "abd") == ["x", "", "", "ab"]
-    assert "".join(pieces("one END two", "END", "two")) == "one "
-    assert "".join(pieces("naïve 文字 🙂 text")) == "naïve 文字 🙂 text"
-
-
 def test_a_request_is_read_once() -> None:
     wanted = LocalRequest.read(
         "/v1/chat/completions",
         {"messages": [], "max_completion_tokens": 5, "max_tokens": 9, "stop": "x", "stream": True},
         "m",
     )
-    assert wanted.sampling == Sampling(max_tokens=5, stop=("x",))
+    assert wanted.sampling == Sampling(max_tokens=5, temperature=1.0, stop=("x",), seed=wanted.sampling.seed)
     assert (wanted.stream, wanted.include_usage) == (True, False)
     assert LocalRequest.read("/v1/completions", {"prompt": "x"}, "m").sampling.max_tokens == 16
 

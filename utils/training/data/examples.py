@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.model.markers import wrap
 from utils.training.data.excerpts import SizeRange, cut_excerpt, draw_file
 from utils.training.data.sources import SourceFile
 
@@ -40,7 +40,7 @@ class Example:
 
     def messages(self, memory: str | None = None) -> list[dict[str, str]]:
         """The chat, with the marked memory or another text in its place."""
-        shown = f"{MEMORY_START}{self.memory}{MEMORY_END}" if memory is None else memory
+        shown = wrap(self.memory) if memory is None else memory
         parts = (self.question, shown) if self.question_first else (shown, self.question)
         return [{"role": "user", "content": "\n".join(parts)}]
 
@@ -54,7 +54,7 @@ class Example:
             return row | {"messages": turns}
         if self.question:
             return row | {"messages": self.messages(), "target": self.answer}
-        return row | {"text": f"{MEMORY_START}{self.memory}{MEMORY_END}{self.answer}"}
+        return row | {"text": f"{wrap(self.memory)}{self.answer}"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from utils.errors import ConfigError
 from utils.model.code_llava_model import CodeLLaVAModel
-from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.model.limits import free_device_bytes
+from utils.model.markers import wrap
 from utils.model.processor import Processor
 from utils.model.prompt import MemoryPrompt, num_latents
 from utils.training.data.examples import Example
@@ -106,7 +107,7 @@ class Evaluator:
 
     def _batch_size(self, prompts: Iterable[MemoryPrompt]) -> int:
         device = self.model.device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+        free = free_device_bytes(device)
         longest = max((len(prompt.input_ids) for prompt in prompts), default=1)
         return prompts_that_fit(self.model.decoder, longest, free)
 
@@ -144,7 +145,7 @@ class Evaluator:
     def _shown(self, example: Example, condition: Condition) -> str:
         """What stands in the memory's place."""
         if condition.kind == MEMORY:
-            return f"{MEMORY_START}{example.memory}{MEMORY_END}"
+            return wrap(example.memory)
         if condition.kind == FULL:
             return example.memory
         ids = self._memory_ids(example)

@@ -17,10 +17,14 @@ class TextPieces:
 
     Attributes:
         stopped: A stop string was met.
+        text: What was given out so far.
+        num_tokens: Tokens taken.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         self.stopped = False
+        self.text = ""
+        self.num_tokens = 0
         self._tokenizer = tokenizer
         self._stop = stop
         self._ids: list[int] = []
@@ -28,8 +32,11 @@ class TextPieces:
         self._context = self._shown = 0
         self._held = ""
 
-    def add(self, token: int) -> str:
-        """Take a token; returns the text that became certain with it."""
+    def add(self, token: int, *, is_end: bool = False) -> str:
+        """Take a token; returns the text that became certain with it. That of an end token is none."""
+        self.num_tokens += 1
+        if is_end:
+            return ""
         self._ids.append(token)
         text = self._new_text()
         if text.endswith(_UNFINISHED):
@@ -54,11 +61,12 @@ class TextPieces:
         text = self._held + text
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        kept = 0 if last else max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - kept :]
-        return text[: len(text) - kept]
+            self.stopped = True
+        kept = 0 if last or found else max((_overlap(text, stop) for stop in self._stop), default=0)
+        certain = min(found) if found else len(text) - kept
+        self._held = text[certain:]
+        self.text += text[:certain]
+        return text[:certain]
 
 
 def _overlap(text: str, stop: str) -> int:

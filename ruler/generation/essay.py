@@ -6,11 +6,12 @@ word before its end; only the last sentences are split again. The text repeats i
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
 from ruler.generation.counting import PieceCounter
-from ruler.generation.sentences import SentenceSplitter, english_splitter
+from ruler.generation.sentences import english_splitter
 
 _BLOCK_WORDS = 8192
 _SEAM_TOKENS = 8  # what a block's tokens may lose where it meets the next
@@ -20,17 +21,16 @@ _UNSETTLED = 2  # sentences at the end of a block that the next block may change
 class Essay:
     """A text as words, with the sentences found so far."""
 
-    def __init__(self, words: Sequence[str], counter: PieceCounter, splitter: SentenceSplitter | None = None) -> None:
+    def __init__(self, words: Sequence[str], counter: PieceCounter) -> None:
         """Args:
         words: The text split at single spaces.
         counter: Counts the sentences.
-        splitter: Finds them; English by default.
         """
         self._words = words
         self._counter = counter
-        self._splitter = splitter or english_splitter()
         self._text = ""
         self._ends: list[int] = []  # where each word of _text ends
+        self._spans: dict[str, list[tuple[int, int]]] = {}  # sentences of each different block
         self._starts: list[int] = []  # where each settled sentence starts
         self._stops: list[int] = []
         self._pieces: list[str] = []  # " " + each settled sentence
@@ -50,7 +50,8 @@ class Essay:
         while settled and self._text[self._starts[settled] - 1] != " ":
             settled -= 1
         start = self._starts[settled] if settled else 0
-        return self._pieces[:settled] + [" " + text for text in self._splitter.split(self._text[start:end].strip())]
+        rest = english_splitter().tokenize(self._text[start:end].strip())
+        return self._pieces[:settled] + [" " + sentence for sentence in rest]
 
     def surely_longer(self, num_words: int, max_tokens: int) -> bool:
         """Whether the first `num_words` words have more than `max_tokens` tokens; False where it is not clear."""
@@ -76,7 +77,10 @@ class Essay:
     def _read_block(self) -> None:
         known = len(self._ends)
         total = len(self._words)
-        block = [self._words[number % total] for number in range(known, known + _BLOCK_WORDS)]
+        # A block ends where the text ends, so that the repeated text has the same blocks again.
+        period = total * math.ceil(_BLOCK_WORDS / total)
+        stop = min(known + _BLOCK_WORDS, (known // period + 1) * period)
+        block = [self._words[number % total] for number in range(known, stop)]
         position = len(self._text)
         for word in block:
             position += len(word) + (1 if self._ends else 0)
@@ -84,7 +88,10 @@ class Essay:
         self._text = f"{self._text} {' '.join(block)}" if known else " ".join(block)
         offset = self._unsettled
         offset += len(self._text[offset:]) - len(self._text[offset:].lstrip())
-        spans = self._splitter.spans(self._text[offset:])
+        rest = self._text[offset:]
+        if rest not in self._spans:
+            self._spans[rest] = list(english_splitter().span_tokenize(rest))
+        spans = self._spans[rest]
         for start, stop in spans[:-_UNSETTLED]:
             self._starts.append(start + offset)
             self._stops.append(stop + offset)

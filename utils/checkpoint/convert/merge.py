@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import find_tied_parameters
@@ -39,9 +40,17 @@ class StateOptions:
     frozen_from_base: bool = False
 
 
+class StateCounts(NamedTuple):
+    """Tensors read, layers that a LoRA pair was merged into, and parameters that the state lacks."""
+
+    tensors: int
+    lora_layers: int
+    from_base: int
+
+
 def put_state(
     model: CodeLLaVAModel, found: StateFiles, marker_ids: Sequence[int], options: StateOptions
-) -> dict[str, int]:
+) -> StateCounts:
     """Read a trainer's state and write it into a pair, in the pair's own dtype; LoRA is merged.
 
     Args:
@@ -49,9 +58,6 @@ def put_state(
         found: Where the state is.
         marker_ids: Rows of the decoder's table that a state of our own trainer adds to.
         options: How to read it.
-
-    Returns:
-        Counts: `tensors` read, `lora_layers` merged, parameters left as they are `from_base`.
 
     Raises:
         CheckpointError: Tensors are left over, missing or of another shape, or the LoRA scale is not known.
@@ -79,7 +85,7 @@ def put_state(
         _refuse("of the pair are missing", missing, found.path, advice)
     changed = {name: tensor for name, tensor in state.items() if name in places}
     merge_trained_state(model, changed, {f"{layer}.": scale for layer, scale in scales.items()}, marker_ids)
-    return {"tensors": len(raw), "lora_layers": len(scales), "from_base": len(missing)}
+    return StateCounts(tensors=len(raw), lora_layers=len(scales), from_base=len(missing))
 
 
 def _lora_scales(state: Mapping[str, torch.Tensor], alphas: Mapping[str, float], path: Path) -> dict[str, float]:

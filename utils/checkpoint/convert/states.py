@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from accelerate.utils import patch_environment
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -194,5 +195,9 @@ def _read_fsdp(folder: Path) -> dict[str, torch.Tensor]:
         with warnings.catch_warnings():
             # That one process reads what several wrote is what is wanted here.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-            load(state, storage_reader=reader, no_dist=True)
+            try:
+                load(state, storage_reader=reader, no_dist=True)
+            except CheckpointException as error:
+                # What the one process met says more than torch's bundle of tracebacks.
+                raise next(iter(error.failures.values()))[0] from None
     return state

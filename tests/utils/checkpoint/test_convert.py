@@ -11,15 +11,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-from tests.support.states import Trap, assert_is, parameters
+from tests.support.states import State, Trap, assert_is, parameters
 from tests.support.tiny import make_model, tokenizers
 from utils.checkpoint.convert.__main__ import main
-from utils.checkpoint.convert.conversion import convert
+from utils.checkpoint.convert.conversion import Conversion, convert
 from utils.checkpoint.convert.merge import StateOptions
 from utils.checkpoint.convert.names import pair_names
 from utils.checkpoint.convert.states import find_state
@@ -50,6 +52,18 @@ def trained() -> CodeLLaVAModel:
 def base(tmp_path: Path) -> Path:
     save_checkpoint(tmp_path / "base", make_model(CONFIG), tokenizers())
     return tmp_path / "base"
+
+
+@pytest.fixture
+def put(base: Path, tmp_path: Path) -> Callable[..., Conversion]:
+    """Save tensors as one file and convert it."""
+
+    def convert_tensors(state: State, **options: Any) -> Conversion:
+        file, new = tmp_path / "model.safetensors", tmp_path / "new"
+        save_file(state, file)
+        return convert(file, new, base=base, options=StateOptions(**options))
+
+    return convert_tensors
 
 
 # Layouts
@@ -103,10 +117,7 @@ def test_a_checkpoint_with_bin_parts_becomes_safetensors(base: Path, tmp_path: P
 # States
 
 
-PREFIXES = ["", "module.", "_orig_mod.module.", "model._fsdp_wrapped_module."]
-
-
-@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "model._fsdp_wrapped_module."])
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_one_file(file: str, prefix: str, base: Path, trained: CodeLLaVAModel, tmp_path: Path) -> None:
     state = {prefix + name: p for name, p in parameters(trained).items()}
@@ -119,27 +130,25 @@ def test_one_file(file: str, prefix: str, base: Path, trained: CodeLLaVAModel, t
         assert (tmp_path / "new" / name).read_text() == (base / name).read_text()
 
 
-def test_published_names(base: Path, trained: CodeLLaVAModel, tmp_path: Path) -> None:
-    ours = parameters(trained)
-    renamed = {
-        "code-llava": {
-            "memory_encoder.chunker.encoder.": "code_chunker.embed_model.",
-            "decoder.": "llm_model.",
-            "memory_encoder.adapter.norm.": "code_norm_pre.",
-            "memory_encoder.adapter.fc1.": "code_projection.0.",
-            "memory_encoder.adapter.fc2.": "code_projection.2.",
-        },
-        "lclm": {"memory_encoder.chunker.encoder.": "encoder.embed_model.", "memory_encoder.adapter.": "adapter."},
-    }
-    for layout, prefixes in renamed.items():
-        state = {}
-        for name, tensor in ours.items():
-            prefix = next((p for p in prefixes if name.startswith(p)), "")
-            state[prefixes.get(prefix, "") + name.removeprefix(prefix)] = tensor
-        assert not any("memory_encoder" in name for name in state)
-        save_file(state, tmp_path / f"{layout}.safetensors")
-        convert(tmp_path / f"{layout}.safetensors", tmp_path / layout, base=base)
-        assert_is(tmp_path / layout, ours)
+PUBLISHED = {
+    "code-llava": {
+        "memory_encoder.chunker.encoder.": "code_chunker.embed_model.",
+        "decoder.": "llm_model.",
+        "memory_encoder.adapter.norm.": "code_norm_pre.",
+        "memory_encoder.adapter.fc1.": "code_projection.0.",
+        "memory_encoder.adapter.fc2.": "code_projection.2.",
+    },
+    "lclm": {"memory_encoder.chunker.encoder.": "encoder.embed_model.", "memory_encoder.adapter.": "adapter."},
+}
+
+
+@pytest.mark.parametrize("layout", PUBLISHED)
+def test_published_names(layout: str, put: Callable[..., Conversion], trained: CodeLLaVAModel) -> None:
+    state = parameters(trained)
+    for ours, published in PUBLISHED[layout].items():
+        state = {published + name.removeprefix(ours) if name.startswith(ours) else name: state[name] for name in state}
+    assert not any("memory_encoder" in name for name in state)
+    assert_is(put(state).output, parameters(trained))
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
@@ -241,26 +250,30 @@ def test_a_lora_folder_is_merged(suffix: str, base: Path, tmp_path: Path) -> Non
     assert not torch.equal(got["decoder.model.layers.0.self_attn.q_proj.weight"], changed)
 
 
-def test_lora_without_its_scale(base: Path, trained: CodeLLaVAModel, tmp_path: Path) -> None:
+def test_lora_without_its_scale(put: Callable[..., Conversion], trained: CodeLLaVAModel) -> None:
     layer = "decoder.model.layers.0.self_attn.q_proj"
     state = parameters(trained) | {f"{layer}.lora_A.weight": torch.ones(2, 32)}
-    save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"LoRA weights of the decoder .* pass --decoder-lora-alpha"):
-        convert(tmp_path / "model.safetensors", tmp_path / "new", base=base)
+        put(state)
     with pytest.raises(CheckpointError, match=r"q_proj.lora_A.default.weight has no lora_B beside it"):
-        convert(
-            tmp_path / "model.safetensors", tmp_path / "new", base=base, options=StateOptions(lora_alpha={"decoder": 2})
-        )
+        put(state, lora_alpha={"decoder": 2})
+    state[f"{layer}.lora_B.weight"] = state.pop(f"{layer}.lora_A.weight")
+    with pytest.raises(CheckpointError, match=r"1 tensors have no place in the pair: .*lora_B"):
+        put(state, lora_alpha={"decoder": 2})
 
 
-def test_lora_of_what_cannot_be_merged(base: Path, trained: CodeLLaVAModel, tmp_path: Path) -> None:
-    options = StateOptions(lora_alpha={"decoder": 2})
-    messages = {"lm_head": "1 tensors that LoRA weights change are tied to others", "gone": "are not in the pair"}
-    for layer, message in messages.items():
-        lora = {f"decoder.{layer}.lora_{ab}.default.weight": torch.ones(2, 2) for ab in "AB"}
-        save_file(parameters(trained) | lora, tmp_path / "model.safetensors")
-        with pytest.raises(CheckpointError, match=message):
-            convert(tmp_path / "model.safetensors", tmp_path / "new", base=base, options=options)
+UNFIT_LORA = {
+    "lm_head": "1 tensors that LoRA weights change are tied to others",
+    "gone": r"2 tensors have no place in the pair: decoder\.gone\.lora_A",
+    "model.layers.0.self_attn.q_proj": r"LoRA of shapes \[\] and \[\] does not fit",
+}
+
+
+@pytest.mark.parametrize("layer", UNFIT_LORA)
+def test_lora_of_what_cannot_be_merged(layer: str, put: Callable[..., Conversion], trained: CodeLLaVAModel) -> None:
+    lora = {f"decoder.{layer}.lora_{ab}.default.weight": torch.tensor(1.0) for ab in "AB"}
+    with pytest.raises(CheckpointError, match=UNFIT_LORA[layer]):
+        put(parameters(trained) | lora, lora_alpha={"decoder": 2})
 
 
 def test_two_lora_adapters_are_refused() -> None:
@@ -272,39 +285,34 @@ def test_two_lora_adapters_are_refused() -> None:
 # What does not fit
 
 
-def test_left_over_and_missing_are_counted_and_named(base: Path, trained: CodeLLaVAModel, tmp_path: Path) -> None:
+def test_left_over_and_missing_are_counted_and_named(
+    base: Path, put: Callable[..., Conversion], trained: CodeLLaVAModel, tmp_path: Path
+) -> None:
     state = parameters(trained)
-    file = tmp_path / "model.safetensors"
-    save_file(state | {f"reward.{i}": torch.zeros(1) for i in range(5)}, file)
     with pytest.raises(CheckpointError, match=r"5 tensors have no place in the pair: reward.0, reward.1, reward.2, …$"):
-        convert(file, tmp_path / "new", base=base)
+        put(state | {f"reward.{i}": torch.zeros(1) for i in range(5)})
     kept = {name: tensor for name, tensor in state.items() if ".mlp." not in name}
     lost = sorted(set(state) - set(kept))
-    save_file(kept, file)
     with pytest.raises(CheckpointError, match=rf"{len(lost)} tensors of the pair are missing: {lost[0]}, .*, …; pass"):
-        convert(file, tmp_path / "new", base=base)
+        put(kept)
     assert not (tmp_path / "new").exists()
-    result = convert(file, tmp_path / "new", base=base, options=StateOptions(frozen_from_base=True))
-    assert result.from_base == len(lost)
     before = parameters(load_model(base, device="cpu")[0])
-    assert_is(tmp_path / "new", {name: kept.get(name, before[name]) for name in state})
+    result = put(kept, frozen_from_base=True)
+    assert (result.tensors, result.from_base) == (len(kept), len(lost))
+    assert_is(result.output, {name: kept.get(name, before[name]) for name in state})
 
 
-def test_tied_tensors_must_be_equal(base: Path, trained: CodeLLaVAModel, tmp_path: Path) -> None:
+def test_tied_tensors_must_be_equal(put: Callable[..., Conversion], trained: CodeLLaVAModel) -> None:
     table = trained.decoder.get_input_embeddings().weight.detach()
-    save_file(parameters(trained) | {"decoder.lm_head.weight": table + 1}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"are one tensor in the base's configuration, but differ in the state"):
-        convert(tmp_path / "model.safetensors", tmp_path / "new", base=base)
-    save_file(parameters(trained) | {"decoder.lm_head.weight": table.clone()}, tmp_path / "model.safetensors")
-    convert(tmp_path / "model.safetensors", tmp_path / "new", base=base)
-    assert_is(tmp_path / "new", parameters(trained))
+        put(parameters(trained) | {"decoder.lm_head.weight": table + 1})
+    assert_is(put(parameters(trained) | {"decoder.lm_head.weight": table.clone()}).output, parameters(trained))
 
 
-def test_another_shape(base: Path, trained: CodeLLaVAModel, tmp_path: Path) -> None:
+def test_another_shape(put: Callable[..., Conversion], trained: CodeLLaVAModel, tmp_path: Path) -> None:
     name = "memory_encoder.adapter.fc1.bias"
-    save_file(parameters(trained) | {name: torch.zeros(3)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"{name}: expected shape \[32\], got \[3\]"):
-        convert(tmp_path / "model.safetensors", tmp_path / "new", base=base)
+        put(parameters(trained) | {name: torch.zeros(3)})
     assert not (tmp_path / "new").exists()
 
 
@@ -321,6 +329,20 @@ def test_nothing_untrusted_is_unpickled(name: str, base: Path, tmp_path: Path, m
     with pytest.raises(CheckpointError, match=r"pathlib|are never loaded"):
         convert(folder, tmp_path / "new", base=base)
     assert not trap.exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_objects_beside_the_tensors_stay_pickled(
+    base: Path, trained: CodeLLaVAModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRAP", str(tmp_path / "sprung"))
+    folder = tmp_path / "state"
+    dcp.save({"model": parameters(trained), "rng": Trap()}, checkpoint_id=folder, no_dist=True)
+    assert_is(convert(folder, tmp_path / "new", base=base).output, parameters(trained))
+    assert not (tmp_path / "sprung").exists()
+    next(folder.glob("*.distcp")).unlink()
+    with pytest.raises(CheckpointError, match=r"no whole torch\.distributed checkpoint .*\.distcp"):
+        convert(folder, tmp_path / "half", base=base)
 
 
 def test_a_state_needs_its_base(base: Path, trained: CodeLLaVAModel, tmp_path: Path) -> None:
@@ -354,7 +376,7 @@ def test_an_existing_output_is_kept(
     assert "exists: choose another folder, or pass --overwrite" in capsys.readouterr().err
     assert find_checkpoint(base).fingerprint == before
     assert main([str(base), str(base), "--overwrite"]) == 1
-    assert "is the source itself" in capsys.readouterr().err
+    assert "would write over what source" in capsys.readouterr().err
     assert main([source, str(base), "--overwrite", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layout"] == "code-llava"
     assert find_checkpoint(base).fingerprint != before
@@ -371,10 +393,7 @@ def test_deepspeed_is_asked_for(base: Path, tmp_path: Path, monkeypatch: pytest.
         convert(tmp_path / "zero", tmp_path / "new", base=base)
 
 
-HELPERS = {"deepspeed": "deepspeed", "fsdp": "fsdp", "safetensors": "safetensors"}
-
-
-@pytest.mark.parametrize("name", HELPERS)
+@pytest.mark.parametrize("name", ["deepspeed", "fsdp", "safetensors"])
 def test_shell_helpers(name: str, tmp_path: Path) -> None:
     """They hand their settings to the command; a stand-in for uv shows what it is given."""
     uv = tmp_path / "uv"

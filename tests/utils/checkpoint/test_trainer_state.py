@@ -100,11 +100,11 @@ def test_fsdp_shards_of_two_processes(toy_base: Path, tmp_path: Path) -> None:
     assert_is(tmp_path / "own", parameters(load_model(tmp_path / "new" / "dcp", device="cpu")[0]))
     # A half copied folder.
     next((folder / "dcp").glob("__1_*")).unlink()
-    with pytest.raises(CheckpointError, match=r"no whole torch\.distributed checkpoint"):
+    with pytest.raises(CheckpointError, match=r"no whole torch\.distributed checkpoint .*__1_"):
         read_state(find_state(folder / "dcp"))
     table = folder / "dcp" / ".metadata"
     table.write_bytes(table.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="damaged or half copied"):
+    with pytest.raises(CheckpointError, match=r"\.metadata is damaged, half copied"):
         read_state(find_state(folder / "dcp"))
 
 
@@ -116,12 +116,12 @@ def test_zero_of_two_processes(toy_base: Path, tmp_path: Path, monkeypatch: pyte
         check_state(folder, kind, toy_base, tmp_path / "new")
         shutil.rmtree(tmp_path / "new" / kind)
     next((folder / "zero2" / "global_step1").glob("*pp_rank_1*optim_states.pt")).unlink()
-    with pytest.raises(CheckpointError, match="no whole ZeRO checkpoint: Expected 2"):
+    with pytest.raises(CheckpointError, match=r"no whole ZeRO checkpoint .*: Expected 2"):
         read_state(find_state(folder / "zero2"))
     # DeepSpeed would unpickle anything; here it does not.
     monkeypatch.setenv("TRAP", str(tmp_path / "sprung"))
     torch.save({"module": Trap()}, folder / "zero3" / "global_step1" / "zero_pp_rank_0_mp_rank_00_model_states.pt")
-    with pytest.raises(CheckpointError, match="no whole ZeRO checkpoint: Weights only load failed"):
+    with pytest.raises(CheckpointError, match=r"no whole ZeRO checkpoint .* Weights only load failed"):
         read_state(find_state(folder / "zero3"))
     assert not (tmp_path / "sprung").exists()
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ

@@ -89,7 +89,6 @@ def convert(
         ConfigError: The checkpoint cannot serve the chunk size, or does not say its own and none was given; or the
             output would replace the source or the base.
     """
-
     _check_output(Path(output), source, base, overwrite)
     result = Conversion(output=str(output), layout=layout.name, source=str(source))
     if base is None:
@@ -99,9 +98,10 @@ def convert(
             find_checkpoint(root, chunk_size), EncoderSettings(device="cpu", dtype=dtype or "auto")
         )
         if base is not None:
-            markers = tokenizers.markers
-            counts = put_state(model, source, (markers.start, markers.end), options)
-            result = dataclasses.replace(result, **dataclasses.asdict(counts))
+            options = options or StateOptions()
+            found = find_state(source, options.format)
+            counts = put_state(model, found, (tokenizers.markers.start, tokenizers.markers.end), options)
+            result = dataclasses.replace(result, source=str(found.path), format=found.format, **counts._asdict())
         with without_progress_bars():
             save_checkpoint(output, model, tokenizers, layout)
     return result
@@ -109,8 +109,6 @@ def convert(
 
 def _check_output(output: Path, source: str | Path, base: str | Path | None, overwrite: bool) -> None:
     if output.exists():
-        if Path(source).exists() and output.samefile(source):
-            raise CheckpointError(f"{output} is the source itself: choose another folder")
         refuse_overwriting_inputs({"output": output}, {"source": source, "--base": base})
         if not overwrite:
             raise CheckpointError(f"{output} exists: choose another folder, or pass --overwrite to replace it")
@@ -122,7 +120,6 @@ def _check_is_checkpoint(source: str | Path) -> None:
     folder = newest_child(path) or path if path.is_dir() else path
     if not folder.exists() or any((folder / layout.decoder).is_dir() for layout in LAYOUTS):
         return
-
     found = find_state(path)
     raise CheckpointError(
         f"{found.path} is a {found.format} state: tensors without configurations and tokenizers. Pass --base with the "
@@ -136,27 +133,24 @@ def _with_safetensors(root: str | Path, output: Path) -> Iterator[str | Path]:
     folder = Path(root)
     if folder.is_dir():
         folder = newest_child(folder) or folder
-    parts = [folder / name for layout in LAYOUTS for name in (layout.decoder, layout.encoder)]
     old = [
-        (part, name)
-        for part in parts
+        folder / part / name
+        for layout in LAYOUTS
+        for part in (layout.decoder, layout.encoder)
         for name, new in _BIN_PARTS.items()
-        if (part / name).is_file() and not any(part.glob(f"{Path(new).stem}*.safetensors"))
+        if (folder / part / name).is_file() and not any((folder / part).glob(f"{Path(new).stem}*.safetensors"))
     ]
     if not old:
         yield root
         return
-
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent) as temporary:
         copy = Path(temporary) / folder.name
-        rewritten = {part for part, _ in old}
-        shutil.copytree(
-            folder, copy, ignore=lambda place, names: [n for n in names if Path(place) in rewritten and ".bin" in n]
-        )
-        for part, name in old:
-            state = read_state(StateFiles(format=BIN, path=part / name))
+        rewritten = {str(file.parent) for file in old}
+        shutil.copytree(folder, copy, ignore=lambda at, names: [n for n in names if at in rewritten and ".bin" in n])
+        for file in old:
+            state = read_state(StateFiles(format=BIN, path=file))
             # Tied tensors share their memory, which safetensors does not store.
-            tensors = {key: tensor.clone().contiguous() for key, tensor in state.items()}
-            save_file(tensors, copy / part.name / _BIN_PARTS[name], metadata={"format": "pt"})
+            tensors = {name: tensor.clone().contiguous() for name, tensor in state.items()}
+            save_file(tensors, copy / file.parent.name / _BIN_PARTS[file.name], metadata={"format": "pt"})
         yield copy

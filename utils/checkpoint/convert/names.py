@@ -15,33 +15,29 @@ from pathlib import Path
 from utils.checkpoint.layout import CODE_LLAVA
 from utils.errors import CheckpointError
 
-ENCODER, DECODER, ADAPTER = "memory_encoder.chunker.encoder.", "decoder.", "memory_encoder.adapter."
-_WRAPPERS = re.compile(
-    r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model)\."
-)
-_OUTER = re.compile(r"^(?:(?:module|model|state_dict)\.)+")
+ENCODER, _DECODER, _ADAPTER = "memory_encoder.chunker.encoder.", "decoder.", "memory_encoder.adapter."
 # peft keeps the matrix beside its LoRA pair in `base_layer`, and a module that learns whole beside what it was.
-_PEFT = re.compile(r"\.(?:base_layer|modules_to_save\.\w+)(?=\.)")
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+    r"|base_model\.model|base_layer|modules_to_save\.\w+)\."
+)
+_OUTER = re.compile(r"^(?:(?:module|model|state_dict|projectors)\.)+")
 _LORA = re.compile(r"\.lora_([AB])(?:\.\w+)?\.weight$")
-_REPLACED = ".original_module."
-# Computed from the configuration; old checkpoints store it all the same.
-_COMPUTED = "rotary_emb.inv_freq"
+# What peft has replaced, and what old checkpoints store although the configuration gives it.
+_LEFT_OUT = re.compile(r"\.original_module\.|rotary_emb\.inv_freq$")
 
-# How the trainers call the parts; the longest fitting prefix counts.
+# How others call the parts; the first fitting prefix counts.
 _PARTS = {
-    **{name: name for name in (ENCODER, DECODER, ADAPTER, "marker_rows.")},
-    **dict.fromkeys(("encoder.embed_model.", "encoder.", "embedder.", "embed_model."), ENCODER),
-    **dict.fromkeys(("code_chunker.embed_model.", "code_chunker.encoder."), ENCODER),
-    **dict.fromkeys(("llm_model.", "llm."), DECODER),
-    "adapter.": ADAPTER,
+    **dict.fromkeys(("encoder.embed_model.", "code_chunker.embed_model.", "code_chunker.encoder."), ENCODER),
+    **dict.fromkeys(("encoder.", "embedder.", "embed_model."), ENCODER),
+    **dict.fromkeys(("llm_model.", "llm."), _DECODER),
+    "adapter.": _ADAPTER,
     **{
-        prefix + Path(file).stem + "." + name: ADAPTER + ours
+        f"{Path(file).stem}.{name}": _ADAPTER + ours
         for file, names in CODE_LLAVA.adapter.items()
         for name, ours in names.items()
-        for prefix in ("", "projectors.")
     },
 }
-_LONGEST_FIRST = sorted(_PARTS, key=len, reverse=True)
 
 
 def pair_names(raw_names: Iterable[str]) -> dict[str, str]:
@@ -56,10 +52,10 @@ def pair_names(raw_names: Iterable[str]) -> dict[str, str]:
     taken: dict[str, str] = {}
     for raw in raw_names:
         name = _OUTER.sub("", _WRAPPERS.sub("", raw))
-        if _REPLACED in name or name.endswith(_COMPUTED):
+        if _LEFT_OUT.search(name):
             continue
-        name = _LORA.sub(r".lora_\1.default.weight", _PEFT.sub("", name))
-        prefix = next((prefix for prefix in _LONGEST_FIRST if name.startswith(prefix)), "")
+        name = _LORA.sub(r".lora_\1.default.weight", name)
+        prefix = next((prefix for prefix in _PARTS if name.startswith(prefix)), "")
         name = _PARTS.get(prefix, "") + name.removeprefix(prefix)
         if name in taken:
             raise CheckpointError(

@@ -1,8 +1,9 @@
 """torch.distributed checkpoints without trust: their `.metadata` is a pickle, of which only plain classes are accepted.
 
-load(state, storage_reader=SafeReader(folder), no_dist=True)
+    load(state, storage_reader=SafeReader(folder), no_dist=True)
 
-torch itself reads the tensors with `weights_only=True`, but unpickles the table of contents as it comes.
+torch reads the tensors with `weights_only=True`, but unpickles the table of contents as it comes; its own restricted
+unpickler does not know the pickle protocol that the table is written in.
 """
 
 from __future__ import annotations
@@ -14,29 +15,21 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from utils.errors import CheckpointError
+from utils.pretrained import loading
+
+_METADATA = "torch.distributed.checkpoint.metadata."
 # What torch writes into a table of contents, dtypes aside; none of it does anything when it is made.
 _ACCEPTED = {
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorStorageMetadata",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "TensorProperties",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "collections": {"OrderedDict"},
-    "pathlib": {"Path", "PosixPath", "WindowsPath"},
-    "pathlib._local": {"Path", "PosixPath", "WindowsPath"},
+    "torch.Size",
+    "torch.serialization._get_layout",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    *(_METADATA + name for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata")),
+    *(_METADATA + name for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties")),
+    _METADATA + "_MEM_FORMAT_ENCODING",
+    "collections.OrderedDict",
+    *(f"{module}.{name}Path" for module in ("pathlib", "pathlib._local") for name in ("", "Posix", "Windows")),
 }
-
-
-class MetadataError(Exception):
-    """A table of contents that is damaged or holds something else."""
 
 
 class SafeReader(FileSystemReader):
@@ -46,17 +39,13 @@ class SafeReader(FileSystemReader):
         """Read the table of contents.
 
         Raises:
-            MetadataError: It holds anything that torch does not write, or is damaged.
+            CheckpointError: It holds anything that torch does not write, or is damaged.
         """
-        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as stream:
-            try:
-                metadata = _Unpickler(stream).load()
-            except MetadataError:
-                raise
-            except Exception as error:  # a damaged pickle fails in every way there is
-                raise MetadataError(f"it is damaged or half copied ({type(error).__name__})") from None
+        path = self._get_metadata_path(kwargs.get("rank"))
+        with loading(path, "is damaged, half copied or untrusted"), self.fs.create_stream(path, "rb") as stream:
+            metadata = _Unpickler(stream).load()
         if not isinstance(metadata, Metadata):
-            raise MetadataError(f"expected a checkpoint's table of contents, got {type(metadata).__name__}")
+            raise CheckpointError(f"{path}: expected a checkpoint's table of contents, got {type(metadata).__name__}")
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
@@ -65,8 +54,7 @@ class SafeReader(FileSystemReader):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if name in _ACCEPTED.get(module, ()) or (
-            module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)
-        ):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or f"{module}.{name}" in _ACCEPTED:
             return super().find_class(module, name)
-        raise MetadataError(f"it holds {module}.{name}, which no checkpoint needs: it is not read")
+        raise ValueError(f"it holds {module}.{name}, which no checkpoint needs and which is never loaded")

@@ -11,30 +11,38 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import pickle
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from accelerate.utils import patch_environment
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
+from utils.checkpoint.convert.safe_metadata import SafeReader
 from utils.checkpoint.layout import newest_child
 from utils.checkpoint.weight_files import weight_files
-from utils.errors import CheckpointError, first_line
-from utils.pretrained import read_settings
+from utils.errors import CheckpointError
+from utils.pretrained import loading, read_settings
 
 logger = logging.getLogger(__name__)
 
 DEEPSPEED, FSDP, SAFETENSORS, BIN = FORMATS = ("deepspeed", "fsdp", "safetensors", "bin")
-_BIN_SUFFIXES = (".bin", ".pt", ".pth")
-_BIN_NAMES = ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model_fsdp.bin")
+_SUFFIXES = {".safetensors": SAFETENSORS, **dict.fromkeys((".bin", ".pt", ".pth"), BIN)}
+# Which files show that a folder holds a state; the first that is there counts.
+_SIGNS = {
+    DEEPSPEED: ("*_optim_states.pt", "latest"),
+    FSDP: (".metadata", "pytorch_model_fsdp_0/.metadata"),
+    SAFETENSORS: ("model.safetensors", "model.safetensors.index.json"),
+    BIN: ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model_fsdp.bin"),
+}
 # Under which trainers put the model in a file with more than the model.
 _MODEL_KEYS = ("model", "module", "state_dict", "model_state_dict")
 _OPTIMIZER_NAMES = ("optimizer.", "optim.")
@@ -66,17 +74,17 @@ def find_state(path: str | Path, wanted: str = "auto") -> StateFiles:
     path = Path(path).expanduser()
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: give a trainer's checkpoint folder or its weight file")
-    found = list(_candidates(path))
+    found = _states_in(path)
     if not found and path.is_dir() and (newest := newest_child(path)) is not None:
         logger.info("using the newest checkpoint of %s: %s", path, newest.name)
         return find_state(newest, wanted)
     chosen = [state for state in found if wanted in ("auto", state.format)]
+    names = " and ".join(state.format for state in found)
     if not chosen:
         expected = ", ".join(FORMATS) if wanted == "auto" else wanted
-        there = f"only {' and '.join(state.format for state in found)}" if found else "nothing"
+        there = f"only {names}" if found else "nothing"
         raise CheckpointError(f"{path}: no model state found: expected {expected}, got {there}")
     if len(chosen) > 1:
-        names = " and ".join(state.format for state in chosen)
         raise CheckpointError(f"{path} holds states of several formats ({names}): choose one with --format")
     return chosen[0]
 
@@ -94,40 +102,32 @@ def read_state(found: StateFiles) -> dict[str, torch.Tensor]:
     return state
 
 
-def _candidates(path: Path) -> Iterator[StateFiles]:
+def _states_in(path: Path) -> list[StateFiles]:
+    """At most one of each format."""
     if path.is_file():
-        if path.suffix == ".safetensors":
-            yield StateFiles(format=SAFETENSORS, path=path)
-        elif path.suffix in _BIN_SUFFIXES:
-            yield StateFiles(format=BIN, path=path)
-        return
-    tag = path / "latest"
-    if any(path.glob("*_optim_states.pt")):
-        yield StateFiles(format=DEEPSPEED, path=path)
-    elif tag.is_file():
-        yield StateFiles(format=DEEPSPEED, path=path / tag.read_text(encoding="utf-8").strip())
-    for folder in (path, path / "pytorch_model_fsdp_0"):
-        if (folder / ".metadata").is_file():
-            yield StateFiles(format=FSDP, path=folder)
-    if any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
-        yield StateFiles(format=SAFETENSORS, path=path)
-    for name in _BIN_NAMES:
-        if (path / name).is_file():
-            yield StateFiles(format=BIN, path=path / name)
-            break
+        return [StateFiles(format=_SUFFIXES[path.suffix], path=path)] if path.suffix in _SUFFIXES else []
+    found = []
+    for kind, patterns in _SIGNS.items():
+        sign = next((file for pattern in patterns for file in path.glob(pattern) if file.is_file()), None)
+        if sign is not None:
+            place = sign if kind == BIN else sign.parent
+            if sign.name == "latest":
+                place /= sign.read_text(encoding="utf-8").strip()
+            found.append(StateFiles(format=kind, path=place))
+    return found
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    files = sorted(set(weight_files(path).values())) if path.is_dir() else [path]
-    try:
-        return {name: tensor for file in files for name, tensor in load_file(file).items()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): the file is damaged or half copied") from None
+    state: dict[str, torch.Tensor] = {}
+    for file in sorted(set(weight_files(path).values())) if path.is_dir() else [path]:
+        with loading(file, "cannot be read, being damaged or half copied"):
+            state |= load_file(file)
+    return state
 
 
 def _read_bin(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix != ".json":
-        return _tensors_of(_load(path), path)
+        return _tensors_in(path)
     state: dict[str, torch.Tensor] = {}
     weight_map = read_settings(path).get("weight_map")
     if not isinstance(weight_map, dict) or any(Path(str(name)).name != name for name in weight_map.values()):
@@ -135,26 +135,18 @@ def _read_bin(path: Path) -> dict[str, torch.Tensor]:
     for name in sorted(set(weight_map.values())):
         if not (path.parent / name).is_file():
             raise CheckpointError(f"{path} names {name}, which is not there: the checkpoint is half copied")
-        state |= _tensors_of(_load(path.parent / name), path.parent / name)
-    lacking = sorted(set(weight_map) - set(state))
-    if lacking:
-        raise CheckpointError(f"{path} promises {lacking[0]}, which is in none of its files")
+        state |= _tensors_in(path.parent / name)
+    if lacking := set(weight_map) - set(state):
+        raise CheckpointError(f"{path} promises {min(lacking)}, which is in none of its files")
     return state
 
 
-def _load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        # A damaged pickle can fail in any way.
-        raise CheckpointError(
-            f"{path} cannot be read as plain tensors ({first_line(error)}): it is damaged, or holds Python objects, "
-            "which are never loaded; save the model's state_dict alone"
-        ) from None
-
-
-def _tensors_of(value: Any, path: Path) -> dict[str, torch.Tensor]:
-    """The model's tensors in what a file holds, whatever stands beside them."""
+def _tensors_in(path: Path) -> dict[str, torch.Tensor]:
+    """The model's tensors in a pickled file, whatever stands beside them."""
+    with loading(
+        path, "is damaged, or holds Python objects, which are never loaded (save the model's state_dict alone)"
+    ):
+        value: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     while isinstance(value, Mapping) and (inner := [key for key in _MODEL_KEYS if isinstance(value.get(key), Mapping)]):
         value = value[inner[0]]
     if not isinstance(value, Mapping):
@@ -171,6 +163,9 @@ def _read_deepspeed(folder: Path) -> dict[str, torch.Tensor]:
     # Its log and its progress go to stdout, which belongs to our result.
     with contextlib.redirect_stdout(sys.stderr):
         try:
+            from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+            from deepspeed.runtime.zero.config import ZeroStageEnum
+            from deepspeed.utils.tensor_fragment import fragment_address
             from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
         except ImportError:
             raise CheckpointError(
@@ -178,59 +173,31 @@ def _read_deepspeed(folder: Path) -> dict[str, torch.Tensor]:
                 "installed: `uv pip install deepspeed`; or run DeepSpeed's zero_to_fp32.py, which lies beside it, "
                 "where it was trained, and convert what that writes"
             ) from None
-        try:
-            with _tensors_only():
-                state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-        except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"{folder} is no whole ZeRO checkpoint: {first_line(error)}; copy all its files again"
-            ) from None
-    return dict(state)
-
-
-@contextlib.contextmanager
-def _tensors_only() -> Iterator[None]:
-    """Make DeepSpeed's own `torch.load` calls refuse everything but tensors and DeepSpeed's plain settings."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
-            yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        # DeepSpeed asks `torch.load` for any object. Torch's own switch makes those calls refuse everything but tensors
+        # and DeepSpeed's plain settings.
+        with (
+            loading(folder, "is no whole ZeRO checkpoint (copy all its files again)"),
+            patch_environment(torch_force_weights_only_load=1),
+            torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]),
+        ):
+            return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name))
 
 
 def _read_fsdp(folder: Path) -> dict[str, torch.Tensor]:
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    from utils.checkpoint.convert.safe_metadata import MetadataError, SafeReader
-
-    try:
+    with loading(folder, "is no whole torch.distributed checkpoint (copy all its files again)"):
         reader = SafeReader(folder)
-        entries = reader.read_metadata().state_dict_metadata
+        # Tensors only: what else a checkpoint holds, torch would unpickle as it comes.
         state = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in entries.items()
+            for name, entry in reader.read_metadata().state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and not name.startswith(_OPTIMIZER_NAMES)
         }
         with warnings.catch_warnings():
             # That one process reads what several wrote is what is wanted here.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-            load(state, storage_reader=reader, no_dist=True)
-    except MetadataError as error:
-        raise CheckpointError(f"{folder / '.metadata'}: {error}") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, CheckpointException) as error:
-        raise CheckpointError(
-            f"{folder} is no whole torch.distributed checkpoint ({first_line(error)}): copy all its files again"
-        ) from None
+            try:
+                load(state, storage_reader=reader, no_dist=True)
+            except CheckpointException as error:
+                # What the one process met says more than torch's bundle of tracebacks.
+                raise next(iter(error.failures.values()))[0] from None
     return state

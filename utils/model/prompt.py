@@ -119,14 +119,14 @@ class MemoryLimit:
 
 
 def parse_raw_prompt(
-    text: str, tokenizers: PromptTokenizers, chunk_size: int | Sequence[int], limit: MemoryLimit | None = None
+    text: str, tokenizers: PromptTokenizers, chunk_size: int | Sequence[int] | None, limit: MemoryLimit | None = None
 ) -> MemoryPrompt:
     """Parse a prompt that is one text, as a base model reads it (the tokenizer's own special tokens are added).
 
     Args:
         text: The prompt with 0..n marked spans.
         tokenizers: Decoder and encoder tokenizer.
-        chunk_size: Encoder tokens per latent, one for all spans or one a span.
+        chunk_size: Encoder tokens per latent, one for all spans or one a span; None leaves each span one placeholder.
         limit: Longest allowed span; no limit by default.
 
     Raises:
@@ -141,7 +141,7 @@ def parse_raw_prompt(
 def parse_chat_prompt(
     messages: Sequence[Mapping[str, Any]],
     tokenizers: PromptTokenizers,
-    chunk_size: int | Sequence[int],
+    chunk_size: int | Sequence[int] | None,
     limit: MemoryLimit | None = None,
     **template_arguments: Any,
 ) -> MemoryPrompt:
@@ -150,7 +150,7 @@ def parse_chat_prompt(
     Args:
         messages: `{"role": …, "content": …}` in order; memory may stand in any content.
         tokenizers: Decoder and encoder tokenizer.
-        chunk_size: Encoder tokens per latent, one for all spans or one a span.
+        chunk_size: Encoder tokens per latent, one for all spans or one a span; None leaves each span one placeholder.
         limit: Longest allowed span; no limit by default.
         template_arguments: Passed to the template, for example `enable_thinking=False`.
 
@@ -301,7 +301,7 @@ def _assemble(
     ids: list[int],
     memories: Sequence[str],
     tokenizers: PromptTokenizers,
-    chunk_size: int | Sequence[int],
+    chunk_size: int | Sequence[int] | None,
     limit: MemoryLimit | None,
 ) -> MemoryPrompt:
     """Tokenise the spans and place them."""
@@ -315,23 +315,22 @@ def place_spans(
     texts: Sequence[str],
     token_ids: Sequence[TokenIds],
     marks: MarkerIds,
-    chunk_size: int | Sequence[int],
+    chunk_size: int | Sequence[int] | None,
     limit: MemoryLimit | None = None,
 ) -> MemoryPrompt:
-    """Widen each single placeholder to its span's number of latents and note where it came to lie.
+    """Widen each single placeholder to its span's number of latents, and note where the spans come to lie.
 
     Args:
         ids: Decoder ids with one placeholder between markers for each span.
         texts: The spans' texts.
         token_ids: Their encoder tokens.
         marks: The decoder's marker ids.
-        chunk_size: Encoder tokens per latent, one for all spans or one a span.
+        chunk_size: Encoder tokens per latent, one for all spans or one a span; None leaves each span one placeholder.
         limit: Longest allowed span; no limit by default.
 
     Raises:
         PromptError: Another number of placeholders than spans, an empty span, a span over the limit.
     """
-    # Placeholders are special tokens: one, or a run of them, leaves the ids around them the same.
     places = [index for index, token in enumerate(ids) if token == marks.memory]
     intact = all(ids[at - 1] == marks.start and ids[at + 1 : at + 2] == [marks.end] for at in places)
     if len(places) != len(texts) or not intact:
@@ -339,25 +338,40 @@ def place_spans(
             f"the prompt has {len(texts)} memory spans but {len(places)} came out of the decoder's chat template "
             "and tokenizer; use a template that writes each message's content once and unchanged"
         )
-    sizes = _sizes_per_span(chunk_size, len(texts))
-    input_ids: list[int] = []
-    spans: list[MemorySpan] = []
-    copied = 0
-    for number, (place, text, tokens, size) in enumerate(zip(places, texts, token_ids, sizes, strict=True)):
-        kept, cut = _apply_limit(tokens, limit, number)
+    limited = [_apply_limit(tokens, limit, number) for number, tokens in enumerate(token_ids)]
+    for number, (text, (kept, _)) in enumerate(zip(texts, limited, strict=True)):
         if len(kept) == 0:
             raise PromptError(f"memory span {number} ({text[:_EXCERPT]!r}) has no encoder tokens; fill it or remove it")
-        input_ids += ids[copied:place]
-        start = len(input_ids)
-        input_ids += [marks.memory] * num_latents(len(kept), size)
-        spans.append(
-            MemorySpan(
-                text=text, token_ids=kept, start=start, stop=len(input_ids), chunk_size=size, truncated_tokens=cut
-            )
+    sizes = [len(kept) for kept, _ in limited] if chunk_size is None else _sizes_per_span(chunk_size, len(texts))
+    counts = [num_latents(len(kept), size) for (kept, _), size in zip(limited, sizes, strict=True)]
+    widened, begins = widen(ids, counts, marks.memory)
+    spans = [
+        MemorySpan(
+            text=text, token_ids=kept, start=int(begins[at]), stop=int(begins[at + 1]), chunk_size=size,
+            truncated_tokens=cut,
         )
-        copied = place + 1
-    input_ids += ids[copied:]
-    return MemoryPrompt(input_ids=input_ids, spans=tuple(spans))
+        for at, text, (kept, cut), size in zip(places, texts, limited, sizes, strict=True)
+    ]  # fmt: skip
+    return MemoryPrompt(input_ids=widened.tolist(), spans=tuple(spans))
+
+
+def widen(ids: TokenIds, counts: Sequence[int], placeholder: int) -> tuple[np.ndarray, np.ndarray]:
+    """Repeat each placeholder once a latent.
+
+    Placeholders are special tokens: one, or a run of them, leaves the ids around them the same.
+
+    Args:
+        ids: [T] decoder ids with one placeholder a span.
+        counts: Latents of each span.
+        placeholder: Its id.
+
+    Returns:
+        The wider ids, and where each of the given ones begins in them, [T + 1]: an id's rows end where the next begins.
+    """
+    narrow = np.asarray(ids)
+    repeats = np.ones(len(narrow), dtype=np.int64)
+    repeats[narrow == placeholder] = counts
+    return np.repeat(narrow, repeats), np.concatenate([[0], np.cumsum(repeats)])
 
 
 def _sizes_per_span(chunk_size: int | Sequence[int], num_spans: int) -> Sequence[int]:

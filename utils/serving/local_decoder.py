@@ -23,7 +23,7 @@ from utils.compress.prompt_embeds import decode_wire
 from utils.errors import PromptError
 from utils.inference.generation import Generator
 from utils.model.markers import MarkerIds
-from utils.model.prompt import chat_text
+from utils.model.prompt import chat_text, widen
 from utils.model.splice import splice_latents
 from utils.serving.api_error import ApiError
 from utils.serving.bounded_tokenizer import BoundedTokenizer
@@ -76,15 +76,9 @@ class LocalDecoder:
         places = [index for index, token in enumerate(ids) if token == self._memory_id]
         if len(places) != len(latents):
             raise PromptError(f"{len(latents)} latent parts, but the chat template wrote {len(places)} of them")
-        widened: list[int] = []
-        spans: list[tuple[int, int]] = []
-        copied = 0
-        for place, rows in zip(places, latents, strict=True):
-            widened += ids[copied:place]
-            spans.append((len(widened), len(widened) + len(rows)))
-            widened += [self._memory_id] * len(rows)
-            copied = place + 1
-        return splice_latents(self._generator.embed(widened + ids[copied:]), latents, spans)
+        widened, begins = widen(ids, list(map(len, latents)), self._memory_id)
+        spans = [(int(begins[at]), int(begins[at + 1])) for at in places]
+        return splice_latents(self._generator.embed(widened.tolist()), latents, spans)
 
     @torch.inference_mode()
     def text_rows(self, prompt: str | Sequence[int]) -> torch.Tensor:

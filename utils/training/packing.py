@@ -23,7 +23,7 @@ import torch
 from utils.errors import DatasetError
 from utils.model.markers import MarkerIds
 from utils.model.packed_attention import Segments
-from utils.model.prompt import MemorySpan, num_latents
+from utils.model.prompt import MemorySpan, num_latents, widen
 from utils.model.transfer import to_device
 from utils.training.data.cache import TokenCache, TokenizedExample
 
@@ -295,14 +295,11 @@ def pack(
 
 
 def _widen(example: TokenizedExample, chunk_size: int, placeholder: int) -> tuple[np.ndarray, list[Any], list[Any]]:
-    """Repeat each placeholder once a latent; the places of targets and spans move along."""
+    """The example's ids with its spans' latents; the places of targets and spans move along."""
     ids = np.asarray(example.decoder_ids)
-    at = np.flatnonzero(ids == placeholder)
-    counts = np.ones(len(ids), dtype=np.int64)
-    counts[at] = [num_latents(len(span), chunk_size) for span in example.spans]
-    begins = np.concatenate([[0], np.cumsum(counts)])
+    widened, begins = widen(ids, [num_latents(len(span), chunk_size) for span in example.spans], placeholder)
     targets = [(int(begins[first]), int(begins[stop])) for first, stop in example.targets]
-    return np.repeat(ids, counts), targets, [(int(begins[a]), int(begins[a + 1])) for a in at]
+    return widened, targets, [(int(begins[at]), int(begins[at + 1])) for at in np.flatnonzero(ids == placeholder)]
 
 
 def _tensor(parts: Sequence[np.ndarray]) -> torch.Tensor:

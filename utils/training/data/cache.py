@@ -21,14 +21,12 @@ from tqdm import tqdm
 from utils.errors import DatasetError, PromptError, shown_name
 from utils.files import atomic_folder, read_json, sha256_bytes, sha256_file, write_json
 from utils.model.processor import Processor
-from utils.model.prompt import MemorySpan
+from utils.model.prompt import MemorySpan, parse_chat_prompt, parse_raw_prompt
 
 _META, _DECODER, _ENCODER, _INDEX = "meta.json", "decoder.i32", "encoder.i32", "index.npz"
 _FILES = (_DECODER, _ENCODER, _INDEX)
 _COUNTS = ("examples", "memory_tokens", "decoder_tokens", "target_tokens")
 _VERSION = 3
-# A span as long as any: parsed with this chunk size it becomes one placeholder.
-ONE_PLACEHOLDER = 1 << 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +203,7 @@ def tokenize_row(row: Mapping[str, Any], processor: Processor, where: str) -> To
                     )
             spans, ids, targets = _tokenize_turns(messages, turns, processor)
         elif isinstance(row.get("text"), str):
-            prompt = processor.parse_raw(row["text"], ONE_PLACEHOLDER)
+            prompt = parse_raw_prompt(row["text"], processor.tokenizers, None, processor.limit)
             spans, ids, targets = prompt.spans, prompt.input_ids, [(1, len(prompt.input_ids))]
         else:
             raise DatasetError(
@@ -240,7 +238,7 @@ def _tokenize_turns(
     targets: list[tuple[int, int]] = []
     spans: Sequence[MemorySpan] = ()
     for at in turns:
-        prompt = processor.parse_chat(messages[:at], ONE_PLACEHOLDER)
+        prompt = parse_chat_prompt(messages[:at], processor.tokenizers, None, processor.limit)
         if list(prompt.input_ids[: len(ids)]) != ids:
             raise PromptError(
                 f"message {at}: the chat template, or white space around an answer, gives the messages before it other "

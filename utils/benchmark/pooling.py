@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         raise ConfigError(f"--tokens: give at least 64 chunks of each size, {64 * max(args.chunk_sizes)} tokens")
     import torch
 
-    from utils.model.code_chunker import plan_windows
+    from utils.model.windows import plan_windows
 
     compressor = load_compressor(args)
     chunker = compressor.memory_encoder.chunker

@@ -1,21 +1,13 @@
 """Token ids → windows → hidden states → one pooled vector a chunk.
 
-    for window in plan_windows(token_ids, config):   …   # what the encoder sees at once
     chunker = CodeChunker(encoder, config, pad_token_id=0)
-    pooled = chunker(windows)                            # one [n, E] tensor a window
+    pooled = chunker(plan_windows(token_ids, config))    # one [n, E] tensor a window
 
 All windows of a call, whatever span or prompt they come from, are packed end to end without padding; windows never see
 each other, so packing, order and batch size change nothing but rounding. Encoders that cannot run packed are batched by
 equal window length instead: also without padding, on any attention implementation.
 
 Semantics: LCLM, "End-to-End Context Compression at Scale", arXiv 2606.09659.
-
-A mean forgets the order of what it is taken of, and an encoder cannot put it back, for it does not know where chunks
-begin. *Rotary pooling* keeps the mean and puts a second one beside it, of states that were first turned by their place
-in the chunk, as RoFormer (arXiv 2104.09864) turns queries and keys: place i turns pair j of the dimensions by
-i·π(j + ½)/(H/2). At these angles the turns of different places are orthogonal, so a linear map can take each state out
-of the sum, up to the others' noise (binding and superposition: Plate, "Holographic Reduced Representations", 1995).
-Like the mean it has no weights and serves every chunk size.
 
 Shape legend: T packed tokens, H encoder width, R chunk size, N chunks of a batch, n chunks of a window, E pooled width.
 """
@@ -24,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -36,59 +27,12 @@ from utils.errors import ConfigError
 from utils.model.config import CompressionConfig
 from utils.model.limits import free_device_bytes
 from utils.model.packed_attention import Segments, supports_packed_attention, use_packed_attention
-from utils.model.prompt import TokenIds, num_latents
+from utils.model.pooling import POOLINGS, Pooling
 from utils.model.transfer import to_device
+from utils.model.windows import Window
 
 # Tokens of one encoder pass. Enough to keep matrix products at full speed, small enough to keep memory flat.
 _CPU_TOKENS, _MOST_CUDA_TOKENS, _LEAST_CUDA_TOKENS = 4096, 65536, 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Window:
-    """What the encoder sees at once: a core that is pooled, and context that is only read.
-
-    Attributes:
-        left: Encoder tokens before the core.
-        core: The tokens that become latents.
-        right: Encoder tokens after the core.
-        chunk_size: Tokens of the core per latent.
-    """
-
-    left: TokenIds
-    core: TokenIds
-    right: TokenIds
-    chunk_size: int
-
-    @property
-    def num_latents(self) -> int:
-        """Vectors that this window gives."""
-        return num_latents(len(self.core), self.chunk_size)
-
-    @property
-    def num_tokens(self) -> int:
-        """Text tokens that the encoder reads for it."""
-        return len(self.left) + len(self.core) + len(self.right)
-
-
-def plan_windows(token_ids: TokenIds, config: CompressionConfig) -> list[Window]:
-    """Cut one span into windows.
-
-    Args:
-        token_ids: Encoder tokens of the span, at least one.
-        config: Window, overlap, mask and chunk size.
-    """
-    if len(token_ids) == 0:
-        raise ValueError("a span has at least one token; the prompt parser refuses empty ones")
-    size, reach = config.window, config.overlap
-    return [
-        Window(
-            left=token_ids[max(0, at - reach) : at],
-            core=token_ids[at : at + size],
-            right=() if config.causal else token_ids[at + size : at + size + reach],
-            chunk_size=config.chunk_size,
-        )
-        for at in range(0, len(token_ids), size)
-    ]
 
 
 class CodeChunker(nn.Module):
@@ -145,9 +89,14 @@ class CodeChunker(nn.Module):
             use_packed_attention(encoder)
 
     @property
+    def pooling(self) -> Pooling:
+        """How a chunk's states become one vector."""
+        return POOLINGS[self.config.pooling]
+
+    @property
     def width(self) -> int:
         """E, the width of a pooled vector."""
-        return self.config.pooled_width(int(self.encoder.config.hidden_size))
+        return self.pooling.width(int(self.encoder.config.hidden_size), self.config.chunk_size)
 
     @property
     def device(self) -> torch.device:
@@ -219,7 +168,7 @@ class CodeChunker(nn.Module):
             yield batch
 
     def _encoder_tokens(self, window: Window) -> np.ndarray:
-        marks = [self.pad_token_id] * window.num_latents if self.config.pooling == "eos" else []
+        marks = [self.pad_token_id] * window.num_latents if self.pooling.reads_marks else []
         return np.concatenate(
             [np.asarray(part, dtype=np.int64) for part in (window.left, window.core, window.right, marks)]
         )
@@ -280,21 +229,20 @@ class CodeChunker(nn.Module):
         return to_device(values, self.device)
 
     def _pool(self, windows: Sequence[Window], hidden_TH: torch.Tensor) -> torch.Tensor:
-        """Pool a micro-batch in one gather; the windows are sorted by chunk size."""
-        with_marks = self.config.pooling == "eos"
-        lengths = [w.num_tokens + (w.num_latents if with_marks else 0) for w in windows]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        """Pool a micro-batch, [N, E]; the windows are sorted by chunk size, and those of one size share a gather."""
         counts = np.array([w.num_latents for w in windows])
-        if with_marks:
+        offsets = np.cumsum([0, *(w.num_tokens + (w.num_latents if self.pooling.reads_marks else 0) for w in windows)])
+        if self.pooling.reads_marks:
             # Markers stand last in their window, in the order of their latents.
-            last = np.repeat(offsets[1:] - counts, counts) + _ranges(counts)
-            return hidden_TH[self._to_device(last)]
+            first = np.repeat(offsets[1:] - counts, counts) + _ranges(counts)
+            return self._pool_chunks(hidden_TH, first, np.ones_like(first), 1)
         cores = np.array([len(w.core) for w in windows])
         begins = offsets[:-1] + [len(w.left) for w in windows]
         sizes = np.array([w.chunk_size for w in windows])
         pooled = []
         for size in np.unique(sizes):
             chosen = sizes == size
+            # Chunks of a window: 0, R, 2R, … tokens after the beginning of its core; the last one may be short.
             chunk = _ranges(counts[chosen]) * size
             first = np.repeat(begins[chosen], counts[chosen]) + chunk
             real = np.minimum(np.repeat(cores[chosen], counts[chosen]) - chunk, size)
@@ -302,22 +250,14 @@ class CodeChunker(nn.Module):
         return torch.cat(pooled)
 
     def _pool_chunks(self, hidden_TH: torch.Tensor, first: np.ndarray, real: np.ndarray, size: int) -> torch.Tensor:
-        """Chunks of `real` ≤ `size` tokens that begin at `first`: their mean, or their states side by side."""
+        """Pool chunks of `real` ≤ `size` states that begin at `first`."""
         within = np.arange(size)
-        full = bool((real == size).all())
         # Places beyond a short last chunk repeat its first token here and are blanked below.
         index_NR = self._to_device(first[:, None] + np.where(within < real[:, None], within, 0))
         states_NRH = hidden_TH[index_NR]
-        if not full:
-            blank = self._to_device(within >= real[:, None])
-            states_NRH = states_NRH.masked_fill(blank[..., None], 0)
-        if self.config.pooling == "concat":
-            return states_NRH.flatten(1)
-        divisor = self._to_device(real)[:, None]
-        summed_NE = states_NRH.sum(dim=1, dtype=torch.float32)
-        if self.config.pooling == "rotary":
-            summed_NE = torch.cat([summed_NE, _rotated_sum(states_NRH)], dim=-1)
-        return (summed_NE / divisor).to(hidden_TH.dtype)
+        if (real < size).any():
+            states_NRH = states_NRH.masked_fill(self._to_device(within >= real[:, None])[..., None], 0)
+        return self.pooling.pool(states_NRH, self._to_device(real)[:, None]).to(hidden_TH.dtype)
 
 
 def tokens_that_fit(encoder: Any, free_bytes: int | None) -> int:
@@ -332,17 +272,6 @@ def tokens_that_fit(encoder: Any, free_bytes: int | None) -> int:
     middle = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     bytes_per_token = (8 * config.hidden_size + 3 * middle) * encoder.dtype.itemsize
     return max(_LEAST_CUDA_TOKENS, min(_MOST_CUDA_TOKENS, free_bytes // 4 // bytes_per_token))
-
-
-def _rotated_sum(states_NRH: torch.Tensor) -> torch.Tensor:
-    """[N, H] float32: the states of each chunk, each turned by its place, summed."""
-    size, width = states_NRH.shape[1:]
-    pairs = torch.arange(width // 2, dtype=torch.float32, device=states_NRH.device)
-    angles = torch.arange(size, device=pairs.device)[:, None] * (torch.pi * (pairs + 0.5) / len(pairs))
-    cos, sin = angles.cos(), angles.sin()
-    first, second = states_NRH.float().chunk(2, dim=-1)
-    turned = (first * cos - second * sin).sum(dim=1), (first * sin + second * cos).sum(dim=1)
-    return torch.cat(turned, dim=-1)
 
 
 def _ranges(counts: np.ndarray) -> np.ndarray:

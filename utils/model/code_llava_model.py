@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from utils.model.adapter import Adapter
-from utils.model.code_chunker import CodeChunker, Window, plan_windows
+from utils.model.code_chunker import CodeChunker
 from utils.model.config import CompressionConfig
 from utils.model.generate import continue_rows
 from utils.model.limits import check_prompt_fits, explain_out_of_memory
@@ -25,6 +25,7 @@ from utils.model.processor import ModelInputs
 from utils.model.prompt import MemoryPrompt, MemorySpan
 from utils.model.splice import copy_rows, join_rows, splice_latents
 from utils.model.transfer import to_device
+from utils.model.windows import Window, plan_windows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,10 +20,10 @@ from typing import Any
 from torch import nn
 
 from utils.model.adapter import Adapter
-from utils.model.code_chunker import plan_windows
 from utils.model.code_llava_model import MemoryEncoder
 from utils.model.config import CompressionConfig
 from utils.model.prompt import num_latents
+from utils.model.windows import plan_windows
 
 # Matrix products of attention: two forward; five backward, because fused kernels compute the scores again.
 _BACKWARD_ATTENTION = 2.5

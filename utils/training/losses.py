@@ -17,12 +17,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from utils.errors import ConfigError
-from utils.model.code_chunker import plan_windows
 from utils.model.code_llava_model import CodeLLaVAModel
 from utils.model.markers import MarkerIds
 from utils.model.packed_attention import supports_packed_attention, use_packed_attention
 from utils.model.splice import splice_latents
 from utils.model.transfer import to_device
+from utils.model.windows import plan_windows
 from utils.training.packing import PackedRow
 from utils.training.unpacking import Unpacker
 

@@ -16,11 +16,13 @@ from tests.support.marks import requires_gpu
 from tests.support.reference import reference_latents
 from tests.support.tiny import ENCODER_WIDTH, make_decoder, make_encoder, make_memory_encoder
 from utils.errors import ConfigError
-from utils.model.code_chunker import CodeChunker, _rotated_sum, plan_windows, tokens_that_fit
+from utils.model.code_chunker import CodeChunker, tokens_that_fit
 from utils.model.code_llava_model import MemoryEncoder
 from utils.model.config import CompressionConfig
+from utils.model.pooling import turned_sum
 from utils.model.prompt import MemorySpan, num_latents
 from utils.model.splice import join_rows
+from utils.model.windows import plan_windows
 
 TOLERANCE = 1e-5
 PAD = 256
@@ -91,16 +93,16 @@ def name_of(value: Any) -> str:
 def test_a_linear_map_takes_each_state_out_of_a_rotary_sum() -> None:
     torch.manual_seed(0)
     states = torch.randn(200, 4, 512)
-    pooled = _rotated_sum(states)
+    pooled = turned_sum(states)
     for place in range(4):
         alone = torch.zeros_like(states)
         alone[:, place] = states[:, place]
-        turned = _rotated_sum(alone)
+        turned = turned_sum(alone)
         # What the others leave behind is as long as they are, and points nowhere: the right one of 200 is nearest.
         nearest = (pooled @ turned.T).argmax(dim=1)
         assert nearest.tolist() == list(range(200))
     single = states[:, :1]
-    torch.testing.assert_close(_rotated_sum(single), single[:, 0])
+    torch.testing.assert_close(turned_sum(single), single[:, 0])
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ from utils.errors import CheckpointError
 from utils.files import package_version, write_text
 from utils.model.adapter import Adapter
 from utils.model.markers import MARKERS
+from utils.model.pooling import POOLINGS
 from utils.model.prompt import PromptTokenizers
 from utils.pretrained import read_tokenizer
 
@@ -141,7 +142,9 @@ def _first_layers(base: Any, num_tokens: int) -> LlamaModel:
 def _drawn_adapter(width: int) -> Adapter:
     with torch.random.fork_rng():
         torch.manual_seed(ADAPTER_SEED)
-        adapter = Adapter(CONFIG.pooled_width(width), width, config=CONFIG, middle_width=2 * width)
+        adapter = Adapter(
+            POOLINGS[CONFIG.pooling].width(width, CONFIG.chunk_size), width, config=CONFIG, middle_width=2 * width
+        )
     return adapter.to(torch.bfloat16)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ruler.fake_server import FakeServer
+from tests.support.fake_server import by_prompt, running
 
 SCRIPTS = Path(__file__).parents[2] / "ruler/RULER/scripts"
 SCORED = Path(__file__).parents[1] / "data/ruler_scored"
@@ -27,13 +27,13 @@ def start(script, *flags, cwd=None):
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_call_api_then_evaluate(make_dataset, tmp_path, chunks):
     data, save = make_dataset(count=5) / "1024", tmp_path / "pred"
-    with FakeServer() as server:
+    with running(by_prompt) as server:
         port = server.url.rpartition(":")[2]
         for index in range(chunks):
             done = start(
                 "pred/call_api.py", "--data_dir", data, "--save_dir", save, "--benchmark", "synthetic", "--task",
                 "niah_single_1", "--server_type", "vllm", "--server_host", "127.0.0.1", "--server_port", port,
-                "--model_name_or_path", "fake", "--temperature", "0.0", "--top_k", "32", "--top_p", "1.0",
+                "--model_name_or_path", "tiny", "--temperature", "0.0", "--top_k", "32", "--top_p", "1.0",
                 "--stop_words", "END,STOP", "--batch_size", "1", "--threads", "2", "--chunk_idx", index,
                 "--chunk_amount", chunks, cwd=tmp_path,
             )  # fmt: skip

@@ -119,7 +119,7 @@ def test_a_backend_that_is_killed_in_a_stream_and_comes_back(compressor: Compres
             first.shutdown()
             first.server_close()
             assert gateway.post(CHAT, json=chat_body(1)).status_code == 502
-            with fake_server.running(port) as second:
+            with fake_server.running(port=port) as second:
                 answered = gateway.post(CHAT, json=chat_body(1))
                 assert answered.status_code == 200
                 assert answered.json()["code_llava"]["cached_tokens"] == answered.json()["code_llava"]["memory_tokens"]

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.prompts import marked
 from utils.compress.compressor import Compressor
 from utils.compress.latent_cache import LatentCache
 from utils.compress.prompt_embeds import PromptEmbeds
-from utils.model.markers import MEMORY_END, MEMORY_START
 
 WINDOW = 32  # tokens of the tiny checkpoint's windows; a token is a byte
 FILES = [f"# file {number}\n" + f"value_{number} = {number}\n" * 12 for number in range(4)]
@@ -22,7 +22,7 @@ def test_only_windows_from_the_edit_on(checkpoints: dict[str, Path], tmp_path: P
         compressor = Compressor.load(checkpoints["lclm"], device="cpu", cache=cache)
 
         def compress(files: list[str], with_: Compressor = compressor) -> PromptEmbeds:
-            text = "\n".join(f"{MEMORY_START}{file}{MEMORY_END}" for file in files)
+            text = "\n".join(marked(file) for file in files)
             return with_.compress([with_.parse_raw(text)])[0]
 
         assert compress(FILES).stats.cached_tokens == 0

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.prompts import marked
 from utils.errors import PromptError
 from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START
 from utils.serving.chat_parts import outline_chat
@@ -17,10 +18,6 @@ LATENTS = {"type": "prompt_embeds", "data": "…"}
 
 def text(value: str) -> dict[str, str]:
     return {"type": "text", "text": value}
-
-
-def marked(value: str) -> str:
-    return MEMORY_START + value + MEMORY_END
 
 
 def fill(content: Any, *parts: dict[str, Any]) -> Any:

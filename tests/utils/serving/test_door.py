@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,11 +23,6 @@ EVERY_ROUTE = [*PAGE_FILES, "/healthz", "/metrics", "/v1/models", "/v1/memories"
 
 Headers = dict[str, str]
 Got = tuple[int, Headers, Any]
-
-
-@pytest.fixture(scope="module")
-def compressor(checkpoints: dict[str, Path]) -> Compressor:
-    return Compressor.load(checkpoints["lclm"], device="cpu")
 
 
 @pytest.fixture(scope="module")

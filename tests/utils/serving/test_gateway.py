@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import socket
 import threading
 import time
@@ -13,23 +14,15 @@ import httpx
 import pytest
 import torch
 
-from tests.support import gateway_server
+from tests.support import gateway_server, prompts
 from tests.support.fake_server import FakeServer, drop, refuse, rows_of, silence, stream
+from tests.support.prompts import CHAT, CODE, marked
 from utils.compress.compressor import Compressor
 from utils.model.markers import MEMORY_END, MEMORY_START
 
 openai = pytest.importorskip("openai")
 
-CODE = "def area(width, height):\n    return width * height\n"
-CHAT = "/v1/chat/completions"
-
-
-def marked(text: str) -> str:
-    return MEMORY_START + text + MEMORY_END
-
-
-def chat_body(content: Any, **fields: Any) -> dict[str, Any]:
-    return {"model": "tiny", "messages": [{"role": "user", "content": content}], **fields}
+chat_body = functools.partial(prompts.chat_body, model="tiny")
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support import fake_server, gateway_server
+from tests.support import fake_server, gateway_server, prompts
 from tests.support.fake_server import Handler
+from tests.support.prompts import CHAT, marked
 from utils.compress.compressor import Compressor
 from utils.compress.latent_cache import LatentCache
 from utils.compress.prompt_embeds import encode_wire
-from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.model.markers import MEMORY_START
 
-CHAT = "/v1/chat/completions"
 NUM_CLIENTS = 100
 
 
@@ -29,8 +29,7 @@ def secret(number: int) -> str:
 
 
 def chat_body(number: int, **fields: Any) -> dict[str, Any]:
-    content = f"{number}: {MEMORY_START}{secret(number)}{MEMORY_END}"
-    return {"model": "tiny", "messages": [{"role": "user", "content": content}], **fields}
+    return prompts.chat_body(f"{number}: {marked(secret(number))}", model="tiny", **fields)
 
 
 def digest(*parts: str) -> str:
@@ -50,7 +49,7 @@ def echo_digest(handler: Handler) -> None:
 
 
 def expected_digest(compressor: Compressor, number: int) -> str:
-    prompt = compressor.parse_raw(f"{MEMORY_START}{secret(number)}{MEMORY_END}")
+    prompt = compressor.parse_raw(marked(secret(number)))
     ((latents, _),) = compressor.encode_spans(prompt.spans)
     return digest(f"{number}: {MEMORY_START}", encode_wire(latents, compressor.dtype))
 

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import pytest
 
-from tests.support import fake_server, gateway_server, local_gateway
+from tests.support import fake_server, gateway_server, local_gateway, prompts
 from tests.support.fake_server import FakeServer
+from tests.support.prompts import CHAT, COMPLETIONS, marked
 from utils.compress.compressor import Compressor
 from utils.errors import ConfigError
-from utils.model.markers import MEMORY_END, MEMORY_START
 from utils.serving.settings import GatewaySettings, read_keys
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 KEYS = ("alice's", "bob's", "é")
 
-
-def marked(text: str) -> str:
-    return MEMORY_START + text + MEMORY_END
-
-
-def chat_body(content: str, **fields: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": content}], "max_tokens": 1, **fields}
+chat_body = functools.partial(prompts.chat_body, max_tokens=1)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 import time
@@ -13,22 +14,16 @@ import httpx
 import orjson
 import pytest
 
-from tests.support import fake_server, gateway_server, local_gateway
+from tests.support import fake_server, gateway_server, local_gateway, prompts
 from tests.support.fake_server import FakeServer
+from tests.support.prompts import CHAT, COMPLETIONS, marked
 from tests.support.tiny import MAX_POSITIONS
 from utils.compress.compressor import Compressor
-from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START
+from utils.model.markers import MEMORY, MEMORY_START
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 CHUNK = 4
 
-
-def marked(text: str) -> str:
-    return MEMORY_START + text + MEMORY_END
-
-
-def chat_body(content: Any, **fields: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": content}], "max_tokens": 1, **fields}
+chat_body = functools.partial(prompts.chat_body, max_tokens=1)
 
 
 @pytest.fixture(scope="module")

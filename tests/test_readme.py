@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 
+from tests.support import processes
 from tests.support.marks import needs_default_checkpoint
 from utils.files import PROJECT_ROOT
 
@@ -47,9 +46,7 @@ def test_the_first_command_prints_what_stands_below_it() -> None:
 def run_python(arguments: list[str]) -> str:
     needs_default_checkpoint()
     # The interpreter of this environment: `uv run` would first look for a newer one.
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=600, check=False
-    )
+    done = processes.run_python(*arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

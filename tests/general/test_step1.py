@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from general import step1, step1_raw_text
+from tests.support.processes import run_python
 from utils.checkpoint.settings import ON_CPU
 from utils.compress.compressor import Compressor
 from utils.compress.prompt_embeds import load_prompt_embeds
@@ -194,10 +194,8 @@ def test_as_a_script_from_another_folder(name: str, checkpoints: dict[str, Path]
     where = PROJECT_ROOT if name == "step1.py" else tmp_path
     output = tmp_path / "rows.npy" if where == PROJECT_ROOT else Path("rows.npy")
     source = [] if name == "step1.py" else ["--text", SPAN]
-    command = [sys.executable, str(PROJECT_ROOT / "general" / name), "--model-path", str(checkpoints["code-llava"])]
-    done = subprocess.run(
-        [*command, *source, "--output", str(output), "--json"], cwd=where, capture_output=True, text=True, check=False
-    )
+    command = [PROJECT_ROOT / "general" / name, "--model-path", checkpoints["code-llava"], *source]
+    done = run_python(*command, "--output", output, "--json", cwd=where)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["spans"] == 1
     assert "Traceback" not in done.stderr

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.ruler.fake_server import FakeServer
+from tests.support.fake_server import by_prompt, running
+from tests.support.processes import run_python, traced
 
 SCRIPTS = Path(__file__).parents[2] / "ruler/RULER/scripts"
 SCORED = Path(__file__).parents[1] / "data/ruler_scored"
 
 
 def start(script, *flags, cwd=None):
-    return subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *map(str, flags)], capture_output=True, text=True, cwd=cwd, timeout=120
-    )
+    return run_python(SCRIPTS / script, *flags, cwd=cwd)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_call_api_then_evaluate(make_dataset, tmp_path, chunks):
     data, save = make_dataset(count=5) / "1024", tmp_path / "pred"
-    with FakeServer() as server:
+    with running(by_prompt) as server:
         port = server.url.rpartition(":")[2]
         for index in range(chunks):
             done = start(
                 "pred/call_api.py", "--data_dir", data, "--save_dir", save, "--benchmark", "synthetic", "--task",
                 "niah_single_1", "--server_type", "vllm", "--server_host", "127.0.0.1", "--server_port", port,
-                "--model_name_or_path", "fake", "--temperature", "0.0", "--top_k", "32", "--top_p", "1.0",
+                "--model_name_or_path", "tiny", "--temperature", "0.0", "--top_k", "32", "--top_p", "1.0",
                 "--stop_words", "END,STOP", "--batch_size", "1", "--threads", "2", "--chunk_idx", index,
                 "--chunk_amount", chunks, cwd=tmp_path,
             )  # fmt: skip
@@ -77,6 +73,5 @@ def test_what_is_not_supported_is_said(tmp_path, flags, words):
 
 @pytest.mark.parametrize("script", ["pred/call_api.py", "eval/evaluate.py"])
 def test_help_knows_no_model_libraries(script):
-    code = f"import runpy, sys; sys.argv = ['x', '--help']\ntry:\n runpy.run_path({str(SCRIPTS / script)!r}, run_name='__main__')\nexcept SystemExit: pass\nprint([m for m in ('torch', 'transformers', 'openai', 'matplotlib', 'numpy') if m in sys.modules])"  # noqa: E501
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=60)
-    assert done.stdout.splitlines()[-1] == "[]"
+    _, loaded = traced(SCRIPTS / script, "--help")
+    assert not {"torch", "transformers", "openai", "matplotlib", "numpy"} & loaded

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.processes import run_python
 from utils import cli
 from utils.errors import CodeLlavaError, PromptError, first_line
 
@@ -94,8 +95,8 @@ def test_one_family() -> None:
 def test_what_deepspeed_logs_stays_off_stdout() -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: uv sync --extra deepspeed")
     code = "import utils.cli; import deepspeed.utils as d; d.logger.warning('odd device')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == ""
+    done = run_python("-c", code)
+    assert (done.returncode, done.stdout) == (0, "")
     assert "odd device" in done.stderr
 
 

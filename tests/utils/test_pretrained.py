@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from transformers import AutoModel
 
 from ruler.answering.backends import open_backend
 from ruler.answering.protocol import BackendSettings
+from tests.support.processes import run_python
 from utils.checkpoint import describe
 from utils.checkpoint.locate import find_checkpoint
 from utils.checkpoint.settings import ON_CPU
@@ -218,7 +217,7 @@ model.generate([processor.parse_chat([{"role": "user", "content": "x"}])], max_n
 def test_a_folder_asks_nobody(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     root = checkpoints["code-llava"]
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    done = subprocess.run([sys.executable, "-c", ONLINE, str(root)], cwd=PROJECT_ROOT, capture_output=True, text=True)
+    done = run_python("-c", ONLINE, root)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == find_checkpoint(root).fingerprint
     assert socket.socket.connect is not None

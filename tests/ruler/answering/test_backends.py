@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 
 import pytest
@@ -16,7 +14,7 @@ from ruler.answering.predict import PredictJob, predict
 from ruler.answering.protocol import BackendSettings, Question, RowRefusedError
 from ruler.answering.runner import RetryPolicy
 from tests.ruler.conftest import make_rows
-from tests.ruler.fake_server import FakeServer, answer_to
+from tests.support.fake_server import answer_to, by_prompt, faulty, rows_of, running
 from utils.client.completion import Sampling
 from utils.errors import CheckpointError, ConfigError, DatasetError
 from utils.inference.inference import load_model
@@ -123,14 +121,14 @@ def test_a_prompt_longer_than_the_decoder_costs_its_row_only(checkpoint, make_da
 def test_a_server_gets_the_rows_the_decoder_would_read(checkpoint, api):
     model, _, processor = load_model(checkpoint, chunk_size=4)
     asked = question(1)
-    with FakeServer() as server:
+    with running(by_prompt) as server:
         settings = BackendSettings(name="server-memory", server_url=server.url, checkpoint=checkpoint, api=api)
         (answer,) = answers(settings, [asked])
     (body,) = server.bodies
     assert "prompt" not in body
     assert "messages" not in body
     assert answer.text == answer_to(body["prompt_embeds"])
-    rows = torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"], validate=True)), weights_only=True)
+    rows = rows_of(body["prompt_embeds"])
     text = asked.memory_text
     prompt = processor.parse_chat([{"role": "user", "content": text}]) if api == "chat" else processor.parse_raw(text)
     with torch.inference_mode():
@@ -141,7 +139,7 @@ def test_a_server_gets_the_rows_the_decoder_would_read(checkpoint, api):
 
 def test_memory_through_a_bad_server_loses_no_row(checkpoint, make_dataset, tmp_path):
     job = PredictJob(data_dir=make_dataset(count=6), output_dir=tmp_path / "run")
-    with FakeServer(fault_rate=0.4, faults=("error500", "drop", "garbage", "other_json")) as server:
+    with running(faulty("error500", "drop", "garbage", "other_json")) as server:
         settings = BackendSettings(name="server-memory", server_url=server.url, checkpoint=checkpoint, concurrency=3)
         (outcome,) = predict(job, settings, RetryPolicy(attempts=30, first_wait_s=0.001, longest_wait_s=0.02))
     assert (outcome.answered, outcome.failed) == (6, 0)

@@ -15,14 +15,16 @@ from ruler.__main__ import main
 from ruler.answering.predict import PredictJob, predict
 from ruler.answering.protocol import BackendSettings
 from ruler.answering.runner import RetryPolicy
-from tests.ruler.fake_server import FAULTS, FakeServer, answer_to
+from tests.support import fake_server
+from tests.support.fake_server import FAULTS, answer_to, by_prompt, faulty, prompt_of, refuse, running
 from utils.errors import DatasetError, ServerError
 
 FAST = RetryPolicy(attempts=30, first_wait_s=0.001, longest_wait_s=0.02)
+REFUSAL = {"error": {"message": "this server says no"}}
 
 
 def settings(server, **changes):
-    values = {"name": "server-text", "server_url": server.url, "model": "fake", "concurrency": 4, "timeout_s": 5.0}
+    values = {"name": "server-text", "server_url": server.url, "model": "tiny", "concurrency": 4, "timeout_s": 5.0}
     return BackendSettings(**{**values, **changes})
 
 
@@ -36,7 +38,7 @@ def job(make_dataset, tmp_path):
 
 
 def test_answers_in_dataset_order_in_the_reference_format(job):
-    with FakeServer() as server:
+    with running(by_prompt) as server:
         outcomes = predict(job, settings(server))
     assert [(o.length, o.task, o.rows, o.answered, o.failed) for o in outcomes] == [(1024, "niah_single_1", 6, 6, 0)]
     rows = read(job.output_dir / "1024/niah_single_1.jsonl")
@@ -54,11 +56,11 @@ def test_answers_in_dataset_order_in_the_reference_format(job):
 
 
 def test_chat_sends_one_user_turn_and_sampling_travels(job):
-    with FakeServer() as server:
+    with running(by_prompt) as server:
         predict(job, settings(server, api="chat", model=None))
     body = server.bodies[0]
     assert body["messages"][0]["role"] == "user"
-    assert body["model"] == "fake"  # the only one served
+    assert body["model"] == "tiny"  # the only one served
     assert body["max_tokens"] == 128
     assert body["temperature"] == 0
     assert "top_k" not in body
@@ -66,15 +68,24 @@ def test_chat_sends_one_user_turn_and_sampling_travels(job):
 
 def test_concurrency_is_bounded(make_dataset, tmp_path):
     job = PredictJob(data_dir=make_dataset(count=20), output_dir=tmp_path / "run")
-    with FakeServer(delay_s=0.03) as server:
+    in_flight, counts = set(), []
+
+    def slow(handler):
+        in_flight.add(handler)
+        counts.append(len(in_flight))
+        time.sleep(0.03)
+        in_flight.discard(handler)
+        by_prompt(handler)
+
+    with running(slow) as server:
         predict(job, settings(server, concurrency=3))
-    assert 2 <= server.most_in_flight <= 3
+    assert 2 <= max(counts) <= 3
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_bad_server_costs_retries_never_rows(make_dataset, tmp_path, fault):
     job = PredictJob(data_dir=make_dataset(count=12), output_dir=tmp_path / "run")
-    with FakeServer(fault_rate=0.4, faults=(fault,), hang_s=0.3) as server:
+    with running(faulty(fault)) as server:
         outcomes = predict(job, settings(server, timeout_s=0.15 if fault == "hang" else 5.0), FAST)
     assert outcomes[0].answered == 12
     assert len(server.prompts) > 12
@@ -85,16 +96,20 @@ def test_a_bad_server_costs_retries_never_rows(make_dataset, tmp_path, fault):
 
 def test_failed_rows_are_listed_and_asked_again(job, make_dataset, capsys):
     flags = ["--data-dir", str(job.data_dir), "--output-dir", str(job.output_dir), "--backend", "server-text"]
-    with FakeServer(reject="k3 is:") as server:
-        code = main(["predict", *flags, "--server-url", server.url, "--model", "fake"])
+
+    def refuse_k3(handler):
+        (refuse(400, REFUSAL) if "k3 is:" in prompt_of(handler.asked) else by_prompt)(handler)
+
+    with running(refuse_k3) as server:
+        code = main(["predict", *flags, "--server-url", server.url, "--model", "tiny"])
     assert code == 3
     assert capsys.readouterr().out.splitlines()[1].split() == ["1024", "niah_single_1", "6", "5", "1"]
     folder = job.output_dir / "1024"
     failures = read(folder / "niah_single_1.failed.jsonl")
     assert [failure["row"] for failure in failures] == [3]
     assert "this server says no" in failures[0]["error"]
-    with FakeServer() as server:
-        code = main(["predict", *flags, "--server-url", server.url, "--model", "fake", "--json"])
+    with running(by_prompt) as server:
+        code = main(["predict", *flags, "--server-url", server.url, "--model", "tiny", "--json"])
     assert code == 0
     assert len(server.prompts) == 1
     assert not (folder / "niah_single_1.failed.jsonl").exists()
@@ -104,13 +119,13 @@ def test_failed_rows_are_listed_and_asked_again(job, make_dataset, capsys):
 
 @pytest.mark.parametrize(("status", "words"), [(401, "answered 401"), (404, "this server says no")])
 def test_a_refusing_server_stops_the_run_with_its_own_words(job, status, words):
-    with FakeServer(status=status) as server, pytest.raises(ServerError, match=words):
+    with running(refuse(status, REFUSAL)) as server, pytest.raises(ServerError, match=words):
         predict(job, settings(server), FAST)
     assert len(server.prompts) <= 4  # in flight
 
 
 def test_no_server_is_said_at_once(job):
-    with FakeServer() as server:
+    with running(by_prompt) as server:
         gone = settings(server)
     started = time.monotonic()
     with pytest.raises(ServerError, match="start the server"):
@@ -120,21 +135,21 @@ def test_no_server_is_said_at_once(job):
 
 def test_a_server_that_fails_for_good_stops_the_run_and_keeps_what_it_has(make_dataset, tmp_path):
     job = PredictJob(data_dir=make_dataset(count=40), output_dir=tmp_path / "run")
-    with FakeServer() as server:
+    with running(by_prompt) as server:
         predict(PredictJob(data_dir=job.data_dir, output_dir=job.output_dir, max_rows=5), settings(server))
     short = RetryPolicy(attempts=2, first_wait_s=0.001)
-    with FakeServer(status=503) as server, pytest.raises(ServerError, match="rows failed one after the other"):
+    with running(refuse(503, REFUSAL)) as server, pytest.raises(ServerError, match="rows failed one after the other"):
         predict(job, settings(server), short)
     assert len(read(job.output_dir / "1024/niah_single_1.jsonl")) == 5
 
 
 def test_a_half_written_line_is_cut_off_and_its_row_asked_again(job, caplog):
-    with FakeServer() as server:
+    with running(by_prompt) as server:
         predict(job, settings(server))
         path = job.output_dir / "1024/niah_single_1.jsonl"
         whole = path.read_bytes()
         path.write_bytes(whole[:-30])
-        server.prompts.clear()
+        server.requests.clear()
         with caplog.at_level(logging.WARNING, logger="ruler"):
             predict(job, settings(server))
     assert "half-written" in caplog.text
@@ -143,13 +158,13 @@ def test_a_half_written_line_is_cut_off_and_its_row_asked_again(job, caplog):
 
 
 def test_a_finished_run_needs_no_server(job):
-    with FakeServer() as server:
+    with running(by_prompt) as server:
         predict(job, settings(server))
     assert predict(job, settings(server))[0].answered == 0
 
 
 def test_a_broken_line_in_the_middle_is_named(job):
-    with FakeServer() as server:
+    with running(by_prompt) as server:
         predict(job, settings(server))
         path = job.output_dir / "1024/niah_single_1.jsonl"
         lines = path.read_bytes().splitlines(keepends=True)
@@ -159,7 +174,7 @@ def test_a_broken_line_in_the_middle_is_named(job):
 
 
 def test_another_dataset_is_refused(job, make_dataset):
-    with FakeServer() as server:
+    with running(by_prompt) as server:
         predict(job, settings(server))
         make_dataset(salt=" of another kind")
         with pytest.raises(DatasetError, match="another dataset"):
@@ -167,23 +182,23 @@ def test_another_dataset_is_refused(job, make_dataset):
 
 
 def test_a_longer_dataset_goes_on_where_the_shorter_ended(job, make_dataset):
-    with FakeServer() as server:
+    with running(by_prompt) as server:
         predict(job, settings(server))
         make_dataset(count=9)
         assert predict(job, settings(server))[0].answered == 3
 
 
 def test_other_settings_are_refused_and_named(job):
-    with FakeServer() as server:
+    with running(by_prompt) as server:
         predict(job, settings(server))
-        with pytest.raises(DatasetError, match=r"model = 'fake', this run has 'other'"):
+        with pytest.raises(DatasetError, match=r"model = 'tiny', this run has 'other'"):
             predict(job, settings(server, model="other"))
 
 
 def test_two_processes_do_not_write_one_file(job):
     from ruler.answering.predictions import PredictionFile
 
-    with FakeServer() as server:
+    with running(by_prompt) as server:
         predict(job, settings(server))
         path = job.output_dir / "1024/niah_single_1.jsonl"
         with PredictionFile(path, _rows(job)), pytest.raises(DatasetError, match="another process"):
@@ -210,7 +225,7 @@ def test_text_that_is_no_utf8_survives(job):
 def test_tasks_and_lengths_are_chosen(make_dataset, tmp_path, capsys):
     data = make_dataset(tasks=("niah_single_1", "vt"), lengths=(1024, 2048), count=2)
     flags = ["predict", "--data-dir", str(data), "--output-dir", str(tmp_path / "run"), "--backend", "server-text"]
-    with FakeServer() as server:
+    with running(by_prompt) as server:
         chosen = ["--tasks", "vt", "--lengths", "2k", "--server-url", server.url]
         assert main([*flags, *chosen]) == 0
         assert len(server.prompts) == 2
@@ -232,25 +247,14 @@ def test_missing_data_and_unknown_tasks(tmp_path, capsys):
 @pytest.mark.slow
 def test_ten_sigkills_end_with_the_same_rows(make_dataset, tmp_path):
     data = make_dataset(tasks=("niah_single_1", "vt"), lengths=(1024, 2048), count=100)
-    serve = [sys.executable, str(__file__).replace("test_predict.py", "fake_server.py")]
-    server = subprocess.Popen(serve, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen([sys.executable, fake_server.__file__], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     url = server.stdout.readline().strip()
 
     def start(output):
-        flags = ["--backend", "server-text", "--server-url", url, "--model", "fake", "--concurrency", "4"]
-        command = [
-            sys.executable,
-            "-m",
-            "ruler",
-            "predict",
-            "--data-dir",
-            str(data),
-            "--output-dir",
-            str(output),
-            *flags,
-        ]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        flags = ["--backend", "server-text", "--server-url", url, "--model", "tiny", "--concurrency", "4"]
+        command = ["-m", "ruler", "predict", "--data-dir", str(data), "--output-dir", str(output), *flags]
+        return subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     rng, kills = random.Random(7), 0
     try:

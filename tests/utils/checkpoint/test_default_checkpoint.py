@@ -7,8 +7,6 @@ import importlib.metadata
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ import torch
 from jinja2 import Environment
 
 from tests.support.marks import needs_default_checkpoint
+from tests.support.processes import run_python
 from utils.checkpoint.default import recipe
 from utils.checkpoint.default.assemble import assemble_default_checkpoint, default_checkpoint_path, is_assembled
 from utils.checkpoint.default.recipe import CHAT_TEMPLATE
@@ -144,7 +143,7 @@ def test_a_killed_assembly_leaves_nothing_half(assemblies: list[Path], tmp_path:
         "b.build = assemble\n"
         "d.assemble_default_checkpoint()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ}, check=False, capture_output=True)
+    done = run_python("-c", code)
     assert done.returncode == -signal.SIGKILL
     assert not is_assembled()
     assert not default_checkpoint_path().exists()

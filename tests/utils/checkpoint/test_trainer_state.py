@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.support.processes import run_python
 from tests.support.states import Trap, assert_is, parameters
 from utils.checkpoint.convert.conversion import convert
 from utils.checkpoint.convert.merge import StateOptions
@@ -58,11 +57,11 @@ def write_states(folder: Path, *kinds: str) -> Path:
     """Train one step in two processes and save as other trainers do."""
     values = {**RUN, "output": str(folder / "run"), "data": {**DATA, "folder": str(folder / "data")}}
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["tests/support/write_states.py", str(folder / "run.yaml"), str(folder), *kinds]
     paths = os.pathsep.join([str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FSDP_VERSION": "2", "PYTHONPATH": paths}
-    done = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = run_python(*command, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

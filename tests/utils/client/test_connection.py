@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
+from tests.support.processes import traced
 from utils.client.connection import api_base, find_api_key
 from utils.errors import ConfigError
 
@@ -46,5 +44,4 @@ def test_key_from_flag_then_vllm_then_openai(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_importing_the_rules_loads_neither_torch_nor_openai() -> None:
-    code = "import sys, utils.client.connection as _; print({'torch', 'openai'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+    assert not {"torch", "openai"} & traced("-c", "import utils.client.connection")[1]

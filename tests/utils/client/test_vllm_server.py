@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("openai")
 pytest.importorskip("orjson")
 
+from tests.support.prompts import CODE
 from tests.support.vllm_server import local_answer
 from utils.client.server_client import VllmClient
 from utils.errors import ServerError
@@ -24,7 +25,6 @@ from utils.model.markers import MEMORY_END, MEMORY_START, wrap
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 NEW_TOKENS = 16
-CODE = "def area(width, height):\n    return width * height\n"
 
 
 def use(url: str, action: Callable[[VllmClient], Awaitable[Any]]) -> Any:
@@ -38,7 +38,7 @@ def use(url: str, action: Callable[[VllmClient], Awaitable[Any]]) -> Any:
 
 
 def spans(count: int) -> str:
-    return " ".join(f"File {n}: {MEMORY_START}{CODE.replace('area', f'area_{n}')}{MEMORY_END}" for n in range(count))
+    return " ".join(f"File {n}: {wrap(CODE.replace('area', f'area_{n}'))}" for n in range(count))
 
 
 @pytest.mark.parametrize("count", [1, 2, 20])
@@ -95,7 +95,7 @@ def test_chat_parts_answer_as_the_local_prompt(
 def test_the_same_rows_again_hit_the_servers_prefix_cache(vllm_url: str, default_compressor: Any) -> None:
     # Code that no other test sent: the first request must find the server's cache cold.
     code = CODE.replace("area", "volume_of_prefix_cache_test") * 100
-    prompt = default_compressor.parse_raw(f"{wrap(code)} What is this?")
+    prompt = default_compressor.parse_raw(wrap(code) + " What is this?")
     values_TD = default_compressor.compress([prompt])[0].values_TD
     first, second = (use(vllm_url, lambda client: client.complete(values_TD, max_tokens=1)) for _ in range(2))
     assert not first.cached_tokens

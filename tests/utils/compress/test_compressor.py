@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.processes import run_python
 from utils.checkpoint.settings import ON_CPU, EncoderSettings
 from utils.compress.compressor import Compressor
 from utils.compress.latent_cache import LatentCache
@@ -107,7 +106,8 @@ COMPRESS = (
 
 
 def peak_bytes(code: str, *argv: str) -> int:
-    done = subprocess.run([sys.executable, "-c", f"{code}\n{PEAK}", *argv], capture_output=True, text=True, check=True)
+    done = run_python("-c", f"{code}\n{PEAK}", *argv)
+    assert done.returncode == 0, done.stderr
     return int(done.stdout.split()[-1])
 
 

@@ -10,8 +10,6 @@ import os
 import resource
 import shutil
 import stat
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.processes import run_python
 from utils.compress import latent_cache, latent_files
 from utils.compress.latent_cache import LatentCache, parse_size, window_key
 from utils.errors import ConfigError
@@ -530,10 +529,10 @@ def test_command(cache: LatentCache, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_command_from_a_shell(cache: LatentCache, tmp_path: Path) -> None:
     put(cache, 1)  # this process has the cache open
-    command = [sys.executable, "-m", "utils.compress.latent_cache"]
-    shown = subprocess.run([*command, "show", "--cache-dir", tmp_path / "cache"], capture_output=True, text=True)
+    command = ["-m", "utils.compress.latent_cache"]
+    shown = run_python(*command, "show", "--cache-dir", tmp_path / "cache")
     assert shown.returncode == 0
     assert "num entries  1\n" in shown.stdout
-    wrong = subprocess.run([*command, "prune", "--max-size", "much"], capture_output=True, text=True)
+    wrong = run_python(*command, "prune", "--max-size", "much")
     assert wrong.returncode == 2
     assert "'much' is not a size" in wrong.stderr

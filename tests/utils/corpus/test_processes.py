@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.processes import start_python
 from utils.corpus import __main__ as encode_corpus
 from utils.corpus.reader import EncodedCorpus
 from utils.files import PROJECT_ROOT
@@ -54,19 +55,6 @@ def shards(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("latents-*")}
 
 
-def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    # One thread a process, as the process that made what is expected has: another number may round otherwise.
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=PROJECT_ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def finished(process: subprocess.Popen[str]) -> dict[str, Any]:
     out, err = process.communicate(timeout=500)
     assert process.returncode == 0, err[-3000:]
@@ -76,7 +64,7 @@ def finished(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 def test_two_processes_write_what_one_does(flags: list[str], expected: Any, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    summary = finished(start(*LAUNCH, MODULE, *flags, "--output", out, "--threads", "1"))
+    summary = finished(start_python(*LAUNCH, MODULE, *flags, "--output", out, "--threads", "1"))
     assert summary["processes"] == 2
     for name in ("documents", "encoded_documents", "encoded_tokens", "num_latents", "shards", "corpus_sha256"):
         assert summary[name] == expected[1][name], name
@@ -89,7 +77,7 @@ def test_bad_input_ends_all_processes(flags: list[str], corpus: Path, tmp_path: 
     bad = tmp_path / "bad"
     bad.mkdir()
     (bad / "binary").write_bytes(b"\0")
-    process = start(*LAUNCH, MODULE, str(bad), *flags[1:], "--output", str(tmp_path / "out"))
+    process = start_python(*LAUNCH, MODULE, str(bad), *flags[1:], "--output", str(tmp_path / "out"))
     out, err = process.communicate(timeout=300)
     assert process.returncode != 0
     assert out == ""
@@ -101,7 +89,7 @@ def test_sigkill_loses_and_repeats_nothing(flags: list[str], expected: Any, tmp_
     command = ["-m", MODULE, *flags, "--output", str(out)]
     kills = 0
     for wanted in (1, 3):
-        process = start(*command)
+        process = start_python(*command)
         while process.poll() is None and len(list(out.glob("latents-*"))) < wanted:
             time.sleep(0.001)
         with contextlib.suppress(ProcessLookupError):
@@ -111,7 +99,7 @@ def test_sigkill_loses_and_repeats_nothing(flags: list[str], expected: Any, tmp_
         assert shards(out).items() <= expected[0].items()
     assert kills >= 1
     left = len(shards(out))
-    summary = finished(start(*command))
+    summary = finished(start_python(*command))
     assert shards(out) == expected[0]
     assert summary["num_latents"] == expected[1]["num_latents"]
     if left < len(expected[0]):
@@ -127,7 +115,7 @@ def test_an_ended_run_leaves_no_plan(number: int, flags: list[str], tmp_path: Pa
     def plans() -> list[Path]:
         return list(tmp_path.rglob(".plan.sqlite"))
 
-    process = start(*command, TMPDIR=str(tmp_path / "tmp"))
+    process = start_python(*command, TMPDIR=str(tmp_path / "tmp"))
     while process.poll() is None and not plans():
         time.sleep(0.001)
     os.killpg(process.pid, number)
@@ -136,7 +124,7 @@ def test_an_ended_run_leaves_no_plan(number: int, flags: list[str], tmp_path: Pa
     assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     if number != signal.SIGKILL:
         assert plans() == []
-    finished(start(*command, TMPDIR=str(tmp_path / "tmp")))
+    finished(start_python(*command, TMPDIR=str(tmp_path / "tmp")))
     assert plans() == []
     assert list((tmp_path / "tmp").iterdir()) == []
 
@@ -145,7 +133,7 @@ def with_ray(*arguments: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of the command with two Ray workers; skips where Ray cannot run."""
     pytest.importorskip("ray.data", reason="Ray is not installed: uv sync --extra ray")
     # Ray makes its workers nice, and a busy machine then leaves them nothing.
-    process = start(
+    process = start_python(
         "-m", MODULE, *arguments, "--engine", "ray", "--workers", "2", "--threads", "1", RAY_worker_niceness="0"
     )
     out, err = process.communicate(timeout=500)
@@ -186,8 +174,8 @@ def test_two_processes_are_nearly_twice_as_fast(default_checkpoint: Path, tmp_pa
         (tmp_path / "corpus" / path.name).write_text(path.read_text(encoding="utf-8"))
     flags = [str(tmp_path / "corpus"), "--checkpoint", str(default_checkpoint), "--chunk-size", "8", "--device", "cpu"]
     flags += ["--shard-size", "32K", "--threads", "1", "--json", "--output"]
-    one = finished(start("-m", MODULE, *flags, str(tmp_path / "one")))
-    two = finished(start(*LAUNCH, MODULE, *flags, str(tmp_path / "two")))
+    one = finished(start_python("-m", MODULE, *flags, str(tmp_path / "one")))
+    two = finished(start_python(*LAUNCH, MODULE, *flags, str(tmp_path / "two")))
     ratio = two["tokens_per_second"] / one["tokens_per_second"]
     print(json.dumps({"one": one["tokens_per_second"], "two": two["tokens_per_second"], "ratio": round(ratio, 3)}))
     assert ratio >= 1.7

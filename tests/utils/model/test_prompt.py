@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.processes import traced
 from tests.support.tiny import CHATML, byte_tokenizer, tokenizers
 from utils.errors import CheckpointError, ConfigError, PromptError
 from utils.model.markers import MARKERS, MEMORY, MEMORY_END, MEMORY_START, wrap
@@ -266,8 +265,7 @@ def test_a_tokenizer_without_markers(lost: str) -> None:
 
 
 def test_parsing_needs_no_torch() -> None:
-    code = "import sys, utils.model.prompt; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert not {"torch", "transformers"} & traced("-c", "import utils.model.prompt")[1]
 
 
 @pytest.mark.parametrize("before", [(1 << 20) - 20, (1 << 20) - 1, 1 << 20, 3 << 20])

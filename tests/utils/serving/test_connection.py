@@ -8,7 +8,6 @@ import http.client
 import json
 import re
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.support import gateway_server
+from tests.support.processes import free_port, start_python, wait_until
 from utils.serving.bodies import BodyLimits
 from utils.serving.settings import ConnectionLimits, GatewaySettings
 
@@ -384,13 +384,10 @@ sys.exit(server.run_process(os._exit))
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit")
 @pytest.mark.parametrize("limit", [256, 1024])
 def test_idle_sockets_beyond_the_open_files_lock_nobody_out(limit: int) -> None:
-    from tests.support.vllm_server import free_port
-
     address = ("127.0.0.1", free_port())
-    command = [sys.executable, "-c", FEW_FILES, str(limit), str(address[1])]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process, contextlib.ExitStack() as stack:
+    with start_python("-c", FEW_FILES, limit, address[1]) as process, contextlib.ExitStack() as stack:
         try:
-            wait_until_up(address, process)
+            wait_until(lambda: ask(address), process)
             for _ in range(2 * limit):
                 stack.enter_context(connected(address))
             began = time.monotonic()
@@ -402,13 +399,3 @@ def test_idle_sockets_beyond_the_open_files_lock_nobody_out(limit: int) -> None:
             process.kill()
             _, errors = process.communicate()
     assert errors == ""
-
-
-def wait_until_up(address: tuple[str, int], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError):
-            ask(address)
-            return
-        time.sleep(0.05)
-    raise AssertionError("the server did not start")

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from tests.support.marks import DEVICES
+from tests.support.prompts import CHAT, CODE, chat_body
 from utils.checkpoint.settings import EncoderSettings
 from utils.client.completion import Sampling
 from utils.compress.compressor import Compressor
 from utils.inference.inference import load_model
-from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.model.markers import wrap
 from utils.serving.local_decoder import LocalDecoder
 
-TEXT = f"What is {MEMORY_START}def area(width, height):\n    return width * height\n{MEMORY_END}?"
+TEXT = f"What is {wrap(CODE)}?"
 NEW_TOKENS = 24
 
 
@@ -53,7 +54,7 @@ def test_the_gateway_answers_as_on_the_cpu(
     from tests.support import local_gateway  # skips where what it is made of is not installed
 
     compressor = Compressor.load(checkpoints["lclm"], settings=EncoderSettings(device=device, dtype="float32"))
-    body = {"messages": [{"role": "user", "content": TEXT}], "max_tokens": NEW_TOKENS, "temperature": 0}
+    body = chat_body(TEXT, max_tokens=NEW_TOKENS, temperature=0)
     with local_gateway.running(compressor, device=device) as url, httpx.Client(base_url=url, timeout=60) as client:
-        got = client.post("/v1/chat/completions", json=body).json()
+        got = client.post(CHAT, json=body).json()
     assert got["choices"][0]["message"]["content"] == expected[1]

@@ -5,14 +5,12 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 from tests.support import gateway_server
-from utils.checkpoint.settings import ON_CPU
 from utils.compress.compressor import Compressor
 from utils.errors import ConfigError
 from utils.serving.door import DoorPolicy, is_loopback
@@ -25,11 +23,6 @@ EVERY_ROUTE = [*PAGE_FILES, "/healthz", "/metrics", "/v1/models", "/v1/memories"
 
 Headers = dict[str, str]
 Got = tuple[int, Headers, Any]
-
-
-@pytest.fixture(scope="module")
-def compressor(checkpoints: dict[str, Path]) -> Compressor:
-    return Compressor.load(checkpoints["lclm"], settings=ON_CPU)
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,15 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support import fake_server, gateway_server
+from tests.support import fake_server, gateway_server, prompts
 from tests.support.fake_server import Handler
+from tests.support.prompts import CHAT
 from utils.checkpoint.settings import ON_CPU
 from utils.compress.compressor import Compressor
 from utils.compress.latent_cache import LatentCache
 from utils.compress.prompt_embeds import encode_wire
-from utils.model.markers import MEMORY_END, MEMORY_START, wrap
+from utils.model.markers import MEMORY_START, wrap
 
-CHAT = "/v1/chat/completions"
 NUM_CLIENTS = 100
 
 
@@ -30,8 +30,7 @@ def secret(number: int) -> str:
 
 
 def chat_body(number: int, **fields: Any) -> dict[str, Any]:
-    content = f"{number}: {MEMORY_START}{secret(number)}{MEMORY_END}"
-    return {"model": "tiny", "messages": [{"role": "user", "content": content}], **fields}
+    return prompts.chat_body(f"{number}: {wrap(secret(number))}", model="tiny", **fields)
 
 
 def digest(*parts: str) -> str:
@@ -120,7 +119,7 @@ def test_a_backend_that_is_killed_in_a_stream_and_comes_back(compressor: Compres
             first.shutdown()
             first.server_close()
             assert gateway.post(CHAT, json=chat_body(1)).status_code == 502
-            with fake_server.running(port) as second:
+            with fake_server.running(port=port) as second:
                 answered = gateway.post(CHAT, json=chat_body(1))
                 assert answered.status_code == 200
                 assert answered.json()["code_llava"]["cached_tokens"] == answered.json()["code_llava"]["memory_tokens"]

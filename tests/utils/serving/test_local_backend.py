@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import json
 import threading
 import time
@@ -14,25 +15,27 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support import local_gateway
+from tests.support import local_gateway, prompts
+from tests.support.prompts import CHAT, CODE, COMPLETIONS
 from utils.checkpoint.settings import ON_CPU
 from utils.client.completion import Completion, Sampling
 from utils.compress.compressor import Compressor
 from utils.inference.inference import load_model
-from utils.model.markers import MEMORY_END, MEMORY_START, wrap
+from utils.model.markers import wrap
 from utils.serving.local_decoder import LocalDecoder
 from utils.serving.local_request import LocalRequest
 
 openai = pytest.importorskip("openai")
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-CODE = "def area(width, height):\n    return width * height\n"
+EURO = "x = 'é€'"
 PROMPTS = [
     "What is this?",
     f"What is {wrap(CODE)}?",
-    f"{wrap(CODE)}{MEMORY_START}x = 'é€'{MEMORY_END} Which is longer?",
+    f"{wrap(CODE)}{wrap(EURO)} Which is longer?",
 ]
 NEW_TOKENS = 24
+
+chat_body = functools.partial(prompts.chat_body, max_tokens=NEW_TOKENS, temperature=0)
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +71,6 @@ def expected(checkpoints: dict[str, Path]) -> Any:
         return ids, tokenizer.decode(ids, skip_special_tokens=True)
 
     return answer
-
-
-def chat_body(text: str, **fields: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": text}], "max_tokens": NEW_TOKENS, "temperature": 0, **fields}
 
 
 def text_of(events: str) -> str:
@@ -207,7 +206,7 @@ def test_the_chunk_size_of_one_request(
 
 
 def test_requests_wait_in_line_and_each_gets_its_own_answer(gateway: httpx.Client, expected: Any) -> None:
-    texts = [f"{number}: {MEMORY_START}secret {number * 7919}{MEMORY_END}" for number in range(6)]
+    texts = [f"{number}: {wrap(f'secret {number * 7919}')}" for number in range(6)]
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         answers = [*pool.map(lambda text: gateway.post(CHAT, json=chat_body(text)).json(), texts)]
     said = [answer["choices"][0]["message"]["content"] for answer in answers]

@@ -10,20 +10,12 @@ import httpx
 import pytest
 
 from tests.support import chromium, fake_server, gateway_server, local_gateway
-from utils.checkpoint.settings import ON_CPU
+from tests.support.prompts import CODE
 from utils.compress.compressor import Compressor
-from utils.compress.latent_cache import LatentCache
 from utils.serving.page import PAGE_FILES
 
-CODE = "def area(width, height):\n    return width * height\n"
 DONE = "document.querySelector('#status').innerText == 'Done.'"
 KEY = "front door"
-
-
-@pytest.fixture(scope="module")
-def compressor(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compressor]:
-    with LatentCache.open(tmp_path_factory.mktemp("cache")) as cache:
-        yield Compressor.load(checkpoints["lclm"], settings=ON_CPU, cache=cache)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,8 +19,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from tests.support.processes import start_python
 from utils.errors import CheckpointError, CodeLlavaError, ConfigError
-from utils.files import PROJECT_ROOT, read_jsonl
+from utils.files import read_jsonl
 from utils.locks import sole_writer
 from utils.training.checkpoints import newest_checkpoint, whole_checkpoint
 from utils.training.config import TrainConfig, parse_config
@@ -258,10 +258,7 @@ def hold(folder: Path) -> subprocess.Popen[str]:
     code = (
         "import sys; from utils.locks import sole_writer\nwith sole_writer(sys.argv[1]): print(1, flush=True); input()"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)],
-        cwd=PROJECT_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start_python("-c", code, folder)
     assert process.stdout is not None
     process.stdout.readline()
     return process
@@ -341,11 +338,7 @@ def test_damaged_tokens_are_one_error(
 
 
 def start(path: Path, *more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *more, "-m", "utils.training.train", "--config", str(path), "--device", "cpu", "--no-export"],
-        cwd=PROJECT_ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+    return start_python(*more, "-m", "utils.training.train", "--config", path, "--device", "cpu", "--no-export")
 
 
 @pytest.mark.slow

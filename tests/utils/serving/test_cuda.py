@@ -44,7 +44,7 @@ def test_the_local_decoder_answers_as_on_the_cpu(
     assert 0 < answer.completion_tokens <= NEW_TOKENS
     assert rows.dtype == getattr(torch, dtype)
     if dtype == "float32":
-        assert answer.text == "".join(pieces) == expected
+        assert answer.text == "".join(pieces) == expected[1]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -32,12 +32,12 @@ from utils.inference.corpus.output import PLAN_FILE, SKIPPED_FILE, CorpusCounts,
 from utils.inference.corpus.plan import CorpusPlan
 from utils.inference.corpus.source import FolderSource, JsonlSource
 from utils.inference.latent_cache import DEFAULT_LIMIT_BYTES, LatentCache, default_cache_dir
+from utils.inference.latent_files import PLANS_FOLDER
 from utils.locks import sole_writer
 
 logger = logging.getLogger(__name__)
 
 SHOWN_PROBLEMS = 10
-PLANS_FOLDER = "plans"
 _PLAN_PREFIX = "run-"
 POLL_S = 0.2
 

@@ -34,7 +34,8 @@ EVICT_TO = 0.9
 LEFTOVER_AGE_S = 3600.0
 
 # Beside the entries `encode_corpus --to-cache` keeps its plan while it runs.
-_LAYOUT, _TEMPORARY, _PLANS = "v3", ".put-", "plans"
+PLANS_FOLDER = "plans"
+_LAYOUT, _TEMPORARY = "v3", ".put-"
 _OLD_LAYOUT = re.compile(r"v2|lock|\.trash-.*")
 _SHARD, _NAME = re.compile("[0-9a-f]{2}"), re.compile("[0-9a-f]{62}")
 # Other processes write too: after this part of the limit the size is estimated anew, from about so many entries.
@@ -83,7 +84,7 @@ class LatentFiles:
         root.parent.mkdir(parents=True, exist_ok=True)
         _make(root)
         names = [path.name for path in root.iterdir()]
-        _claim(root, private=all(name in (_LAYOUT, _PLANS) or _OLD_LAYOUT.fullmatch(name) for name in names))
+        _claim(root, private=all(name in (_LAYOUT, PLANS_FOLDER) or _OLD_LAYOUT.fullmatch(name) for name in names))
         _make(layout)
         _claim(layout, private=True)
         if (root / "v2" / "latents.sqlite").is_file():

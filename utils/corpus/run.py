@@ -26,6 +26,7 @@ from tqdm import tqdm
 from utils.checkpoint.layout import CheckpointFiles
 from utils.checkpoint.locate import find_checkpoint
 from utils.compress.latent_cache import DEFAULT_LIMIT_BYTES, LatentCache, default_cache_dir
+from utils.compress.latent_files import PLANS_FOLDER
 from utils.corpus.crew import Crew, WorkCounts
 from utils.corpus.encoder import CorpusJob, CorpusWorker
 from utils.corpus.output import PLAN_FILE, SKIPPED_FILE, CorpusCounts, CorpusOutput
@@ -38,7 +39,6 @@ from utils.locks import sole_writer
 logger = logging.getLogger(__name__)
 
 SHOWN_PROBLEMS = 10
-PLANS_FOLDER = "plans"
 _PLAN_PREFIX = "run-"
 POLL_S = 0.2
 

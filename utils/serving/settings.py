@@ -120,4 +120,4 @@ def read_keys(flags: Sequence[str] | None, variable: str | None, variable_name: 
 
 def owner_of(key: bytes) -> str:
     """What memories and cache entries of a key are filed under; the same after a restart, and not the key."""
-    return hashlib.sha256(b"code-llava owner " + key).hexdigest()[:32]
+    return hashlib.sha256(b"code-llava owner " + key).hexdigest()

@@ -158,6 +158,16 @@ def test_bytes_of_references_count(compressor: Compressor, backend: FakeServer) 
 
 def test_others_do_not_wait_for_long_bodies(gateway: httpx.Client) -> None:
     parts = [{"type": "text", "text": "y" * 28}] * 60_000 + [{"type": "text", "text": wrap("x")}]
+    bodies = [chat_body(parts), chat_body("<" * 20_000_000 + wrap("x" * LONG.count("x")))]
+    # A body that the others wait for holds them up in every try; other programs on a busy machine do not.
+    longest = [longest_wait(gateway, bodies)]
+    while longest[-1] >= 1 and len(longest) < 5:
+        longest.append(longest_wait(gateway, bodies))
+    assert min(longest) < 1
+
+
+def longest_wait(gateway: httpx.Client, bodies: list[Any]) -> float:
+    """Seconds that a small request waits at most while bodies are sent."""
     done = threading.Event()
     waits: list[float] = []
 
@@ -172,12 +182,12 @@ def test_others_do_not_wait_for_long_bodies(gateway: httpx.Client) -> None:
     thread = threading.Thread(target=probe)
     thread.start()
     try:
-        for body in (chat_body(parts), chat_body("<" * 20_000_000 + wrap("x" * LONG.count("x")))):
+        for body in bodies:
             assert gateway.post(CHAT, json=body).status_code in (200, 413)
     finally:
         done.set()
         thread.join()
-    assert max(waits) < 3
+    return max(waits)
 
 
 ODD: list[Any] = [

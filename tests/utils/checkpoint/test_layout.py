@@ -63,7 +63,7 @@ def test_a_hub_id_is_downloaded(
 
     asked = []
     monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda name: asked.append(name) or str(checkpoints["lclm"])
+        huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(checkpoints["lclm"])
     )
     with caplog.at_level(logging.INFO, logger="utils"):
         assert find_checkpoint("some-org/some-model").root == checkpoints["lclm"]

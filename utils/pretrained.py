@@ -205,6 +205,20 @@ def fetch(name: str | Path, patterns: Sequence[str] | None = _HUB_FILES) -> Path
 
 
 @contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers' own bars, one a folder and often faster than the eye, off stderr."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
 def loading(where: Any, what: str) -> Iterator[None]:
     """Turn whatever another library raises over a checkpoint's files into a `CheckpointError`.
 

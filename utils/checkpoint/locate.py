@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from utils.checkpoint.default.assemble import assemble_default_checkpoint
@@ -10,8 +9,6 @@ from utils.checkpoint.layout import CheckpointFiles, newest_child, open_checkpoi
 from utils.checkpoint.lora import HUB_ID
 from utils.errors import CheckpointError
 from utils.pretrained import fetch
-
-logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(path_or_id: str | Path | None = None, chunk_size: int | None = None) -> CheckpointFiles:
@@ -26,12 +23,7 @@ def find_checkpoint(path_or_id: str | Path | None = None, chunk_size: int | None
         CheckpointError: Nothing there, or something is missing in it.
         ConfigError: The checkpoint cannot serve this chunk size, or does not say its own and none was given.
     """
-    root = _local_folder(path_or_id)
-    newest = newest_child(root)
-    if newest is not None:
-        logger.info("using the newest checkpoint of %s: %s", root, newest.name)
-        root = newest
-    return open_checkpoint(root, chunk_size)
+    return open_checkpoint(newest_child(_local_folder(path_or_id)), chunk_size)
 
 
 def _local_folder(path_or_id: str | Path | None) -> Path:

@@ -9,7 +9,6 @@ Shape legend: T prompt rows, D decoder width. This module knows no model and no 
 from __future__ import annotations
 
 import io
-import json
 import stat
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -30,7 +29,6 @@ SIDECAR_VERSION = 1
 _FORMAT_BY_SUFFIX: dict[str, Format] = {".npy": "npy", ".safetensors": "safetensors"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NPY_MAGIC = b"\x93NUMPY"
-_MAX_HEADER_BYTES = 1 << 20
 _PICKLE_MAGICS = (b"\x80", b"PK\x03\x04")  # a bare pickle; the zip that torch.save (and np.savez) write
 
 
@@ -223,7 +221,7 @@ def _read(path: Path) -> torch.Tensor:
             f"{path} is a pickle or a torch.save file, which may run code: save it as .npy or .safetensors"
         )
     try:
-        return _map_npy(path) if begin.startswith(_NPY_MAGIC) else _map_safetensors(path, begin)
+        return _map_npy(path) if begin.startswith(_NPY_MAGIC) else _map_safetensors(path)
     except DatasetError:
         raise
     except Exception as error:  # a hostile header makes its parsers raise almost anything
@@ -242,23 +240,11 @@ def _map_npy(path: Path) -> torch.Tensor:
     return torch.from_numpy(np.array(array, order="C"))
 
 
-def _map_safetensors(path: Path, begin: bytes) -> torch.Tensor:
-    length = int.from_bytes(begin, "little")
-    if not 0 < length <= min(_MAX_HEADER_BYTES, path.stat().st_size - 8):
-        raise ValueError(f"its header has {length} bytes, the file {path.stat().st_size}")
-    with path.open("rb") as stream:
-        stream.seek(8)
-        json.loads(stream.read(length), object_pairs_hook=_without_duplicates)
+def _map_safetensors(path: Path) -> torch.Tensor:
     with safetensors.safe_open(path, framework="pt") as tensors:
         if TENSOR_NAME not in tensors.keys():  # noqa: SIM118 - not a mapping
             raise DatasetError(f"{path} has no tensor {TENSOR_NAME!r}, it has {sorted(tensors.keys())[:5]}")
         return tensors.get_tensor(TENSOR_NAME)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(names := dict(pairs)) != len(pairs):
-        raise ValueError("its header has a name twice")
-    return names
 
 
 def _checked(values_TD: torch.Tensor, where: str) -> torch.Tensor:

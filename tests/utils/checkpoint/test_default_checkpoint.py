@@ -5,16 +5,15 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import os
-import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from jinja2 import Environment
 
 from tests.support.marks import needs_default_checkpoint
-from tests.support.processes import run_python
 from utils.checkpoint.default import recipe
 from utils.checkpoint.default.assemble import assemble_default_checkpoint, default_checkpoint_path
 from utils.checkpoint.default.recipe import CHAT_TEMPLATE
@@ -97,7 +96,7 @@ def test_no_place_to_assemble(code: int, assemblies: list[Path], monkeypatch: py
 
 
 def test_a_disk_without_room_is_known_at_once(assemblies: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))  # type: ignore[attr-defined]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
     with pytest.raises(CheckpointError, match=r"1 MB are free.*\$CODE_LLAVA_CHECKPOINTS"):
         assemble_default_checkpoint()
     assert assemblies == []
@@ -125,19 +124,21 @@ def test_a_failed_assembly_leaves_what_was_there(assemblies: list[Path], monkeyp
     assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [folder.name]
 
 
-def test_a_killed_assembly_leaves_nothing_half(assemblies: list[Path], tmp_path: Path) -> None:
-    code = (
-        "import os, signal\n"
-        "from utils.checkpoint.default import assemble as d, build as b\n"
-        "from utils.files import write_text\n"
-        "def assemble(folder, *_):\n"
-        "    write_text(folder / 'weights', 'half')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "b.build = assemble\n"
-        "d.assemble_default_checkpoint()\n"
-    )
-    done = run_python("-c", code)
-    assert done.returncode == -signal.SIGKILL
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_killed_assembly_leaves_nothing_half(
+    assemblies: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def be_killed(folder: Path, *_: object) -> None:
+        write_text(folder / "weights", "half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.checkpoint.default.build.build", be_killed)
+        child = os.fork()
+        if child == 0:
+            assemble_default_checkpoint()
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert not default_checkpoint_path().exists()
     # The next one is not held up by its lock, and clears away what it left.
     assemble_default_checkpoint()

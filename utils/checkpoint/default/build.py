@@ -25,7 +25,7 @@ from utils.checkpoint.default.recipe import (
 )
 from utils.checkpoint.default.trained_part import CARD, TrainedPart
 from utils.checkpoint.layout import open_checkpoint
-from utils.checkpoint.load import resize_table, without_progress_bars
+from utils.checkpoint.load import resize_table
 from utils.checkpoint.pair import load_pair
 from utils.checkpoint.save import save_adapter, save_checkpoint
 from utils.checkpoint.trained_state import merge_trained_state
@@ -35,7 +35,7 @@ from utils.model.adapter import Adapter
 from utils.model.markers import MARKERS
 from utils.model.pooling import POOLINGS
 from utils.model.prompt import PromptTokenizers
-from utils.pretrained import read_tokenizer
+from utils.pretrained import read_tokenizer, without_progress_bars
 
 
 def build(folder: Path, part: TrainedPart | None) -> None:

@@ -276,7 +276,7 @@ def _load_adapter(files: CheckpointFiles, chunker: CodeChunker, dtype: torch.dty
     sizes: dict[str, Any] = {"middle_width": state["fc1.weight"].shape[0], "layer_config": layer_config}
     with loading(source / CONFIG, "describes no layers that an adapter can be built of"), torch.device("meta"):
         shapes = Adapter(chunker.width, decoder_config.hidden_size, config=files.config, **sizes).state_dict()
-    check_state(state, shapes, where)
+    _check_state(state, shapes, where)
     for key, tensor in state.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"{where}: {key}: expected floating-point numbers, got {tensor.dtype}")
@@ -288,12 +288,8 @@ def _load_adapter(files: CheckpointFiles, chunker: CodeChunker, dtype: torch.dty
     return adapter
 
 
-def check_state(state: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
-    """Compare tensor names and shapes with those of a module.
-
-    Raises:
-        CheckpointError: Names file, key, expected and got shape of the first difference, and counts the others.
-    """
+def _check_state(state: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
+    """Compare tensor names and shapes with those of a module; the first difference is named, the others counted."""
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is unknown" for name in state if name not in expected]
     shapes = {name: (list(expected[name].shape), list(state[name].shape)) for name in expected if name in state}

@@ -164,12 +164,14 @@ class LatentFiles:
                 stream.writelines(pieces)
             now = time.time_ns()  # finer than the stamps that a file system gives
             os.utime(temporary, ns=(now, now))
-            # What else lies in the place of the entry or its folder is not ours.
-            if path.parent.is_symlink() or not path.parent.is_dir():
-                _remove(path.parent)
-                _make(path.parent)
-            if path.is_dir():
-                _remove(path)
+            # What is no folder, or a folder in the file's place, is not ours. Where nothing is, another thread may
+            # make the folder meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                if not stat.S_ISDIR(path.parent.lstat().st_mode):
+                    _remove(path.parent)
+                elif stat.S_ISDIR(path.lstat().st_mode):
+                    _remove(path)
+            _make(path.parent)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -241,7 +243,9 @@ def _blocks(size: int) -> int:
 
 def _remove(path: Path) -> None:
     """Remove a file, a link or a folder; one that is gone already is no error."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+    try:
         path.unlink(missing_ok=True)
+    except OSError:
+        if path.is_symlink() or not path.is_dir():
+            raise
+        shutil.rmtree(path)

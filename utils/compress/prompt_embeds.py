@@ -13,7 +13,7 @@ import stat
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -22,11 +22,10 @@ import torch
 from utils.errors import ConfigError, DatasetError, first_line
 from utils.files import atomic_path, is_stream, read_json, sha256_bytes, sha256_file, write_json
 
-Format = Literal["npy", "safetensors"]
 TENSOR_NAME = "prompt_embeds"
 SIDECAR_VERSION = 1
 
-_FORMAT_BY_SUFFIX: dict[str, Format] = {".npy": "npy", ".safetensors": "safetensors"}
+_FORMAT_BY_SUFFIX = {".npy": "npy", ".safetensors": "safetensors"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NPY_MAGIC = b"\x93NUMPY"
 _PICKLE_MAGICS = (b"\x80", b"PK\x03\x04")  # a bare pickle; the zip that torch.save (and np.savez) write
@@ -79,7 +78,7 @@ def sidecar_path(path: str | Path) -> Path:
     return path.with_suffix(".json")
 
 
-def save_prompt_embeds(path: str | Path, embeds: PromptEmbeds, *, format: Format | None = None) -> None:
+def save_prompt_embeds(path: str | Path, embeds: PromptEmbeds, *, format: str | None = None) -> None:
     """Write an array file and its JSON sidecar, each atomically; into a pipe or device the array alone.
 
     The sidecar holds the array file's sha256, so that a reader can never take an old sidecar for a new array.
@@ -99,7 +98,12 @@ def save_prompt_embeds(path: str | Path, embeds: PromptEmbeds, *, format: Format
     _check_sidecar_place(path)
     values_TD = _checked(embeds.values_TD.detach().cpu(), "the values to save")
     _check_spans(embeds.spans, len(values_TD), "the spans to save")
-    data = _encode_npy(values_TD) if format == "npy" else safetensors.torch.save({TENSOR_NAME: values_TD.contiguous()})
+    if format == "npy":
+        buffer = io.BytesIO()
+        np.save(buffer, values_TD.to(torch.float32).contiguous().numpy(), allow_pickle=False)
+        data = buffer.getvalue()
+    else:
+        data = safetensors.torch.save({TENSOR_NAME: values_TD.contiguous()})
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
     if is_stream(path):
@@ -174,14 +178,14 @@ def decode_wire(blob: str) -> torch.Tensor:
     return torch.load(io.BytesIO(pybase64.b64decode(blob, validate=True)), weights_only=True)
 
 
-def _format_for(path: Path, format: str | None) -> Format:
+def _format_for(path: Path, format: str | None) -> str:
     by_suffix = _FORMAT_BY_SUFFIX.get(path.suffix)
     chosen = format or by_suffix
-    if chosen not in _FORMAT_BY_SUFFIX.values():
+    if chosen is None or chosen not in _FORMAT_BY_SUFFIX.values():
         raise ConfigError(f"{path}: no format in the name and none given: end it with .npy or .safetensors")
     if by_suffix and by_suffix != chosen:
         raise ConfigError(f"{path}: the name says {by_suffix}, the format asked for is {chosen}: make them agree")
-    return cast(Format, chosen)
+    return chosen
 
 
 def _check_sidecar_place(path: Path) -> None:
@@ -201,12 +205,6 @@ def _check_sidecar_place(path: Path) -> None:
         content = None
     if not isinstance(content, dict) or not {"version", "array", "spans"} <= content.keys():
         raise ConfigError(f"{file} is in the way: the sidecar of {path} goes there and it is none; choose another name")
-
-
-def _encode_npy(values_TD: torch.Tensor) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, values_TD.to(torch.float32).contiguous().numpy(), allow_pickle=False)
-    return buffer.getvalue()
 
 
 def _read(path: Path) -> torch.Tensor:

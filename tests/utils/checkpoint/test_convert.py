@@ -48,10 +48,16 @@ def trained() -> CodeLLaVAModel:
     return model
 
 
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pristine") / "base"
+    save_checkpoint(folder, make_model(CONFIG), tokenizers())
+    return folder
+
+
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
-    save_checkpoint(tmp_path / "base", make_model(CONFIG), tokenizers())
-    return tmp_path / "base"
+def base(pristine: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(pristine, tmp_path / "base")
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ from ruler.answering.predict import start_backend
 from ruler.answering.predictions import DataRow, PredictionFile
 from ruler.answering.protocol import BackendSettings
 from ruler.answering.runner import RetryPolicy, ask
-from ruler.layout import claim_run_folder, write_run_manifest
+from ruler.layout import MANIFEST, claim_run_folder
 from ruler_minimal.minimal_evaluate import evaluate, print_evaluation
 from ruler_minimal.prepare_dataset import add_task_arguments, build_task, generate_rows, make_counter
 from utils.cli import EXIT_FAILED_ROWS, EXIT_OK
 from utils.client.completion import Sampling
 from utils.errors import DatasetError
-from utils.files import read_jsonl, write_jsonl
+from utils.files import read_jsonl, write_json, write_jsonl
 from utils.model.markers import MEMORY_END, MEMORY_START
 
 PREDICTIONS_NAME = "predictions.jsonl"
@@ -65,7 +65,7 @@ def run_evaluation(args: argparse.Namespace, settings: BackendSettings) -> int:
     Raises:
         DatasetError: The work folder holds answers made with other settings, or to other rows.
     """
-    write_run_manifest(args.work_dir, claim_run_folder(args.work_dir, settings.identity(), subset="light"))
+    write_json(args.work_dir / MANIFEST, claim_run_folder(args.work_dir, settings.identity(), subset="light"))
     dataset = args.dataset or _make_dataset(args)
     rows = [DataRow(number=number, fields=_fields(row)) for number, row in enumerate(read_jsonl(dataset))]
     predictions = args.work_dir / PREDICTIONS_NAME

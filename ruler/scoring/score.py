@@ -10,7 +10,7 @@ import argparse
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -156,7 +156,7 @@ def _mean_score(name: str, judged: Mapping[str, Sequence[Judged]], group: Sequen
     sure = interval_of_task_mean(values)
     return {
         name: round(fmean(map(official_score, values)), 2) if values else None,
-        f"{name}_interval": asdict(sure) if sure else None,
+        f"{name}_interval": sure._asdict() if sure else None,
         f"{name}_tasks": len(values),
     }
 
@@ -186,7 +186,7 @@ def _task_scores(task: str, judged: Sequence[Judged], data: Mapping[str, Any]) -
     return {
         "score": official_score(values),
         "strict": official_score([item.strict for item in judged]),
-        "interval": asdict(sure) if sure else None,
+        "interval": sure._asdict() if sure else None,
         "nulls": nulls(judged),
         "rows": len(judged),
         "expected_rows": data.get("num_rows", len(judged)),
@@ -212,7 +212,6 @@ def score_run(run: Path, tasks: Sequence[str] | None = None) -> dict[str, Any]:
     lengths = [score_folder(folder, tasks) for folder in folders]
     manifest = read_run_manifest(folders[0])
     scores = {entry["length"]: entry["score"] for entry in lengths if entry["length"] and entry["score"] is not None}
-    averages = length_averages(scores)
     result = {
         "name": run.resolve().name,
         "settings": manifest.get("settings", {}),
@@ -220,7 +219,7 @@ def score_run(run: Path, tasks: Sequence[str] | None = None) -> dict[str, Any]:
         "lengths": lengths,
         "threshold": THRESHOLD,
         "effective_length": effective_length(scores),
-        "averages": asdict(averages) if averages else None,
+        "averages": length_averages(scores),
         "provenance": provenance(),
     }
     write_json(run / SCORES_NAME, result)

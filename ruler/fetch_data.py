@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ruler.generation.data_files import ESSAYS, HOTPOTQA, SQUAD, WORDS
+from ruler.registry import REFERENCE_COMMIT
 from utils.cli import make_parser, run_command
 from utils.errors import DatasetError
 from utils.files import atomic_path, sha256_file
@@ -25,7 +26,6 @@ EXAMPLES = """\
   python -m ruler.fetch_data --data-dir ruler_data
   python -m ruler.fetch_data --data-dir ruler_data --essays PaulGrahamEssays.json"""
 
-_COMMIT = "c3f5e3b4f87f97e048793bb510a3a6b19a46bf3a"
 _KNOWN_ESSAYS = "58e352531a80cef2d22c205dbebfbfd64a8afe55a32434de845f200718756c65"
 _TIMEOUT_S = 60.0
 
@@ -53,7 +53,8 @@ SOURCES: dict[str, Places] = {
     ],
     WORDS: [
         (
-            f"https://raw.githubusercontent.com/NVIDIA/RULER/{_COMMIT}/scripts/data/synthetic/json/english_words.json",
+            f"https://raw.githubusercontent.com/NVIDIA/RULER/{REFERENCE_COMMIT}/"
+            "scripts/data/synthetic/json/english_words.json",
             "affcd6d45fdf3cc843d585c99c97ad615094e760e6c4756b654bab6c73bc2eca",
         )
     ],

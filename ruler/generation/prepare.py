@@ -225,7 +225,7 @@ def _finish(job: DatasetJob, complete: bool) -> Prepared:
     else:
         rows = [row for file in sorted(job.parts.glob("*.jsonl")) for row in read_jsonl(file)]
         assert len(rows) == job.recipe.num_samples
-        manifest = {**job.identity, "reference_commit": REFERENCE_COMMIT, "provenance": provenance(_VERSIONS)}
+        manifest = {**job.identity, "reference_commit": REFERENCE_COMMIT[:12], "provenance": provenance(_VERSIONS)}
         write_dataset(job.folder, rows, manifest, job.subset)
         shutil.rmtree(job.parts)
     return Prepared(

@@ -3,7 +3,7 @@
 A chat template is the text before and behind the prompt; the answer prefix follows behind it, so that a chat model
 continues its own turn.
 
-    chat_template("meta-chat").wrap("Hello")       # '[INST] Hello [/INST]'
+    chat_template("meta-chat")       # ChatTemplate(name='meta-chat', before='[INST] ', behind=' [/INST]')
 """
 
 from __future__ import annotations
@@ -56,10 +56,6 @@ class ChatTemplate:
     name: str
     before: str = ""
     behind: str = ""
-
-    def wrap(self, prompt: str) -> str:
-        """The prompt with the template around it."""
-        return self.before + prompt + self.behind
 
 
 def chat_template(name: str, tokenizer_path: str = "") -> ChatTemplate:

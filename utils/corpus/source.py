@@ -4,7 +4,7 @@
     source = JsonlSource("corpus.jsonl", text_field="text", id_field="id")
     for found in source.scan():                               # Document or Problem, one at a time
         …
-    text = source.read(document)                              # again, later, in any process
+    text = source.read(document)                              # again, later, in any process: a source can be pickled
 
 A text is taken character for character, line ends included. What cannot be encoded is a `Problem` with its reason,
 never passed over: a file that is not UTF-8 or too long, a pipe, a link out of the folder, a line that is not JSON, ….
@@ -18,11 +18,11 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, TypeAlias
 
-from utils.corpus.reading import UnusableTextError, long_line, open_regular, read_lines, read_whole
+from utils.corpus.reading import UnusableTextError, open_regular, read_lines, read_whole, too_long
 from utils.errors import DatasetError, shown_name
 from utils.files import sha256_bytes
 from utils.model.markers import MARKERS
@@ -65,29 +65,6 @@ class Problem:
         return f"{self.place}: {self.reason}"
 
 
-class Source(Protocol):
-    """A folder or a JSONL file."""
-
-    ordered_by: str  # the attribute of `Document` whose order is the corpus's
-
-    def scan(self) -> Iterator[Document | Problem]:
-        """Read everything once, in any order, holding one document at a time."""
-
-    def read(self, document: Document) -> str:
-        """The text of a document.
-
-        Raises:
-            UnusableTextError: It is gone, or no longer what the scan found.
-        """
-
-    def to_json(self) -> dict[str, Any]:
-        """What `source_from_json` takes."""
-
-    @property
-    def place(self) -> str:
-        """The folder or file, absolute."""
-
-
 @dataclass(frozen=True)
 class FolderSource:
     """The files below a folder.
@@ -108,10 +85,10 @@ class FolderSource:
     exclude: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     max_text_bytes: int = MAX_TEXT_BYTES
-    ordered_by = "id"
+    ordered_by: ClassVar = "id"  # the attribute of `Document` whose order is the corpus's
 
     def scan(self) -> Iterator[Document | Problem]:
-        """See `Source`."""
+        """Read everything once, in any order, holding one document at a time."""
         pending = [""]
         while pending:
             folder = pending.pop()
@@ -132,18 +109,18 @@ class FolderSource:
                 )
 
     def read(self, document: Document) -> str:
-        """See `Source`."""
+        """The text of a document.
+
+        Raises:
+            UnusableTextError: It is gone, or no longer what the scan found.
+        """
         text = self._text(document.id)
         _check_unchanged(text, document)
         return text
 
-    def to_json(self) -> dict[str, Any]:
-        """See `Source`."""
-        return {"kind": "folder", **asdict(self), "root": self.place}
-
     @property
     def place(self) -> str:
-        """See `Source`."""
+        """The folder, absolute."""
         return os.path.realpath(self.root)
 
     def _wanted(self, path: str) -> bool:
@@ -203,22 +180,30 @@ class JsonlSource:
     text_field: str = "text"
     id_field: str | None = "id"
     max_text_bytes: int = MAX_TEXT_BYTES
-    ordered_by = "line"
+    ordered_by: ClassVar = "line"
 
     def scan(self) -> Iterator[Document | Problem]:
-        """See `Source`."""
+        """Read everything once, holding one line at a time.
+
+        Raises:
+            DatasetError: The file cannot be read.
+        """
         try:
             with open_regular(self.place) as stream:
-                for line in read_lines(stream, self.max_text_bytes):
-                    if line.data is None:
-                        yield Problem(place=f"line {line.number}", reason=long_line(self.max_text_bytes))
-                    elif line.data.strip():
-                        yield self._examine(line.data, line.number, line.offset)
+                for number, (offset, line) in enumerate(read_lines(stream, self.max_text_bytes), start=1):
+                    if line is None:
+                        yield Problem(place=f"line {number}", reason=too_long("is longer", self.max_text_bytes))
+                    elif line.strip():
+                        yield self._examine(line, number, offset)
         except UnusableTextError as error:
             raise DatasetError(f"{self.path}: {error}") from None
 
     def read(self, document: Document) -> str:
-        """See `Source`."""
+        """The text of a document.
+
+        Raises:
+            UnusableTextError: It is gone, or no longer what the scan found.
+        """
         try:
             with open_regular(self.place) as stream:
                 stream.seek(document.offset)
@@ -231,13 +216,9 @@ class JsonlSource:
         _check_unchanged(text, document)
         return text
 
-    def to_json(self) -> dict[str, Any]:
-        """See `Source`."""
-        return {"kind": "jsonl", **asdict(self), "path": self.place}
-
     @property
     def place(self) -> str:
-        """See `Source`."""
+        """The file, absolute."""
         return os.path.realpath(self.path)
 
     def _examine(self, line: bytes, number: int, offset: int) -> Document | Problem:
@@ -285,12 +266,7 @@ class JsonlSource:
         return str(id), text
 
 
-def source_from_json(values: dict[str, Any]) -> FolderSource | JsonlSource:
-    """The source whose `to_json` this is."""
-    settings: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-    return FolderSource(**settings) if settings.pop("kind") == "folder" else JsonlSource(**settings)
+Source: TypeAlias = FolderSource | JsonlSource
 
 
 def _is_folder(entry: os.DirEntry[str], linked: bool) -> bool:

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -100,8 +101,8 @@ def _run(args: argparse.Namespace) -> int:
     files = find_checkpoint(args.checkpoint, args.chunk_size)
     files = replace(files, root=files.root.resolve())  # Ray's workers may stand in another folder
 
-    from utils.corpus.encode import CorpusJob
-    from utils.corpus.ray import RayWorkers
+    from utils.corpus.encode import CorpusJob, encode_here
+    from utils.corpus.ray import encode_with_ray
     from utils.corpus.run import encode_corpus
     from utils.corpus.shards import CorpusOutput
 
@@ -113,13 +114,15 @@ def _run(args: argparse.Namespace) -> int:
         cache_dir=cache_dir,
         threads=args.threads,
     )
-    by_ray = args.engine or args.workers or args.ray_address
+    engine = encode_here
+    if args.engine or args.workers or args.ray_address:
+        engine = partial(encode_with_ray, workers=args.workers, address=args.ray_address)
     summary = encode_corpus(
         job,
         shard_bytes=args.shard_size,
         skip_unreadable=args.skip_unreadable,
         prune=args.prune,
-        ray=RayWorkers(count=args.workers, address=args.ray_address) if by_ray else None,
+        engine=engine,
     )
     if args.json:
         print_json(summary)

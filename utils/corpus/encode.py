@@ -14,12 +14,12 @@ import contextlib
 import itertools
 import logging
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 
@@ -44,6 +44,11 @@ TOKENIZED_TEXTS = 256
 TOKENIZED_BYTES = 1 << 18
 GROUPS_AHEAD = 2
 
+# What was done: documents encoded, documents that failed (they vanished or changed since the scan), text_bytes of both,
+# encoder tokens, cached_tokens (of these, those whose latents the cache had), latents and latent_bytes.
+Counts: TypeAlias = Counter[str]
+Steps: TypeAlias = Generator[Counts, None, None]
+
 T = TypeVar("T")
 
 
@@ -66,32 +71,6 @@ class CorpusJob:
     output: CorpusOutput | None
     cache_dir: Path
     threads: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkCounts:
-    """What was done.
-
-    Attributes:
-        documents: Documents encoded.
-        failed: Documents that vanished or changed since the scan.
-        text_bytes: Text of both, UTF-8.
-        tokens: Encoder tokens.
-        cached_tokens: Of these, the tokens whose latents the latent cache had.
-        latents: Latents.
-        latent_bytes: Their bytes.
-    """
-
-    documents: int = 0
-    failed: int = 0
-    text_bytes: int = 0
-    tokens: int = 0
-    cached_tokens: int = 0
-    latents: int = 0
-    latent_bytes: int = 0
-
-    def __add__(self, other: WorkCounts) -> WorkCounts:
-        return WorkCounts(**{x.name: getattr(self, x.name) + getattr(other, x.name) for x in fields(self)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +97,7 @@ class CorpusWorker:
         self._spans = SpanEncoder(memory_encoder, job.files.fingerprint, cache)
         self._group_tokens = PASSES_PER_GROUP * memory_encoder.chunker.pass_tokens
 
-    def encode(self, shards: Iterable[list[Document]]) -> Generator[WorkCounts, None, None]:
+    def encode(self, shards: Iterable[list[Document]]) -> Steps:
         """Encode shards one after the other.
 
         Args:
@@ -143,7 +122,7 @@ class CorpusWorker:
         output = self._job.output
         return contextlib.nullcontext() if output is None else new_shard(output.root, documents, output.about)
 
-    def _encode(self, group: _Group, shard: Shard | None) -> WorkCounts:
+    def _encode(self, group: _Group, shard: Shard | None) -> Counts:
         read = [(document, ids) for document, ids in group.tokens if ids is not None]
         encoded = self._spans.encode([self._span(ids) for _, ids in read if ids])
         remaining = iter(encoded)
@@ -151,7 +130,7 @@ class CorpusWorker:
             latents_ND = next(remaining)[0] if ids else None
             if shard is not None:
                 shard.add(document, latents_ND, len(ids))
-        return WorkCounts(
+        return Counter(
             documents=len(read),
             failed=len(group.tokens) - len(read),
             text_bytes=sum(document.text_bytes for document, _ in group.tokens),
@@ -189,6 +168,11 @@ class CorpusWorker:
             ids = self._tokenizer(list(texts.values()), add_special_tokens=False)["input_ids"] if texts else []
             ids_of = dict(zip(texts, ids, strict=True))
             yield from ((document, ids_of.get(document.id)) for document in batch)
+
+
+def encode_here(job: CorpusJob, shards: Iterable[list[Document]]) -> Steps:
+    """Encode shards in this process; see `CorpusWorker.encode`."""
+    yield from CorpusWorker(job).encode(shards)
 
 
 def ahead(items: Iterator[T], depth: int) -> Generator[T, None, None]:

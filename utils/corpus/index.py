@@ -2,7 +2,7 @@
 
     with new_index(source) as index:
         index.scan()
-        index.add_shard(name, records)                    # what earlier runs left
+        index.add_shards(output.shards())                 # what earlier runs left
         for documents in index.missing_shards(shard_bytes=1 << 20): …
         index.write("out/index.sqlite", chunk_size=4)     # whole or not at all
 
@@ -16,7 +16,7 @@ import contextlib
 import hashlib
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -28,6 +28,10 @@ INDEX_FILE = "index.sqlite"
 SKIPPED_FILE = "skipped.jsonl"
 # Keeps a shard's table of documents small.
 MAX_DOCUMENTS = 4096
+
+# What an encoded corpus holds: documents, those without a token, those that are not encoded (the run's log says why),
+# encoder tokens, latents, and the shards that hold them.
+COUNTS = ("documents", "empty", "missing", "memory_tokens", "num_latents", "shards")
 
 # (id, sha256, first row, rows, tokens) of a document in a shard
 Record: TypeAlias = tuple[str, str, int, int, int]
@@ -59,27 +63,6 @@ CREATE TABLE written.about (name TEXT PRIMARY KEY, value);
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CorpusCounts:
-    """What an encoded corpus holds.
-
-    Attributes:
-        documents: Documents in the index, empty ones included.
-        empty: Documents without a token, which have no latents.
-        missing: Documents of the corpus that are not encoded; the run's log says why.
-        memory_tokens: Encoder tokens of all.
-        num_latents: Latents of all.
-        shards: Shards that hold them.
-    """
-
-    documents: int
-    empty: int
-    missing: int
-    memory_tokens: int
-    num_latents: int
-    shards: int
-
-
 class CorpusIndex:
     """The index while a run makes it; open it with `new_index`."""
 
@@ -108,10 +91,10 @@ class CorpusIndex:
                     self._add_problem(Problem(place=f"line {found.line}", reason=reason))
                 progress(found.text_bytes)
 
-    def add_shard(self, name: str, records: Iterable[Record]) -> None:
-        """Note the documents of a shard on disk; one that another shard holds, too, stays there."""
+    def add_shards(self, shards: Iterable[tuple[str, Iterable[Record]]]) -> None:
+        """Note the documents of shards on disk; of one that two hold, the first counts."""
+        rows = ((*record, name) for name, records in shards for record in records)
         with self._transaction():
-            rows = ((*record, name) for record in records)
             self._db.executemany("INSERT OR IGNORE INTO stored VALUES (?, ?, ?, ?, ?, ?)", rows)
 
     @property
@@ -127,11 +110,8 @@ class CorpusIndex:
     @property
     def missing_bytes(self) -> int:
         """Text that no shard holds, as UTF-8."""
-        return int(
-            self._value(
-                "SELECT IFNULL(SUM(text_bytes), 0) FROM found LEFT JOIN stored USING (id, sha256) WHERE shard IS NULL"
-            )
-        )
+        query = "SELECT IFNULL(SUM(text_bytes), 0) FROM found LEFT JOIN stored USING (id, sha256) WHERE shard IS NULL"
+        return int(self._value(query))
 
     def problems(self, limit: int = -1) -> Iterator[Problem]:
         """What cannot be encoded, in the order in which it was met."""
@@ -159,52 +139,44 @@ class CorpusIndex:
             digest.update(f"{id}\0{sha256}\n".encode())
         return digest.hexdigest()
 
-    def written_counts(self, path: Path) -> CorpusCounts | None:
-        """What an index on disk says that it holds; None where it does not describe this corpus, whole."""
-        if not path.is_file():
-            return None
+    def written_counts(self, path: Path) -> dict[str, int] | None:
+        """The `COUNTS` of an index on disk; None where it does not describe this corpus, whole."""
         try:
             with contextlib.closing(open_read_only(path)) as db:
                 known = dict(db.execute("SELECT name, value FROM about"))
                 shards = [name for (name,) in db.execute("SELECT DISTINCT shard FROM documents WHERE num_latents > 0")]
-            counts = CorpusCounts(**{field.name: known[field.name] for field in fields(CorpusCounts)})
-        except (sqlite3.Error, KeyError):
-            return None  # damaged: it is made anew, from the shards
-        state = (known.get("corpus_sha256"), known.get("problems"), counts.missing)
-        whole = state == (self.corpus_sha256(), self.num_problems, 0)
-        return counts if whole and all((path.parent / name).is_file() for name in shards) else None
+        except sqlite3.Error:
+            return None  # there is none, or a damaged one: it is made anew, from the shards
+        state = [known.get(name) for name in ("corpus_sha256", "problems", "missing")]
+        whole = state == [self.corpus_sha256(), self.num_problems, 0] and set(COUNTS) <= known.keys()
+        if not whole or not all((path.parent / name).is_file() for name in shards):
+            return None
+        return {name: known[name] for name in COUNTS}
 
-    def write(self, path: Path, chunk_size: int) -> CorpusCounts:
-        """Write the index of what is encoded; it replaces an older one once it is whole."""
+    def write(self, path: Path, chunk_size: int) -> dict[str, int]:
+        """Write the index of what is encoded, which replaces an older one once it is whole; returns its `COUNTS`."""
         with explain_database(path), atomic_path(path) as temporary:
             self._db.execute("ATTACH ? AS written", (str(temporary),))
             try:
                 self._db.executescript(_INDEX_TABLES)
-                counts = self._fill(chunk_size)
+                return self._fill(chunk_size)
             finally:
                 self._db.execute("DETACH written")
-        return counts
 
-    def _fill(self, chunk_size: int) -> CorpusCounts:
+    def _fill(self, chunk_size: int) -> dict[str, int]:
         self._db.execute(
             f"INSERT INTO written.documents SELECT ROW_NUMBER() OVER (ORDER BY {self._source.ordered_by}) - 1, id, "
             "num_tokens, num_latents, shard, first_row, first_row + num_latents, ?, sha256 FROM encoded",
             (chunk_size,),
         )
         self._db.execute("INSERT INTO written.problems SELECT * FROM main.problems")
-        documents, empty, tokens, latents, shards = self._db.execute(
-            "SELECT COUNT(*), IFNULL(SUM(num_tokens = 0), 0), IFNULL(SUM(num_tokens), 0), IFNULL(SUM(num_latents), 0), "
+        values = self._db.execute(
+            "SELECT COUNT(*), IFNULL(SUM(num_tokens = 0), 0), (SELECT COUNT(*) FROM found) - COUNT(*), "
+            "IFNULL(SUM(num_tokens), 0), IFNULL(SUM(num_latents), 0), "
             "COUNT(DISTINCT CASE WHEN num_latents > 0 THEN shard END) FROM written.documents"
         ).fetchone()
-        counts = CorpusCounts(
-            documents=documents,
-            empty=empty,
-            missing=self.num_documents - documents,
-            memory_tokens=tokens,
-            num_latents=latents,
-            shards=shards,
-        )
-        about = {**asdict(counts), "corpus_sha256": self.corpus_sha256(), "problems": self.num_problems}
+        counts = dict(zip(COUNTS, values, strict=True))
+        about = {**counts, "corpus_sha256": self.corpus_sha256(), "problems": self.num_problems}
         self._db.executemany("INSERT INTO written.about VALUES (?, ?)", about.items())
         return counts
 

@@ -7,29 +7,19 @@ machine needs this project, the corpus, the checkpoint and the output folder und
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from typing import Any
 
-from utils.corpus.encode import CorpusJob, CorpusWorker, WorkCounts
+from utils.corpus.encode import CorpusJob, CorpusWorker, Counts, Steps
 from utils.corpus.source import Document
 from utils.errors import CodeLlavaError, ConfigError, first_line
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RayWorkers:
-    """Where Ray runs, and how many workers.
-
-    Attributes:
-        count: Workers; None: one a GPU, one in all without GPUs.
-        address: A running cluster; None: one on this machine, for this call.
-    """
-
-    count: int | None = None
-    address: str | None = None
 
 
 class _Encoder:
@@ -40,27 +30,30 @@ class _Encoder:
         self._worker: CorpusWorker | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        counts, problem = WorkCounts(), ""
+        done: Counts = Counter()
+        problem = ""
         try:
             self._worker = self._worker or CorpusWorker(self._job)
             documents = [Document(**values) for values in json.loads(row["documents"])]
-            counts = sum(self._worker.encode([documents]), counts)
+            for counts in self._worker.encode([documents]):
+                done.update(counts)
         except CodeLlavaError as error:
             # As a value: Ray would wrap it, try again, and print its traceback.
             problem = str(error)
-        return {**asdict(counts), "problem": problem}
+        return {"done": json.dumps(done), "problem": problem}
 
 
 def encode_with_ray(
-    job: CorpusJob, shards: Sequence[Sequence[Document]], workers: RayWorkers
-) -> Generator[WorkCounts, None, None]:
+    job: CorpusJob, shards: Iterable[list[Document]], *, workers: int | None = None, address: str | None = None
+) -> Steps:
     """Encode shards with Ray workers.
 
     Args:
         job: What to encode; its device "auto" and "cuda" give each worker a GPU where the cluster has some, and
             without `threads` each has an even share of the cores.
         shards: The documents of each shard.
-        workers: Where, and how many.
+        workers: How many; None: one a GPU, one in all without GPUs.
+        address: A running cluster; None: one on this machine, for this call.
 
     Yields:
         What was done, shard by shard.
@@ -70,33 +63,31 @@ def encode_with_ray(
         CodeLlavaError: What a worker raised.
     """
     ray = _import_ray()
-    address = workers.address
-    try:
-        # One core more than workers: Ray warns of a cluster without room for anything else.
-        num_cpus = workers.count + 1 if workers.count and address is None else None
-        ray.init(address=address, num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
-    except Exception as error:
-        # Ray raises the bare class when a busy machine does not let its processes start in time.
-        where = f"--ray-address {address} cannot be used" if address else "Ray cannot start on this machine"
-        raise ConfigError(f"{where}: {first_line(error)}") from None
-    try:
-        yield from _encode(ray, job, shards, workers)
-    except ray.exceptions.RayError as error:
-        last = str(error).strip().splitlines()[-1]
-        raise CodeLlavaError(f"Ray ended the work: {last}; run the same command again") from error
-    finally:
-        ray.shutdown()
+    # Ray tells on stdout what becomes of its workers; a command's stdout is for its result alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            # One core more than workers: Ray warns of a cluster without room for anything else.
+            num_cpus = workers + 1 if workers and address is None else None
+            ray.init(address=address, num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+        except Exception as error:
+            # Ray raises the bare class when a busy machine does not let its processes start in time.
+            where = f"--ray-address {address} cannot be used" if address else "Ray cannot start on this machine"
+            raise ConfigError(f"{where}: {first_line(error)}") from None
+        try:
+            yield from _encode(ray, job, shards, workers, on_cluster=address is not None)
+        except ray.exceptions.RayError as error:
+            last = str(error).strip().splitlines()[-1]
+            raise CodeLlavaError(f"Ray ended the work: {last}; run the same command again") from error
+        finally:
+            ray.shutdown()
 
 
-def _encode(
-    ray: Any, job: CorpusJob, shards: Sequence[Sequence[Document]], workers: RayWorkers
-) -> Iterator[WorkCounts]:
+def _encode(ray: Any, job: CorpusJob, shards: Iterable[list[Document]], workers: int | None, on_cluster: bool) -> Steps:
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0)) if job.settings.device in ("auto", "cuda") else 0
-    count = workers.count or gpus or 1
+    count = workers or gpus or 1
     if gpus and count > gpus:
         raise ConfigError(f"--workers {count}: the cluster has {gpus} GPUs, one a worker")
-    on_cluster = workers.address is not None
     cores = int(resources.get("CPU", 1)) if on_cluster else os.cpu_count() or 1
     threads = job.threads or max(1, cores // count)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -111,9 +102,9 @@ def _encode(
         num_gpus=1 if gpus else None,
     )
     for row in counted.iter_rows():
-        if problem := row.pop("problem"):
-            raise CodeLlavaError(problem)
-        yield WorkCounts(**{name: int(value) for name, value in row.items()})
+        if row["problem"]:
+            raise CodeLlavaError(row["problem"])
+        yield Counter(json.loads(row["done"]))
 
 
 def _import_ray() -> Any:

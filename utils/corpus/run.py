@@ -10,26 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import time
-from collections.abc import Generator
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import Any, TypeAlias
+from typing import Any
 
 from tqdm import tqdm
 
 from utils.compress.latent_cache import DEFAULT_LIMIT_BYTES, LatentCache
-from utils.corpus.encode import CorpusJob, CorpusWorker, WorkCounts
+from utils.corpus.encode import CorpusJob, Counts, Steps, encode_here
 from utils.corpus.index import INDEX_FILE, SKIPPED_FILE, CorpusIndex, new_index
-from utils.corpus.ray import RayWorkers, encode_with_ray
 from utils.corpus.shards import CorpusOutput
+from utils.corpus.source import Document
 from utils.errors import ConfigError, DatasetError
 from utils.files import write_jsonl
 
 logger = logging.getLogger(__name__)
 
 SHOWN_PROBLEMS = 10
-Steps: TypeAlias = Generator[WorkCounts, None, None]
 
 
 def encode_corpus(
@@ -38,7 +37,7 @@ def encode_corpus(
     shard_bytes: int = 1 << 20,
     skip_unreadable: bool = False,
     prune: bool = False,
-    ray: RayWorkers | None = None,
+    engine: Callable[[CorpusJob, Iterable[list[Document]]], Steps] = encode_here,
 ) -> dict[str, Any]:
     """Scan a corpus, encode what is missing, and write the index.
 
@@ -47,7 +46,7 @@ def encode_corpus(
         shard_bytes: Text of one shard.
         skip_unreadable: Leave out, and list, what cannot be encoded.
         prune: Remove shards of which nothing is part of the corpus any more.
-        ray: Encode with Ray Data; None: in this process.
+        engine: Encodes the documents of shards; `encode_with_ray` is the other one.
 
     Returns:
         The summary, as JSON values; `missing` counts documents that vanished or changed meanwhile.
@@ -66,21 +65,22 @@ def encode_corpus(
         _scan(index, job, skip_unreadable)
         if output is not None:
             output.begin()
-            _add_shards(index, output)
+            index.add_shards(output.shards())
         worked = time.monotonic()
-        done = _encode(index, job, shard_bytes, ray)
+        done: Counts = Counter()
+        if todo := index.missing_bytes:  # without anything to do no model is loaded
+            done = _encode(engine(job, index.missing_shards(shard_bytes)), todo, to_cache=output is None)
         seconds = time.monotonic() - worked
         summary = {
             "corpus": job.source.place,
             "checkpoint": str(job.files.root),
             "chunk_size": job.files.config.chunk_size,
             "problems": index.num_problems,
-            "encoded_documents": done.documents,
-            "encoded_tokens": done.tokens - done.cached_tokens,
-            "missing": done.failed,
-            "engine": "ray" if ray else "process",
+            "encoded_documents": done["documents"],
+            "encoded_tokens": done["tokens"] - done["cached_tokens"],
+            "missing": done["failed"],
             "seconds": round(time.monotonic() - began, 3),
-            "tokens_per_second": round(done.tokens / seconds, 1) if done.tokens else 0.0,
+            "tokens_per_second": round(done["tokens"] / seconds, 1) if done["tokens"] else 0.0,
             "corpus_sha256": index.corpus_sha256(),
         }
         return summary | (_in_cache(index, job, done) if output is None else _in_shards(index, output, done, prune))
@@ -104,28 +104,18 @@ def _scan(index: CorpusIndex, job: CorpusJob, skip_unreadable: bool) -> None:
         raise DatasetError("the corpus is empty: no file or line to encode (hidden files do not count)")
 
 
-def _add_shards(index: CorpusIndex, output: CorpusOutput) -> None:
-    for name, records in output.shards():
-        index.add_shard(name, records)
-
-
-def _encode(index: CorpusIndex, job: CorpusJob, shard_bytes: int, ray: RayWorkers | None) -> WorkCounts:
-    """Encode what is missing; without anything, no model is loaded."""
-    done = WorkCounts()
-    if not (text_bytes := index.missing_bytes):
-        return done
+def _encode(steps: Steps, text_bytes: int, to_cache: bool) -> Counts:
+    done: Counts = Counter()
+    began = time.monotonic()
     with (
         tqdm(total=text_bytes, unit="B", unit_scale=True, desc="encoding", disable=None) as bar,
-        # Ray tells on stdout what becomes of its workers; a command's stdout is for its result alone.
-        contextlib.redirect_stdout(sys.stderr) if ray else contextlib.nullcontext(),
-        contextlib.closing(_work(index, job, shard_bytes, ray)) as steps,
+        contextlib.closing(steps),
     ):
-        began = time.monotonic()
         for counts in steps:
-            done += counts
-            bar.update(counts.text_bytes)
-            bar.set_postfix_str(f"{done.tokens / (time.monotonic() - began):.0f} tokens/s", refresh=False)
-            if job.output is None and done.latent_bytes > DEFAULT_LIMIT_BYTES:
+            done.update(counts)
+            bar.update(counts["text_bytes"])
+            bar.set_postfix_str(f"{done['tokens'] / (time.monotonic() - began):.0f} tokens/s", refresh=False)
+            if to_cache and done["latent_bytes"] > DEFAULT_LIMIT_BYTES:
                 raise ConfigError(
                     f"the corpus has more latents than the latent cache keeps ({DEFAULT_LIMIT_BYTES >> 30} GiB), its "
                     "first ones would leave again: write shards with --output instead"
@@ -133,28 +123,22 @@ def _encode(index: CorpusIndex, job: CorpusJob, shard_bytes: int, ray: RayWorker
     return done
 
 
-def _work(index: CorpusIndex, job: CorpusJob, shard_bytes: int, ray: RayWorkers | None) -> Steps:
-    shards = index.missing_shards(shard_bytes)
-    return encode_with_ray(job, list(shards), ray) if ray else CorpusWorker(job).encode(shards)
-
-
-def _in_cache(index: CorpusIndex, job: CorpusJob, done: WorkCounts) -> dict[str, Any]:
+def _in_cache(index: CorpusIndex, job: CorpusJob, done: Counts) -> dict[str, Any]:
     return {
         "cache": str(job.cache_dir),
-        "documents": index.num_documents - done.failed,
-        "memory_tokens": done.tokens,
-        "cached_tokens": done.cached_tokens,
-        "num_latents": done.latents,
+        "documents": index.num_documents - done["failed"],
+        "memory_tokens": done["tokens"],
+        "cached_tokens": done["cached_tokens"],
+        "num_latents": done["latents"],
     }
 
 
-def _in_shards(index: CorpusIndex, output: CorpusOutput, done: WorkCounts, prune: bool) -> dict[str, Any]:
+def _in_shards(index: CorpusIndex, output: CorpusOutput, done: Counts, prune: bool) -> dict[str, Any]:
     """Write the index, unless there was nothing to do and it says all this already."""
     path = output.root / INDEX_FILE
-    worked = done != WorkCounts()
-    if worked:
-        _add_shards(index, output)
-    counts = None if worked else index.written_counts(path)
+    if done:
+        index.add_shards(output.shards())
+    counts = None if done else index.written_counts(path)
     was_complete = counts is not None
     if counts is None:
         write_jsonl(output.root / SKIPPED_FILE, (asdict(problem) for problem in index.problems()))
@@ -164,7 +148,7 @@ def _in_shards(index: CorpusIndex, output: CorpusOutput, done: WorkCounts, prune
         (output.root / name).unlink(missing_ok=True)
     return {
         "output": str(output.root),
-        **asdict(counts),
+        **counts,
         "unused_shards": 0 if prune else len(unused),
         "pruned_shards": len(unused) if prune else 0,
         "was_complete": was_complete,

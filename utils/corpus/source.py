@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from utils.corpus.reading import UnusableTextError, open_regular, read_lines, read_whole, too_long
 from utils.errors import DatasetError, shown_name
-from utils.files import sha256_bytes
+from utils.files import parse_json, sha256_bytes
 from utils.model.markers import MARKERS
 
 # Of one file, or of one line: its tokens and latents are in memory together (16 MiB of code take some 3 GB).
@@ -41,9 +40,9 @@ class Document:
         id: Path in the folder (with `/`), or the line's id; unique in the corpus.
         sha256: Hex sha256 of the text as UTF-8.
         text_bytes: Length of the text as UTF-8.
-        offset: First byte of its line; 0 for a file.
-        size: Bytes of its line or file.
-        line: Number of its line, from 1; 0 for a file.
+        offset: First byte of its line.
+        size: Bytes of its line.
+        line: Number of its line, from 1; all three are 0 for a file.
     """
 
     id: str
@@ -65,8 +64,25 @@ class Problem:
         return f"{self.place}: {self.reason}"
 
 
+class _Source:
+    def read(self, document: Document) -> str:
+        """The text of a document.
+
+        Raises:
+            UnusableTextError: It is gone, or no longer what the scan found.
+        """
+        id, text = self._load(document)
+        if id != document.id or sha256_bytes(text.encode()) != document.sha256:
+            raise UnusableTextError("changed since it was scanned")
+        return text
+
+    def _load(self, document: Document) -> tuple[str, str]:
+        """What is in its place now: an id and a text."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class FolderSource:
+class FolderSource(_Source):
     """The files below a folder.
 
     Hidden files and folders (names that begin with a dot) and linked folders are not part of the corpus; linked files
@@ -108,16 +124,6 @@ class FolderSource:
                     place=shown_name(folder or self.root), reason=f"the folder cannot be read ({error.strerror})"
                 )
 
-    def read(self, document: Document) -> str:
-        """The text of a document.
-
-        Raises:
-            UnusableTextError: It is gone, or no longer what the scan found.
-        """
-        text = self._text(document.id)
-        _check_unchanged(text, document)
-        return text
-
     @property
     def place(self) -> str:
         """The folder, absolute."""
@@ -134,17 +140,27 @@ class FolderSource:
     def _examine(self, path: str) -> Document | Problem:
         try:
             path.encode()
+            data = self._text(path).encode()
         except UnicodeEncodeError:
             return Problem(place=shown_name(path), reason="its name is not UTF-8")
-        try:
-            data = self._text(path).encode()
         except UnusableTextError as error:
             return Problem(place=shown_name(path), reason=str(error))
-        return Document(id=path, sha256=sha256_bytes(data), text_bytes=len(data), size=len(data))
+        return Document(id=path, sha256=sha256_bytes(data), text_bytes=len(data))
+
+    def _load(self, document: Document) -> tuple[str, str]:
+        return document.id, self._text(document.id)
 
     def _text(self, path: str) -> str:
         with open_regular(self._target(path)) as stream:
-            return _decoded(read_whole(stream, self.max_text_bytes))
+            data = read_whole(stream, self.max_text_bytes)
+        if b"\0" in data:
+            raise UnusableTextError("binary (it holds a zero byte)")
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            raise UnusableTextError(f"not UTF-8 text (byte {error.start})") from None
+        _refuse_markers(text)
+        return text
 
     def _target(self, path: str) -> Path:
         """The file behind a path, which may be a link."""
@@ -166,7 +182,7 @@ class FolderSource:
 
 
 @dataclass(frozen=True)
-class JsonlSource:
+class JsonlSource(_Source):
     """The lines of a file of JSON objects; blank lines are passed over.
 
     Attributes:
@@ -198,24 +214,6 @@ class JsonlSource:
         except UnusableTextError as error:
             raise DatasetError(f"{self.path}: {error}") from None
 
-    def read(self, document: Document) -> str:
-        """The text of a document.
-
-        Raises:
-            UnusableTextError: It is gone, or no longer what the scan found.
-        """
-        try:
-            with open_regular(self.place) as stream:
-                stream.seek(document.offset)
-                line = stream.read(document.size)
-        except UnusableTextError as error:
-            raise UnusableTextError(f"{self.path}: {error}") from None
-        id, text = self._parse(line, document.line)
-        if id != document.id:
-            raise UnusableTextError(f"{self.path} changed since it was scanned")
-        _check_unchanged(text, document)
-        return text
-
     @property
     def place(self) -> str:
         """The file, absolute."""
@@ -227,22 +225,22 @@ class JsonlSource:
         except UnusableTextError as error:
             return Problem(place=f"line {number}", reason=str(error))
         data = text.encode()
-        return Document(
-            id=id, sha256=sha256_bytes(data), text_bytes=len(data), offset=offset, size=len(line), line=number
-        )
+        place = {"offset": offset, "size": len(line), "line": number}
+        return Document(id=id, sha256=sha256_bytes(data), text_bytes=len(data), **place)
+
+    def _load(self, document: Document) -> tuple[str, str]:
+        with open_regular(self.place) as stream:
+            stream.seek(document.offset)
+            return self._parse(stream.read(document.size), document.line)
 
     def _parse(self, line: bytes, number: int) -> tuple[str, str]:
+        """Id and text of a line."""
         try:
-            row = json.loads(line.rstrip(b"\r\n").decode())
+            row = parse_json(line.rstrip(b"\r\n").decode(), "")
         except UnicodeDecodeError as error:
             raise UnusableTextError(f"not UTF-8 (byte {error.start})") from None
-        except json.JSONDecodeError as error:
-            raise UnusableTextError(f"not JSON: {error.msg} (column {error.colno})") from None
-        except RecursionError:
-            raise UnusableTextError("not JSON: nested too deeply") from None
-        except ValueError:
-            # Python reads no whole number of more than some thousand digits.
-            raise UnusableTextError("not JSON that can be read: a number has too many digits") from None
+        except DatasetError as error:
+            raise UnusableTextError(str(error).strip()) from None
         except MemoryError:
             raise UnusableTextError("does not fit into memory") from None
         if not isinstance(row, dict):
@@ -252,18 +250,17 @@ class JsonlSource:
             raise UnusableTextError(_wrong_field(row, self.text_field, "a text", "--text-field"))
         id: Any = number if self.id_field is None else row.get(self.id_field)
         if not isinstance(id, str | int) or isinstance(id, bool) or id == "":
-            raise UnusableTextError(
-                _wrong_field(row, str(self.id_field), "a text or whole number", "--id-field or --line-ids")
-            )
-        for name, value in (("id", str(id)), ("text", text)):
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                raise UnusableTextError(f"the {name} holds half a character (a lone surrogate)") from None
-        if len(str(id).encode()) > _MAX_ID_BYTES or "\0" in str(id):
-            raise UnusableTextError(f"its id is longer than {_MAX_ID_BYTES} bytes, or holds a zero byte")
+            wanted = "a text or whole number"
+            raise UnusableTextError(_wrong_field(row, str(self.id_field), wanted, "--id-field or --line-ids"))
+        id = str(id)
+        try:
+            text.encode()
+            if len(id.encode()) > _MAX_ID_BYTES or "\0" in id:
+                raise UnusableTextError(f"its id is longer than {_MAX_ID_BYTES} bytes, or holds a zero byte")
+        except UnicodeEncodeError:
+            raise UnusableTextError("its text or id holds half a character (a lone surrogate)") from None
         _refuse_markers(text)
-        return str(id), text
+        return id, text
 
 
 Source: TypeAlias = FolderSource | JsonlSource
@@ -278,27 +275,11 @@ def _is_folder(entry: os.DirEntry[str], linked: bool) -> bool:
         return False
 
 
-def _decoded(data: bytes) -> str:
-    if b"\0" in data:
-        raise UnusableTextError("binary (it holds a zero byte)")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise UnusableTextError(f"not UTF-8 text (byte {error.start})") from None
-    _refuse_markers(text)
-    return text
-
-
 def _refuse_markers(text: str) -> None:
     # A prompt could never hold this text as memory, and its latents would be of no use.
     for marker in MARKERS:
         if marker in text:
             raise UnusableTextError(f"holds the marker {marker}, which a memory cannot")
-
-
-def _check_unchanged(text: str, document: Document) -> None:
-    if sha256_bytes(text.encode()) != document.sha256:
-        raise UnusableTextError("changed since it was scanned")
 
 
 def _wrong_field(row: dict[str, Any], field: str, wanted: str, flag: str) -> str:

@@ -22,6 +22,7 @@ from utils.compress.latent_cache import LatentCache
 from utils.compress.latent_files import LatentFiles
 from utils.compress.span_encoder import SpanEncoder
 from utils.corpus import __main__ as encode_corpus
+from utils.corpus import encode as corpus_encode
 from utils.corpus import run as corpus_run
 from utils.corpus.encode import CorpusJob, CorpusWorker
 from utils.corpus.reader import EncodedCorpus
@@ -199,7 +200,7 @@ def test_a_finished_run_is_recognised(
     first = encode(corpus)
     index = tmp_path / "out" / "index.sqlite"
     written = index.stat().st_mtime_ns
-    monkeypatch.setattr(corpus_run, "CorpusWorker", None)  # a model that is not even loaded
+    monkeypatch.setattr(corpus_encode, "CorpusWorker", None)  # a model that is not even loaded
     again = encode(corpus)
     assert index.stat().st_mtime_ns == written
     assert (first["was_complete"], again["was_complete"]) == (False, True)
@@ -238,7 +239,7 @@ def test_what_changes_meanwhile_is_left_out_and_comes_next_time(
         return CorpusWorker(job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus_run, "CorpusWorker", changed)
+        patch.setattr(corpus_encode, "CorpusWorker", changed)
         summary = encode(corpus, code=3)
     assert summary.items() >= {"missing": 2, "documents": 4}.items()
     summary = encode(corpus)

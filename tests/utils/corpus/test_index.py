@@ -128,16 +128,16 @@ def test_lines_and_what_they_cannot_give(tmp_path: Path) -> None:
         assert index.num_duplicates == 1
         problems = [str(problem) for problem in index.problems()]
     assert problems == [
-        "line 4: not JSON: Expecting value (column 21)",
+        "line 4: not JSON: Expecting value: line 1 column 21 (char 20)",
         "line 5: expected a JSON object, got list",
         "line 6: no key 'text', it has 'id': name it with --text-field",
         "line 7: 'text' must be a text, got int",
         "line 8: no key 'id', it has 'text': name it with --id-field or --line-ids",
         "line 9: 'id' must be a text or whole number, got bool",
-        "line 10: the text holds half a character (a lone surrogate)",
+        "line 10: its text or id holds half a character (a lone surrogate)",
         "line 11: not UTF-8 (byte 21)",
         "line 12: its id 'a' is line 1's already",
-        "line 13: not JSON: nested too deeply",
+        "line 13: not JSON that can be read: nested too deeply",
     ]
     numbered = [x for x in JsonlSource(str(path), id_field=None).scan() if isinstance(x, Document)]
     assert [x.id for x in numbered] == ["1", "3", "8", "9", "12"]

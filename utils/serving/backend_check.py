@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 
+from utils.client.completion import RetryPolicy
 from utils.client.server_client import VllmClient
 from utils.errors import ConfigError, ServerError
 from utils.serving.settings import GatewaySettings
@@ -27,7 +28,7 @@ async def check_backend(settings: GatewaySettings, width: int) -> bool:
         Whether all is well.
     """
     async with VllmClient(
-        settings.backend_url, api_key=settings.backend_key, timeout_s=_TIMEOUT_S, max_retries=0
+        settings.backend_url, api_key=settings.backend_key, timeout_s=_TIMEOUT_S, retry=RetryPolicy(attempts=1)
     ) as client:
         try:
             served = await client.models()

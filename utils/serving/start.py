@@ -1,0 +1,95 @@
+"""Loads what a gateway needs, looks at its backend, and serves; everything that makes `--help` of the command slow."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+from pathlib import Path
+
+from utils.checkpoint.settings import EncoderSettings
+from utils.client.completion import RetryPolicy
+from utils.client.server_client import VllmClient
+from utils.compress.compressor import Compressor
+from utils.compress.latent_cache import LatentCache
+from utils.errors import ConfigError, ServerError
+from utils.model.prompt import MemoryLimit
+from utils.serving.app import Gateway
+from utils.serving.backend import Backend
+from utils.serving.door import DoorPolicy
+from utils.serving.local import LocalBackend
+from utils.serving.server import GatewayServer
+from utils.serving.settings import GatewaySettings
+from utils.serving.upstream import Upstream
+
+logger = logging.getLogger(__name__)
+
+_CHECK_TIMEOUT_S = 30.0
+
+
+def serve(
+    settings: GatewaySettings,
+    port: int,
+    *,
+    checkpoint: str | Path | None,
+    chunk_size: int | None,
+    encoder: EncoderSettings,
+    limit: MemoryLimit,
+    cache: LatentCache | None,
+    is_local: bool,
+) -> int:
+    """Serve until a signal comes.
+
+    Args:
+        settings: Limits, keys and policies.
+        port: Port on the settings' host.
+        checkpoint: Whose encoder compresses.
+        chunk_size: Encoder tokens per latent; None for the checkpoint's own.
+        encoder: Where and how models run.
+        limit: Longest allowed span.
+        cache: Latents of earlier compressions.
+        is_local: The checkpoint's decoder answers in this process, instead of the settings' server.
+
+    Returns:
+        The process's exit code.
+    """
+    DoorPolicy(settings.host, settings.allowed_hosts, settings.allowed_origins)  # before the weights are loaded
+    compressor = Compressor.load(checkpoint, chunk_size=chunk_size, settings=encoder, limit=limit, cache=cache)
+    backend: Backend
+    if is_local:
+        backend = LocalBackend.load(compressor.files, encoder, settings.max_waiting)
+    else:
+        asyncio.run(check_server(settings, compressor.width))
+        backend = Upstream(settings)
+    place = "the checkpoint's decoder" if is_local else settings.backend_url
+    logger.info("gateway on http://%s:%d in front of %s", settings.host, port, place)
+    app = Gateway(settings, compressor, backend).app()
+    # What was loaded stays: the collector need not go through it for each long body, while nothing else runs.
+    gc.collect()
+    gc.freeze()
+    return GatewayServer(app, settings.connections, settings.host, port).run_process(os._exit)
+
+
+async def check_server(settings: GatewaySettings, width: int) -> None:
+    """Try one row of latents on the server's first model, and log what will not work; it never stops the start.
+
+    The server may be started later, and may serve several models; requests then show its own errors.
+    """
+    once = RetryPolicy(attempts=1)
+    async with VllmClient(
+        settings.backend_url, api_key=settings.backend_key, timeout_s=_CHECK_TIMEOUT_S, retry=once
+    ) as client:
+        try:
+            served = await client.models()
+            client.model = served[0].name if served else None
+            await client.preflight(width=width)
+            joins_parts = await client.joins_parts()
+        except (ServerError, ConfigError) as error:
+            logger.warning("the backend is not ready: %s", error)
+            return
+    if joins_parts:
+        logger.warning(
+            "the backend's chat template takes plain strings, so it puts a newline before and after every span: "
+            "answers differ from the local prompt's; serve the decoder with a chat template that takes content parts"
+        )

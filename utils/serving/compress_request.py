@@ -1,8 +1,8 @@
 """A client's request body → the body for the backend, with latents where memory markers were.
 
-compressed = await RequestCompressor(compressor, queue, memories, settings).compress(CHAT, raw, owner)
-compressed.content    # the bytes to forward; the client's own where there is nothing to change
-compressed.report()   # what the answer says about the spans
+    compressed = await requests.compress(CHAT, raw, owner)
+    compressed.content    # the bytes to forward; the client's own where there is nothing to change
+    compressed.report()   # what the answer says about the spans
 
 In order: read the JSON, find the spans, count what all of it expands to, and only then encode. What cannot fit is
 refused before it costs anything; long bodies are read and written beside the event loop.

@@ -12,14 +12,7 @@ import sys
 
 from utils.cli import make_parser, run_command
 from utils.errors import ConfigError
-from utils.flags import (
-    add_cache_flags,
-    add_checkpoint_flags,
-    add_memory_limit_flags,
-    encoder_settings,
-    memory_limit,
-    open_cache,
-)
+from utils.flags import add_cache_flags, add_checkpoint_flags, add_memory_limit_flags
 from utils.serving.settings import DEFAULT_BACKEND_URL, GatewaySettings, is_loopback, read_keys
 
 logger = logging.getLogger(__name__)
@@ -129,21 +122,7 @@ def _run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     from utils.serving.start import serve
 
-    cache = open_cache(args)
-    try:
-        return serve(
-            settings,
-            args.port,
-            checkpoint=args.checkpoint,
-            chunk_size=args.chunk_size,
-            encoder=encoder_settings(args),
-            limit=memory_limit(args),
-            cache=cache,
-            is_local=args.backend == "local",
-        )
-    finally:
-        if cache is not None:
-            cache.close()
+    return serve(args, settings)
 
 
 def _each(values: list[str]) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
-"""Counts what a prompt expands to before anything is encoded: latents, markers and, where this process decodes, text.
+"""Prompts tokenised, and what they expand to counted, before anything is encoded: 413 where it cannot fit.
 
-    spans = counter.read_spans(sources, chunk_size)       # tokenised; 413 where they cannot fit
+    prompt = PromptRows(compressor).raw(["Explain ", "."], ["def f(): …"], chunk_size=None)
 
 Everything here runs in the tokenizer's thread.
 """

@@ -1,20 +1,18 @@
-"""Loads what a gateway needs, looks at its backend, and serves; everything that makes `--help` of the command slow."""
+"""Loads what a gateway needs, looks at its backend, and serves: what would make the command's `--help` slow."""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import gc
 import logging
 import os
-from pathlib import Path
 
-from utils.checkpoint.settings import EncoderSettings
 from utils.client.completion import RetryPolicy
 from utils.client.server_client import VllmClient
 from utils.compress.compressor import Compressor
-from utils.compress.latent_cache import LatentCache
 from utils.errors import ConfigError, ServerError
-from utils.model.prompt import MemoryLimit
+from utils.flags import encoder_settings, memory_limit, open_cache
 from utils.serving.app import Gateway
 from utils.serving.backend import Backend
 from utils.serving.door import DoorPolicy
@@ -28,47 +26,39 @@ logger = logging.getLogger(__name__)
 _CHECK_TIMEOUT_S = 30.0
 
 
-def serve(
-    settings: GatewaySettings,
-    port: int,
-    *,
-    checkpoint: str | Path | None,
-    chunk_size: int | None,
-    encoder: EncoderSettings,
-    limit: MemoryLimit,
-    cache: LatentCache | None,
-    is_local: bool,
-) -> int:
+def serve(args: argparse.Namespace, settings: GatewaySettings) -> int:
     """Serve until a signal comes.
 
     Args:
+        args: The command's flags: checkpoint, how it runs, cache, kind of backend, port.
         settings: Limits, keys and policies.
-        port: Port on the settings' host.
-        checkpoint: Whose encoder compresses.
-        chunk_size: Encoder tokens per latent; None for the checkpoint's own.
-        encoder: Where and how models run.
-        limit: Longest allowed span.
-        cache: Latents of earlier compressions.
-        is_local: The checkpoint's decoder answers in this process, instead of the settings' server.
 
     Returns:
         The process's exit code.
     """
     DoorPolicy(settings.host, settings.allowed_hosts, settings.allowed_origins)  # before the weights are loaded
-    compressor = Compressor.load(checkpoint, chunk_size=chunk_size, settings=encoder, limit=limit, cache=cache)
-    backend: Backend
-    if is_local:
-        backend = LocalBackend.load(compressor.files, encoder, settings.max_waiting)
-    else:
-        asyncio.run(check_server(settings, compressor.width))
-        backend = Upstream(settings)
-    place = "the checkpoint's decoder" if is_local else settings.backend_url
-    logger.info("gateway on http://%s:%d in front of %s", settings.host, port, place)
-    app = Gateway(settings, compressor, backend).app()
-    # What was loaded stays: the collector need not go through it for each long body, while nothing else runs.
-    gc.collect()
-    gc.freeze()
-    return GatewayServer(app, settings.connections, settings.host, port).run_process(os._exit)
+    encoder = encoder_settings(args)
+    cache = open_cache(args)
+    try:
+        compressor = Compressor.load(
+            args.checkpoint, chunk_size=args.chunk_size, settings=encoder, limit=memory_limit(args), cache=cache
+        )
+        backend: Backend
+        if args.backend == "local":
+            backend = LocalBackend.load(compressor.files, encoder, settings.max_waiting)
+        else:
+            asyncio.run(check_server(settings, compressor.width))
+            backend = Upstream(settings)
+        place = "its own decoder" if backend.is_local else settings.backend_url
+        logger.info("gateway on http://%s:%d in front of %s", settings.host, args.port, place)
+        app = Gateway(settings, compressor, backend).app()
+        # What was loaded stays: the collector need not go through it for each long body, while nothing else runs.
+        gc.collect()
+        gc.freeze()
+        return GatewayServer(app, settings.connections, settings.host, args.port).run_process(os._exit)
+    finally:
+        if cache is not None:
+            cache.close()
 
 
 async def check_server(settings: GatewaySettings, width: int) -> None:

@@ -48,10 +48,10 @@ def test_long_texts(length: int) -> None:
 
 def test_what_cannot_fit_is_not_read() -> None:
     counting = Counting(TOKENIZER)
-    assert BoundedTokenizer(counting).ids("x" * 10_000_000, 512) is None
-    assert counting.characters == 0
-    assert BoundedTokenizer(counting).ids("x" * 10_000, 512) is None
-    assert counting.characters < 10_000
+    for length in (10_000, 10_000_000):
+        counting.characters = 0
+        assert BoundedTokenizer(counting).ids("x" * length, 512) is None
+        assert counting.characters < 10_000
 
 
 def test_special_tokens_are_added_on_request() -> None:

@@ -17,10 +17,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.support import gateway_server  # isort: skip - skips where what it is made of is not installed
+pytest.importorskip("starlette")
+
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, StreamingResponse
 
+from tests.support import gateway_server
 from tests.support.processes import free_port, start_python, wait_until
 from utils.serving.api_error import ApiError
 from utils.serving.bodies import BodyLimits

@@ -292,3 +292,22 @@ def test_limits_and_defaults_of_an_answer(gateway: httpx.Client) -> None:
     limits = {"max_completion_tokens": 2, "max_tokens": 9}
     assert gateway.post(CHAT, json={**chat_body("x"), **limits}).json()["usage"]["completion_tokens"] <= 2
     assert gateway.post(COMPLETIONS, json={"prompt": "x"}).json()["usage"]["completion_tokens"] <= 16
+
+
+def test_an_encoder_that_fails_leaves_plain_text(compressor: Compressor, expected: Any) -> None:
+    class Failing:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(compressor, name)
+
+        def encode_spans(self, *_: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+    failing: Any = Failing()
+    before, after = "What is ", "?"
+    plain = before + CODE + after
+    with local_gateway.running(failing, on_error="plain-text") as url, httpx.Client(base_url=url, timeout=60) as client:
+        chat = client.post(CHAT, json=chat_body(before + wrap(CODE) + after)).json()
+        text = client.post(COMPLETIONS, json={"prompt": before + wrap(CODE) + after, "temperature": 0}).json()
+    assert chat["choices"][0]["message"]["content"] == expected(plain, chat=True)[1]
+    assert expected(plain, chat=False)[1].startswith(text["choices"][0]["text"])
+    assert {chat["code_llava"]["fallback"], text["code_llava"]["fallback"]} == {"plain-text"}

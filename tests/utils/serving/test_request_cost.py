@@ -225,7 +225,7 @@ def odd_body(draw: random.Random, chat: bool) -> bytes:
     return raw
 
 
-@pytest.mark.parametrize("count", [15, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [30, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("chat", [True, False])
 def test_no_body_makes_a_500(gateway: httpx.Client, chat: bool, count: int) -> None:
     draw = random.Random(f"shapes {chat}")

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from ruler.answering.predict import PredictJob, exit_code, predict, print_outcomes
 from ruler.answering.protocol import BackendSettings
-from ruler.answering.runner import RetryPolicy
 from ruler.registry import resolve_tasks
 from utils.cli import make_parser, run_command
-from utils.client.completion import Sampling
+from utils.client.completion import RetryPolicy, Sampling
 from utils.errors import ConfigError
 
 EXAMPLES = """\

@@ -5,7 +5,7 @@
 
 One thread reads and tokenises ahead, many texts a call, while this one encodes; between them wait at most a few groups.
 A group is some neighbouring documents whose windows are packed together: `SpanEncoder` does that, as for prompts.
-Groups depend on the shard alone, so that a document's bits do not hang on which process encodes it, or when.
+Groups depend on the shard alone, so that a document's bits do not depend on which process encodes it, or when.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class CorpusJob:
         files: The checkpoint.
         settings: How its encoder runs.
         output: The shards' folder; None: into the latent cache.
-        cache_dir: Folder of the latent cache, where there is no output.
+        cache_dir: Folder of the latent cache; None with an output.
         threads: CPU threads; None: torch's own choice.
     """
 
@@ -69,7 +69,7 @@ class CorpusJob:
     files: CheckpointFiles
     settings: EncoderSettings
     output: CorpusOutput | None
-    cache_dir: Path
+    cache_dir: Path | None
     threads: int | None = None
 
 

@@ -25,7 +25,7 @@ from ruler.generation.tasks.niah import Niah
 from ruler.generation.tasks.qa import QuestionAnswering
 from ruler.generation.tasks.variable_tracking import VariableTracking
 from ruler.generation.templates import chat_template
-from ruler.generation.tokenizers import TOKENIZER_TYPES, TextTokenizer, load_tokenizer
+from ruler.generation.tokenizers import TOKENIZER_TYPES, load_tokenizer
 from ruler.registry import get_task
 from utils.errors import ConfigError
 
@@ -116,14 +116,9 @@ def recipe_from(args: argparse.Namespace, task: str, max_seq_length: int, **chan
     return Recipe(task=task, max_seq_length=max_seq_length, **{**values, **changes})
 
 
-@lru_cache(maxsize=2)
-def _tokenizer(kind: str, path: str) -> TextTokenizer:
-    return load_tokenizer(kind, path)
-
-
-@lru_cache(maxsize=2)
-def _data(folder: str | None, code_folder: str | None) -> RulerData:
-    return RulerData(folder, code_folder)
+# What the rows of one process share.
+_tokenizer = lru_cache(maxsize=2)(load_tokenizer)
+_data = lru_cache(maxsize=2)(RulerData)
 
 
 @lru_cache(maxsize=2)

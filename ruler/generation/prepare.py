@@ -179,7 +179,7 @@ def _in_processes(
     threads = max((os.cpu_count() or 1) // num_workers, 1)
     # Spawned, not forked: the tokenizer's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, _start_worker, (threads,)) as pool:
+    with ProcessPoolExecutor(num_workers, context, os.putenv, ("RAYON_NUM_THREADS", str(threads))) as pool:
         futures = {pool.submit(_make_unit, unit): unit for unit in units}
         try:
             for future in as_completed(futures):
@@ -189,10 +189,6 @@ def _in_processes(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _start_worker(num_threads: int) -> None:
-    os.environ["RAYON_NUM_THREADS"] = str(num_threads)
 
 
 def _make_unit(unit: _Unit, progress: Callable[[int], object] = lambda rows: None) -> CodeLlavaError | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 
 import torch
 
@@ -37,7 +38,7 @@ class SpanEncoder:
         self.memory_encoder = memory_encoder
         self.cache = cache
         self._fingerprint = fingerprint
-        self._namespaces: dict[int, bytes] = {}
+        self._dtype = memory_encoder.chunker.encoder.dtype
 
     def __call__(self, spans: Sequence[MemorySpan]) -> list[torch.Tensor]:
         """Latents [n, D] of each span."""
@@ -62,14 +63,13 @@ class SpanEncoder:
             EncodingStopped: `stopped` said so.
         """
         units_of_spans = [self.memory_encoder.units(span) for span in spans]
-        units = [unit for span_units in units_of_spans for unit in span_units]
-        salt_of_units = [
-            salt for salt, own in zip(salts or [b""] * len(spans), units_of_spans, strict=True) for _ in own
-        ]
         # Equal units of one salt are encoded once: equal text gives equal bits. Of several salts each has its own, so
         # that not even the time tells one owner what another has sent.
-        keys_of_units = [_salted(self._key(unit), salt) for unit, salt in zip(units, salt_of_units, strict=True)]
-        unit_of_key = dict(zip(keys_of_units, units, strict=True))
+        keys_of_spans = [
+            [_salted(self._key(unit), salt) for unit in units]
+            for units, salt in zip(units_of_spans, salts or [b""] * len(spans), strict=True)
+        ]
+        unit_of_key = dict(zip(chain(*keys_of_spans), chain(*units_of_spans), strict=True))
         latents = self._look_up(unit_of_key, salted=any(salts))
         cached = set(latents)
         missing = [key for key in unit_of_key if key not in latents]
@@ -87,11 +87,9 @@ class SpanEncoder:
                 self.cache.put_many(keys, fresh)
             latents |= zip(keys, fresh, strict=True)
         results = []
-        remaining = iter(keys_of_units)
-        for span_units in units_of_spans:
-            here = [next(remaining) for _ in span_units]
-            cached_tokens = sum(u.num_tokens for u, key in zip(span_units, here, strict=True) if key in cached)
-            results.append((join_rows([latents[key] for key in here]), cached_tokens))
+        for units, keys in zip(units_of_spans, keys_of_spans, strict=True):
+            cached_tokens = sum(unit.num_tokens for unit, key in zip(units, keys, strict=True) if key in cached)
+            results.append((join_rows([latents[key] for key in keys]), cached_tokens))
         return results
 
     def _look_up(self, unit_of_key: dict[bytes, MemoryUnit], *, salted: bool) -> dict[bytes, torch.Tensor]:
@@ -108,14 +106,9 @@ class SpanEncoder:
     def _key(self, unit: MemoryUnit) -> bytes:
         first, last = unit.windows[0], unit.windows[-1]
         core = first.core if len(unit.windows) == 1 else [token for window in unit.windows for token in window.core]
-        return window_key(self._namespace(first.chunk_size), first.left, core, last.right)
-
-    def _namespace(self, chunk_size: int) -> bytes:
-        """Everything but the tokens that decides a latent's bits."""
-        if chunk_size not in self._namespaces:
-            dtype = self.memory_encoder.chunker.encoder.dtype
-            self._namespaces[chunk_size] = f"{self._fingerprint} {chunk_size} {dtype}".encode()
-        return self._namespaces[chunk_size]
+        # Everything but the tokens that decides a latent's bits.
+        namespace = f"{self._fingerprint} {first.chunk_size} {self._dtype}".encode()
+        return window_key(namespace, first.left, core, last.right)
 
 
 def _salted(key: bytes, salt: bytes) -> bytes:

@@ -205,7 +205,7 @@ def test_concat_fixes_the_chunk_size() -> None:
 def test_a_window_longer_than_the_encoders_positions(packed: bool) -> None:
     config = CompressionConfig(chunk_size=4, window=600)
     memory_encoder = make_memory_encoder(config, packed=packed)
-    with pytest.raises(ConfigError, match=r"a window of 600 tokens .* longer than the encoder's 512 positions"):
+    with pytest.raises(ConfigError, match=r" 600 .* 512 "):
         memory_encoder([make_span(600)])
     assert len(memory_encoder([make_span(512)])[0]) == 128
 

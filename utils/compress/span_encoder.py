@@ -15,8 +15,8 @@ import torch
 
 from utils.compress.latent_cache import LatentCache, window_key
 from utils.model.code_llava_model import MemoryEncoder, MemoryUnit
+from utils.model.join import join_rows
 from utils.model.prompt import MemorySpan
-from utils.model.splice import join_rows
 
 
 class EncodingStopped(Exception):
@@ -72,20 +72,29 @@ class SpanEncoder:
         latents = self._look_up(unit_of_key, salted=any(salts))
         cached = set(latents)
         missing = [key for key in unit_of_key if key not in latents]
+        whole: list[torch.Tensor] = []
         for group in self._groups([unit_of_key[key] for key in missing]) if stopped else [range(len(missing))]:
             if stopped and stopped():
                 raise EncodingStopped
+            if not group:
+                continue
             keys = [missing[i] for i in group]
-            fresh = self.memory_encoder.encode_units([unit_of_key[key] for key in keys], to_cpu=True)
-            if self.cache and keys:
-                self.cache.put_many(keys, fresh)
-            latents |= zip(keys, fresh, strict=True)
+            new_units = [unit_of_key[key] for key in keys]
+            fresh = self.memory_encoder.encode_units(new_units, to_cpu=True)
+            parts = fresh.split([unit.num_latents for unit in new_units])
+            if self.cache:
+                self.cache.put_many(keys, parts)
+            latents |= zip(keys, parts, strict=True)
+            if keys == keys_of_units:
+                # All is new and in its order: cut, not joined, so that a long span's latents are held once.
+                whole = list(fresh.split([sum(unit.num_latents for unit in own) for own in units_of_spans]))
         results = []
         remaining = iter(keys_of_units)
-        for span_units in units_of_spans:
+        for number, span_units in enumerate(units_of_spans):
             here = [next(remaining) for _ in span_units]
             cached_tokens = sum(u.num_tokens for u, key in zip(span_units, here, strict=True) if key in cached)
-            results.append((join_rows([latents[key] for key in here]), cached_tokens))
+            rows = whole[number] if whole else join_rows([latents[key] for key in here])
+            results.append((rows, cached_tokens))
         return results
 
     def _look_up(self, unit_of_key: dict[bytes, MemoryUnit], *, salted: bool) -> dict[bytes, torch.Tensor]:

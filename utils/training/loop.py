@@ -35,7 +35,6 @@ from utils.training.checkpoints import PROGRESS, Progress, check_fits, restore, 
 from utils.training.config import StageConfig, TrainConfig
 from utils.training.data.cache import TokenCache
 from utils.training.datasets import open_caches
-from utils.training.fused_norms import use_fused_norms
 from utils.training.losses import TrainedPair, check_alignable, loss_units
 from utils.training.metrics import MetricsFile, StepResults, check_trackers
 from utils.training.packing import ExampleStream, PackedRow, RowPacker, packed_ahead
@@ -111,7 +110,6 @@ class Trainer:
         torch.manual_seed(config.seed)
         add_lora(self.pair, config)
         set_precision(self.pair, config)
-        use_fused_norms(self.pair)
         self.progress = Progress()
         if config.pair.trained:
             packed = TrainedPart.open(config.pair.trained)

@@ -29,7 +29,6 @@ from utils.training.checkpoints import PROGRESS, Progress, check_fits, restore, 
 from utils.training.config import StageConfig, TrainConfig
 from utils.training.data.cache import TokenCache
 from utils.training.data.folder import open_caches
-from utils.training.fused_norms import use_fused_norms
 from utils.training.losses import TrainedPair, check_alignable
 from utils.training.metrics import MetricsFile, StepResults, check_trackers
 from utils.training.packing import ExampleStream, PackedRow, RowPacker, packed_ahead
@@ -97,7 +96,6 @@ class Trainer:
         torch.manual_seed(config.seed)
         add_lora(self.pair, config)
         set_precision(self.pair, config)
-        use_fused_norms(self.pair)
         self.progress = Progress(stage=0, step=0, global_step=0, skipped=0, labels=0, seconds=0.0, packer=None)
         if config.pair.trained:
             packed = TrainedPart.open(config.pair.trained)

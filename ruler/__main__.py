@@ -27,7 +27,7 @@ _MODULES = {
     "run": "ruler.run",
 }
 EXAMPLES = """\
-  python -m ruler run --output-dir out --lengths 1024,2048 --num-samples 5 --chunk-sizes 4,8
+  python -m ruler run --output out --lengths 1024,2048 --num-samples 5 --chunk-size 4,8
   python -m ruler predict --help"""
 
 

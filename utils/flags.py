@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.checkpoint.settings import DTYPE_NAMES, EncoderSettings
+from utils.compress.latent_cache import LatentCache
 from utils.errors import PromptError
 from utils.model.markers import MARKERS, wrap
 
 if TYPE_CHECKING:
-    from utils.compress.latent_cache import LatentCache
     from utils.model.prompt import MemoryLimit
 
 
 def add_checkpoint_flags(
     parser: argparse.ArgumentParser,
-    path_flags: tuple[str, ...] = ("--model-path", "--checkpoint"),
+    path_flags: tuple[str, ...] = ("--checkpoint", "--model-path"),
     per_span_chunk_size: bool = False,
 ) -> None:
     """Add the flags that choose a checkpoint and how it runs.
@@ -93,8 +93,6 @@ def memory_limit(args: argparse.Namespace) -> MemoryLimit:
 
 def open_cache(args: argparse.Namespace) -> LatentCache | None:
     """The cache that the flags describe; None with --no-cache, and (with a warning) where it cannot be used."""
-    from utils.compress.latent_cache import LatentCache
-
     return None if args.no_cache else LatentCache.open_if_usable(args.cache_dir)
 
 
@@ -135,10 +133,5 @@ def _numbers(text: str) -> list[int]:
 
 def _spellings(*flags: str) -> list[str]:
     """Each flag with hyphens, and the published spelling with underscores as an alias."""
-    spellings = []
-    for flag in flags:
-        spellings.append(flag)
-        underscored = "--" + flag.removeprefix("--").replace("-", "_")
-        if underscored != flag:
-            spellings.append(underscored)
-    return spellings
+    both = [(flag, "--" + flag[2:].replace("-", "_")) for flag in flags]
+    return list(dict.fromkeys(spelling for pair in both for spelling in pair))

@@ -31,13 +31,16 @@ from ruler.answering.protocol import (
     RowRefusedError,
     TransientError,
 )
+from utils.checkpoint.locate import find_checkpoint
+from utils.checkpoint.settings import EncoderSettings
+from utils.client.connection import RequestError
+from utils.compress.latent_cache import LatentCache
 from utils.errors import CheckpointError, ConfigError
 from utils.pretrained import fetch, loading, read_model, read_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
-    from utils.compress.latent_cache import LatentCache
     from utils.compress.prompt_embeds import PromptEmbeds
     from utils.model.prompt import MemoryPrompt
 
@@ -72,8 +75,6 @@ def decoder_folder(model: str | None) -> Path:
     Raises:
         CheckpointError: There is no such checkpoint.
     """
-    from utils.checkpoint.locate import find_checkpoint
-
     return Path(str(model)) if _is_plain_model(model) else find_checkpoint(model).decoder
 
 
@@ -130,8 +131,6 @@ class ServerText:
 
 
 def _latent_cache(settings: BackendSettings) -> LatentCache | None:
-    from utils.compress.latent_cache import LatentCache
-
     return LatentCache.open_if_usable(settings.cache_dir) if settings.cache else None
 
 
@@ -142,7 +141,6 @@ class ServerMemory(ServerText):
     """
 
     def __init__(self, settings: BackendSettings) -> None:
-        from utils.checkpoint.settings import EncoderSettings
         from utils.compress.compressor import Compressor
 
         super().__init__(settings)
@@ -183,8 +181,6 @@ class ServerMemory(ServerText):
 @contextlib.contextmanager
 def _sorted_failures() -> Iterator[None]:
     """Sort a failed request: worth another try, this row cannot be answered, or nothing can (passed on as it is)."""
-    from utils.client.connection import RequestError
-
     try:
         yield
     except RequestError as error:
@@ -241,7 +237,6 @@ class LocalCodeLlava(LocalModel):
     """A Code-LLaVA checkpoint in this process: contexts as latents, or as text for its bare decoder."""
 
     def __init__(self, settings: BackendSettings) -> None:
-        from utils.checkpoint.locate import find_checkpoint
         from utils.inference.inference import load_model
 
         self._compress = settings.name == "local-memory"
@@ -259,11 +254,8 @@ class LocalCodeLlava(LocalModel):
         texts = [question.memory_text if self._compress else question.text for question in questions]
         prompts = [parse_prompt(self._processor, text, self._settings) for text in texts]
         self._model.check_room(prompts, max(question.max_tokens for question in questions))
-        counts = [
-            {"memory_tokens": prompt.memory_tokens, "num_latents": prompt.num_latents} if self._compress else {}
-            for prompt in prompts
-        ]
-        return self._model.embed_prompts(prompts), counts
+        counts = [{"memory_tokens": prompt.memory_tokens, "num_latents": prompt.num_latents} for prompt in prompts]
+        return self._model.embed_prompts(prompts), counts if self._compress else [{}] * len(prompts)
 
 
 def parse_prompt(processor: Any, text: str, settings: BackendSettings) -> MemoryPrompt:

@@ -6,7 +6,7 @@ rows = list(generate_rows(Recipe(task="vt", max_seq_length=4096, tokenizer="mode
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePath
@@ -17,9 +17,15 @@ from ruler.generation.data_files import RulerData
 from ruler.generation.essay import Essay
 from ruler.generation.fitting import CountMismatchError, RowMaker, balanced_row, compat_rows, derive_seed
 from ruler.generation.tasks.base import Prompt, Streams, TaskGenerator
+from ruler.generation.tasks.code import CodeTask
+from ruler.generation.tasks.common_words import CommonWords
+from ruler.generation.tasks.freq_words import FreqWords
+from ruler.generation.tasks.niah import Niah
+from ruler.generation.tasks.qa import QuestionAnswering
+from ruler.generation.tasks.variable_tracking import VariableTracking
 from ruler.generation.templates import chat_template
 from ruler.generation.tokenizers import TextTokenizer, load_tokenizer
-from ruler.registry import TaskConfig, get_task
+from ruler.registry import get_task
 from utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -89,13 +95,13 @@ def _data(folder: str | None, code_folder: str | None) -> RulerData:
 
 
 @lru_cache(maxsize=2)
-def _counter(kind: str, path: str) -> PieceCounter:
-    return PieceCounter(_tokenizer(kind, path))
+def _counter(kind: str, path: str, whole: bool) -> PieceCounter:
+    return PieceCounter(_tokenizer(kind, path), whole=whole)
 
 
 @lru_cache(maxsize=2)
-def _essay(folder: str | None, kind: str, path: str) -> Essay:
-    return Essay(_data(folder, None).essay_words, _counter(kind, path))
+def _essay(folder: str | None, kind: str, path: str, whole: bool) -> Essay:
+    return Essay(_data(folder, None).essay_words, _counter(kind, path, whole))
 
 
 def generate_rows(recipe: Recipe, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
@@ -113,14 +119,10 @@ def generate_rows(recipe: Recipe, start: int = 0, stop: int | None = None) -> It
     recipe.check()
     stop = recipe.num_samples if stop is None else stop
     maker = _row_maker(recipe, whole=False)
-    done = start
     try:
-        for row in _rows(recipe, maker, start, stop):
-            yield row
-            done += 1
+        yield from _rows(recipe, maker, start, stop)
     except CountMismatchError as mismatch:
         # Found on the first row made, before it was yielded.
-        assert done == start
         logger.warning("%s: counting whole texts, parts do not add up (%s)", recipe.tokenizer, mismatch)
         yield from _rows(recipe, _row_maker(recipe, whole=True), start, stop)
 
@@ -138,77 +140,34 @@ def _rows(recipe: Recipe, maker: RowMaker, start: int, stop: int) -> Iterator[di
 
 
 def _row_maker(recipe: Recipe, *, whole: bool) -> RowMaker:
+    counter = _counter(recipe.tokenizer_type, recipe.tokenizer, whole)
+    return RowMaker(_generator(recipe, whole), counter, recipe.reference_index)
+
+
+def _generator(recipe: Recipe, whole: bool) -> TaskGenerator:
     task = get_task(recipe.task)
-    source = (recipe.tokenizer_type, recipe.tokenizer)
-    counter = PieceCounter(_tokenizer(*source), whole=True) if whole else _counter(*source)
     data = _data(recipe.data_dir, recipe.code_dir)
     prompt = Prompt(task, chat_template(recipe.template, recipe.tokenizer))
-    generator = _BUILDERS[task.family](recipe, task, prompt, data, counter)
-    return RowMaker(generator, counter, recipe.reference_index)
-
-
-def _niah(recipe: Recipe, task: TaskConfig, prompt: Prompt, data: RulerData, counter: PieceCounter) -> TaskGenerator:
-    from ruler.generation.tasks.niah import Niah
-
-    essay = None
-    if task.params["haystack"] == "essay":
-        cached = counter is _counter(recipe.tokenizer_type, recipe.tokenizer)
-        essay = (
-            _essay(recipe.data_dir, recipe.tokenizer_type, recipe.tokenizer)
-            if cached
-            else Essay(data.essay_words, counter)
-        )
-    pairs = data.word_lists.pairs if task.params["key"] == "words" else None
-    return Niah(task, prompt, recipe.max_seq_length, recipe.remove_newline_tab, essay=essay, pairs=pairs)
-
-
-def _vt(recipe: Recipe, task: TaskConfig, prompt: Prompt, data: RulerData, counter: PieceCounter) -> TaskGenerator:
-    from ruler.generation.tasks.variable_tracking import VariableTracking
-
-    return VariableTracking(task, prompt, recipe.max_seq_length, recipe.remove_newline_tab)
-
-
-def _cwe(recipe: Recipe, task: TaskConfig, prompt: Prompt, data: RulerData, counter: PieceCounter) -> TaskGenerator:
-    from ruler.generation.tasks.common_words import CommonWords
-
-    return CommonWords(
-        task,
-        prompt,
-        recipe.max_seq_length,
-        recipe.remove_newline_tab,
-        words=data.word_lists.shuffled(recipe.seed),
-        more_words=lambda: data.english_words,
-    )
-
-
-def _fwe(recipe: Recipe, task: TaskConfig, prompt: Prompt, data: RulerData, counter: PieceCounter) -> TaskGenerator:
-    from ruler.generation.tasks.freq_words import FreqWords
-
-    return FreqWords(task, prompt, recipe.max_seq_length, recipe.remove_newline_tab)
-
-
-def _qa(recipe: Recipe, task: TaskConfig, prompt: Prompt, data: RulerData, counter: PieceCounter) -> TaskGenerator:
-    from ruler.generation.tasks.qa import QuestionAnswering
-
-    source = data.squad if task.params["dataset"] == "squad" else data.hotpotqa
-    return QuestionAnswering(task, prompt, recipe.max_seq_length, recipe.remove_newline_tab, source=source)
-
-
-def _code(recipe: Recipe, task: TaskConfig, prompt: Prompt, data: RulerData, counter: PieceCounter) -> TaskGenerator:
-    from ruler.generation.tasks.code import CodeTask
-
-    return CodeTask(task, prompt, recipe.max_seq_length, recipe.remove_newline_tab, files=data.code_files)
-
-
-_Builder = Callable[[Recipe, TaskConfig, Prompt, RulerData, PieceCounter], TaskGenerator]
-_BUILDERS: dict[str, _Builder] = {
-    "niah": _niah,
-    "variable_tracking": _vt,
-    "common_words": _cwe,
-    "freq_words": _fwe,
-    "qa": _qa,
-    "code": _code,
-}
+    common = (task, prompt, recipe.max_seq_length, recipe.remove_newline_tab)
+    match task.family:
+        case "niah":
+            in_essay, of_words = task.params["haystack"] == "essay", task.params["key"] == "words"
+            source = (recipe.data_dir, recipe.tokenizer_type, recipe.tokenizer, whole)
+            return Niah(
+                *common, essay=_essay(*source) if in_essay else None, pairs=data.word_lists.pairs if of_words else None
+            )
+        case "variable_tracking":
+            return VariableTracking(*common)
+        case "common_words":
+            words = data.word_lists.shuffled(recipe.seed)
+            return CommonWords(*common, words=words, more_words=lambda: data.english_words)
+        case "freq_words":
+            return FreqWords(*common)
+        case "qa":
+            return QuestionAnswering(*common, source=data.questions(task.params["dataset"]))
+        case "code":
+            return CodeTask(*common, files=data.code_files)
+    raise AssertionError(f"no generator for the family {task.family}")
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:

@@ -13,13 +13,15 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ruler.dataset import read_dataset, read_manifest, rows_path, write_dataset
+from ruler.generation.generate import MODES, Recipe, describe, generate_rows
+from ruler.layout import read_dataset, read_manifest, rows_path, write_dataset
 from ruler.registry import REFERENCE_COMMIT, resolve_tasks
 from utils.cli import print_json
 from utils.errors import CodeLlavaError, ConfigError, DatasetError
@@ -28,12 +30,12 @@ from utils.files import provenance, read_json, read_jsonl, write_json, write_jso
 logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
-  python -m ruler prepare --output-dir data --lengths 4k,32k --tokenizer-path models/Qwen3-4B --num-samples 100
-  python -m ruler prepare --output-dir data --tasks vt,code --lengths 8k --tokenizer-path tokenizer.json --mode balanced
-  python -m ruler prepare --output-dir data --lengths 4k --tokenizer-path models/Qwen3-4B --data-dir ruler_data"""
+  python -m ruler prepare --output data --lengths 4k,32k --tokenizer-path models/Qwen3-4B --num-samples 100
+  python -m ruler prepare --output data --tasks vt,code --lengths 8k --tokenizer-path tokenizer.json --mode balanced
+  python -m ruler prepare --output data --lengths 4k --tokenizer-path models/Qwen3-4B --data-dir ruler_data"""
 
 _UNIT_ROWS = 16
-_VERSIONS = ("tokenizers", "numpy", "wonderwords")
+_VERSIONS = ("tokenizers", "numpy", "wonderwords", "nltk")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +43,34 @@ class DatasetJob:
     """One dataset to be made.
 
     Attributes:
-        recipe: What its rows are (`ruler.generation.generate.Recipe`).
+        recipe: What its rows are.
         folder: Where it goes.
         subset: Stem of the rows file.
     """
 
-    recipe: Any
+    recipe: Recipe
     folder: Path
     subset: str = "validation"
+
+    @property
+    def name(self) -> str:
+        """Task and length, for messages."""
+        return f"{self.recipe.task} @ {self.recipe.max_seq_length}"
+
+    @property
+    def rows_path(self) -> Path:
+        """The rows file."""
+        return rows_path(self.folder, self.subset)
 
     @property
     def parts(self) -> Path:
         """Folder of the finished units."""
         return self.folder / f".{self.subset}.parts"
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the manifest must say for this to be the same dataset."""
+        return describe(self.recipe)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +94,7 @@ class Prepared:
     made: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Unit:
+class _Unit(NamedTuple):
     job: DatasetJob
     start: int
     stop: int
@@ -105,61 +121,47 @@ def prepare_datasets(
         ConfigError: A value of a recipe is wrong.
         DatasetError: Another dataset lies in the way, or data is missing.
     """
-    from ruler.generation.generate import describe
-
-    identities = [describe(job.recipe) for job in jobs]
-    done = [_is_complete(job, identity, overwrite) for job, identity in zip(jobs, identities, strict=True)]
-    units = [
-        unit
-        for job, identity, complete in zip(jobs, identities, done, strict=True)
-        if not complete
-        for unit in _open_units(job, identity)
-    ]
-    errors = _make_units(units, num_workers or os.cpu_count() or 1)
-    prepared = []
-    for job, identity, complete in zip(jobs, identities, done, strict=True):
-        if _name(job) not in errors:
-            prepared.append(_summary(job) if complete else _finish(job, identity))
+    done = [_is_complete(job, overwrite) for job in jobs]
+    open_jobs = [job for job, complete in zip(jobs, done, strict=True) if not complete]
+    errors = _make_units([unit for job in open_jobs for unit in _open_units(job)], num_workers or os.cpu_count() or 1)
+    prepared = [_finish(job, complete) for job, complete in zip(jobs, done, strict=True) if job.name not in errors]
     return prepared, errors
 
 
-def _is_complete(job: DatasetJob, identity: dict[str, Any], overwrite: bool) -> bool:
+def _is_complete(job: DatasetJob, overwrite: bool) -> bool:
     """Whether the dataset is there already.
 
     Raises:
+        ConfigError: Its recipe is wrong.
         DatasetError: Another one is there.
     """
-    path = rows_path(job.folder, job.subset)
-    if not path.exists() or overwrite:
+    identity = job.identity
+    if overwrite or not job.rows_path.exists():
         return False
+    advice = "choose another folder, or pass --overwrite"
     manifest = read_manifest(job.folder, job.subset)
-    if manifest is None:
-        raise DatasetError(f"{path} was not written by this program: choose another folder, or pass --overwrite")
+    if not manifest:
+        raise DatasetError(f"{job.rows_path} was not written by this program: {advice}")
     for name, wanted in identity.items():
         if manifest.get(name) != wanted:
             raise DatasetError(
-                f"{path} holds another dataset: {name} is {manifest.get(name)!r:.80}, wanted {wanted!r:.80}; "
-                "choose another folder, or pass --overwrite"
+                f"{job.rows_path} holds another dataset: {name} is {manifest.get(name)!r:.80}, wanted {wanted!r:.80}; "
+                f"{advice}"
             )
     read_dataset(job.folder, job.subset)
     return True
 
 
-def _open_units(job: DatasetJob, identity: dict[str, Any]) -> list[_Unit]:
+def _open_units(job: DatasetJob) -> list[_Unit]:
     """The units of a job that are still to be made; units of another dataset are thrown away."""
-    note = job.parts / "recipe.json"
-    size = _UNIT_ROWS if job.recipe.balanced else job.recipe.num_samples
-    units = {**identity, "unit_rows": size}
-    if note.exists() and read_json(note) != units:
+    note, total = job.parts / "recipe.json", job.recipe.num_samples
+    size = _UNIT_ROWS if job.recipe.balanced else total
+    wanted = {**job.identity, "unit_rows": size}
+    if note.exists() and read_json(note) != wanted:
         shutil.rmtree(job.parts)
-    write_json(note, units)
-    return [unit for unit in _units(job, size) if not unit.path.exists()]
-
-
-def _units(job: DatasetJob, size: int) -> Iterator[_Unit]:
-    total = job.recipe.num_samples
-    for start in range(0, total, size):
-        yield _Unit(job=job, start=start, stop=min(start + size, total))
+    write_json(note, wanted)
+    units = [_Unit(job, start, min(start + size, total)) for start in range(0, total, size)]
+    return [unit for unit in units if not unit.path.exists()]
 
 
 def _make_units(units: Sequence[_Unit], num_workers: int) -> dict[str, CodeLlavaError]:
@@ -167,23 +169,23 @@ def _make_units(units: Sequence[_Unit], num_workers: int) -> dict[str, CodeLlava
     from tqdm import tqdm
 
     errors: dict[str, CodeLlavaError] = {}
-    total = sum(unit.stop - unit.start for unit in units)
+    num_workers = min(num_workers, len(units))
     # disable=None: no bar where stderr is a file.
-    with tqdm(total=total, desc="prepare", unit="row", disable=None) as bar:
-        for unit, error in _run(units, min(num_workers, len(units)), bar.update):
+    with tqdm(total=sum(u.stop - u.start for u in units), desc="prepare", unit="row", disable=None) as bar:
+        if num_workers > 1:
+            outcomes = _in_processes(units, num_workers, bar.update)
+        else:
+            outcomes = ((unit, _make_unit(unit, bar.update)) for unit in units)
+        for unit, error in outcomes:
             if error:
-                errors.setdefault(_name(unit.job), error)
-                logger.error("%s: %s", _name(unit.job), error)
+                errors.setdefault(unit.job.name, error)
+                logger.error("%s: %s", unit.job.name, error)
     return errors
 
 
-def _run(
+def _in_processes(
     units: Sequence[_Unit], num_workers: int, progress: Callable[[int], object]
 ) -> Iterator[tuple[_Unit, CodeLlavaError | None]]:
-    if num_workers <= 1:
-        for unit in units:
-            yield unit, _make_unit(unit, progress)
-        return
     threads = max((os.cpu_count() or 1) // num_workers, 1)
     # Spawned, not forked: the tokenizer's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
@@ -204,8 +206,6 @@ def _start_worker(num_threads: int) -> None:
 
 
 def _make_unit(unit: _Unit, progress: Callable[[int], object] = lambda rows: None) -> CodeLlavaError | None:
-    from ruler.generation.generate import generate_rows
-
     def rows() -> Iterator[dict[str, Any]]:
         for row in generate_rows(unit.job.recipe, unit.start, unit.stop):
             yield row
@@ -218,32 +218,24 @@ def _make_unit(unit: _Unit, progress: Callable[[int], object] = lambda rows: Non
     return None
 
 
-def _finish(job: DatasetJob, identity: dict[str, Any]) -> Prepared:
-    """Put the units together as the dataset."""
-    files = sorted(job.parts.glob("*.jsonl"))
-    rows = [row for file in files for row in read_jsonl(file)]
-    assert len(rows) == job.recipe.num_samples
-    manifest = {**identity, "reference_commit": REFERENCE_COMMIT, "provenance": provenance(_VERSIONS)}
-    write_dataset(job.folder, rows, manifest, job.subset)
-    shutil.rmtree(job.parts)
-    return _summary(job, rows)
-
-
-def _summary(job: DatasetJob, rows: list[dict[str, Any]] | None = None) -> Prepared:
-    made = rows is not None
-    rows = rows or read_dataset(job.folder, job.subset)[1]
+def _finish(job: DatasetJob, complete: bool) -> Prepared:
+    """Put the units together as the dataset, unless it is there, and sum it up."""
+    if complete:
+        _, rows = read_dataset(job.folder, job.subset)
+    else:
+        rows = [row for file in sorted(job.parts.glob("*.jsonl")) for row in read_jsonl(file)]
+        assert len(rows) == job.recipe.num_samples
+        manifest = {**job.identity, "reference_commit": REFERENCE_COMMIT[:12], "provenance": provenance(_VERSIONS)}
+        write_dataset(job.folder, rows, manifest, job.subset)
+        shutil.rmtree(job.parts)
     return Prepared(
         task=job.recipe.task,
         max_seq_length=job.recipe.max_seq_length,
-        path=str(rows_path(job.folder, job.subset)),
+        path=str(job.rows_path),
         num_rows=len(rows),
         mean_length=round(sum(row["length"] for row in rows) / len(rows), 1),
-        made=made,
+        made=not complete,
     )
-
-
-def _name(job: DatasetJob) -> str:
-    return f"{job.recipe.task} @ {job.recipe.max_seq_length}"
 
 
 # ---- the command ----
@@ -275,12 +267,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokenizer-type", "--tokenizer_type", default="hf", choices=("hf", "openai", "nemo"),
                        help="Hugging Face, tiktoken or sentencepiece (default: hf)")  # fmt: skip
     group.add_argument("--num-samples", "--num_samples", type=int, default=500, help="rows a dataset (default: 500)")
-    group.add_argument("--random-seed", "--random_seed", "--seed", type=int, default=42, help="seed (default: 42)")
+    group.add_argument("--seed", "--random-seed", "--random_seed", type=int, default=42, help="seed (default: 42)")
     group.add_argument("--model-template-type", "--model_template_type", "--template", default="base",
                        help="chat template: base, meta-chat, …, or tokenizer for its own (default: base)")  # fmt: skip
     group.add_argument("--remove-newline-tab", "--remove_newline_tab", action="store_true",
                        help="make each prompt one line")  # fmt: skip
-    group.add_argument("--mode", choices=("compat", "balanced"), default="compat", help="compat: the reference's rows, "
+    group.add_argument("--mode", choices=MODES, default="compat", help="compat: the reference's rows, "
                        "byte for byte; balanced: every row full, depths even (default: compat)")  # fmt: skip
     group.add_argument("--reference-index", action="store_true",
                        help="compat: NIAH's index as the reference writes it, a character offset")  # fmt: skip
@@ -294,17 +286,15 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
 
 
-def recipe_from(args: argparse.Namespace, task: str, max_seq_length: int, **changes: Any) -> Any:
+def recipe_from(args: argparse.Namespace, task: str, max_seq_length: int, **changes: Any) -> Recipe:
     """The recipe that the flags of `add_recipe_arguments` describe."""
-    from ruler.generation.generate import Recipe
-
-    values = {
+    values: dict[str, Any] = {
         "task": task,
         "max_seq_length": max_seq_length,
         "tokenizer": args.tokenizer_path,
         "tokenizer_type": args.tokenizer_type,
         "num_samples": args.num_samples,
-        "seed": args.random_seed,
+        "seed": args.seed,
         "mode": args.mode,
         "template": args.model_template_type,
         "remove_newline_tab": args.remove_newline_tab,
@@ -317,8 +307,8 @@ def recipe_from(args: argparse.Namespace, task: str, max_seq_length: int, **chan
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `prepare`."""
-    parser.add_argument("--output-dir", "--save-dir", "--save_dir", type=Path, required=True,
-                        help="datasets go to <output-dir>/<length>/<task>/")  # fmt: skip
+    parser.add_argument("--output", "--output-dir", "--save-dir", "--save_dir", type=Path, required=True,
+                        help="datasets go to <output>/<length>/<task>/")  # fmt: skip
     parser.add_argument("--tasks", "--task", default="ruler",
                         help="task names with commas, or ruler, code, all (default: ruler, the thirteen)")  # fmt: skip
     parser.add_argument("--lengths", "--max-seq-length", "--max_seq_length", default="4096",
@@ -329,9 +319,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `prepare`."""
     jobs = [
-        DatasetJob(
-            recipe=recipe_from(args, task, length), folder=args.output_dir / str(length) / task, subset=args.subset
-        )
+        DatasetJob(recipe=recipe_from(args, task, length), folder=args.output / str(length) / task, subset=args.subset)
         for length in parse_lengths(args.lengths)
         for task in resolve_tasks(args.tasks)
     ]
@@ -351,17 +339,13 @@ def run_jobs(jobs: Sequence[DatasetJob], args: argparse.Namespace) -> int:
         failed = {name: str(error) for name, error in errors.items()}
         print_json({"datasets": [asdict(item) for item in prepared], "failed": failed, "seconds": seconds})
     else:
-        _print_table(prepared)
+        for item in prepared:
+            state = "made" if item.made else "complete"
+            print(f"{item.max_seq_length:>8} {item.task:<16} {item.num_rows:>5} rows {item.mean_length:>10.1f} tokens "
+                  f"{state:<8} {item.path}")  # fmt: skip
         logger.info("%d datasets in %.1f s", len(prepared), seconds)
     if errors:
         name, error = next(iter(errors.items()))
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise DatasetError(f"{len(errors)} of {len(jobs)} datasets were not made; {name}: {error}{more}")
     return 0
-
-
-def _print_table(prepared: Iterable[Prepared]) -> None:
-    for item in prepared:
-        state = "made" if item.made else "complete"
-        print(f"{item.max_seq_length:>8} {item.task:<16} {item.num_rows:>5} rows {item.mean_length:>10.1f} tokens "
-              f"{state:<8} {item.path}")  # fmt: skip

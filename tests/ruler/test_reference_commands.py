@@ -59,14 +59,13 @@ def test_evaluate_writes_the_references_files(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--server_type", "gemini"], "OpenAI-compatible"),
-        (["--ssh_server", "host"], "--ssh_server is not supported"),
+        (["--server_type", "gemini"], "invalid choice: 'gemini'"),
         (["--chunk_idx", "2", "--chunk_amount", "2"], "chunk_idx < chunk_amount"),
     ],
 )
 def test_what_is_not_supported_is_said(tmp_path, flags, words):
     done = start("pred/call_api.py", "--data_dir", tmp_path, "--save_dir", tmp_path, "--task", "vt", *flags)
-    assert done.returncode == 1
+    assert done.returncode in (1, 2)
     assert words in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -177,7 +177,7 @@ def test_serve_eval_end_to_end_and_again_without_asking(tmp_path, capsys, monkey
 
 def test_memory_flags_choose_the_backend():
     args = eval_with_memory.build_parser().parse_args(["--local", "--model-path", "here", "--chunk-size", "4"])
-    assert (args.model_path, args.chunk_size, args.local) == ("here", 4, True)
+    assert (args.checkpoint, args.chunk_size, args.local) == ("here", 4, True)
 
 
 @pytest.mark.parametrize("name", ["prepare_dataset", "generate_all_data", "minimal_evaluate", "serve_qwen3_eval"])

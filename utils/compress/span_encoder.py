@@ -9,7 +9,7 @@ Without a cache every span is encoded. Shape legend: n latents of a span, D deco
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -17,6 +17,7 @@ from utils.compress.latent_cache import LatentCache, window_key
 from utils.model.code_llava_model import MemoryEncoder, MemoryUnit
 from utils.model.prompt import MemorySpan
 from utils.model.splice import join_rows
+from utils.model.windows import micro_batches
 
 
 class EncodingStopped(Exception):
@@ -72,7 +73,12 @@ class SpanEncoder:
         latents = self._look_up(unit_of_key, salted=any(salts))
         cached = set(latents)
         missing = [key for key in unit_of_key if key not in latents]
-        for group in self._groups([unit_of_key[key] for key in missing]) if stopped else [range(len(missing))]:
+        groups: Iterable[Sequence[int]] = [range(len(missing))]
+        if stopped:
+            parts = [unit_of_key[key].windows for key in missing]
+            sizes = [(windows[0].chunk_size, sum(window.num_tokens for window in windows)) for windows in parts]
+            groups = micro_batches(sizes, self.memory_encoder.chunker.pass_tokens)
+        for group in groups:
             if stopped and stopped():
                 raise EncodingStopped
             keys = [missing[i] for i in group]
@@ -90,31 +96,14 @@ class SpanEncoder:
 
     def _look_up(self, unit_of_key: dict[bytes, MemoryUnit], *, salted: bool) -> dict[bytes, torch.Tensor]:
         """What the cache has, under the keys themselves or, for salted keys, without the salt."""
+        latents: dict[bytes, torch.Tensor] = {}
         if not self.cache:
-            return {}
-        keys = list(unit_of_key)
-        found = self.cache.get_many(keys)
-        latents = {key: known for key, known in zip(keys, found, strict=True) if known is not None}
-        if salted:
-            keys = [key for key in keys if key not in latents]
-            found = self.cache.get_many([self._key(unit_of_key[key]) for key in keys])
+            return latents
+        for with_salt in (True, False) if salted else (True,):
+            keys = [key for key in unit_of_key if key not in latents]
+            found = self.cache.get_many([key if with_salt else self._key(unit_of_key[key]) for key in keys])
             latents |= {key: known for key, known in zip(keys, found, strict=True) if known is not None}
         return latents
-
-    def _groups(self, units: Sequence[MemoryUnit]) -> Iterator[Sequence[int]]:
-        """Indices of the units of each micro-batch, in the order in which the chunker itself would take them."""
-        sizes = [sum(window.num_tokens for window in unit.windows) for unit in units]
-        order = sorted(range(len(units)), key=lambda i: (units[i].windows[0].chunk_size, -sizes[i]))
-        group: list[int] = []
-        num_tokens = 0
-        for i in order:
-            if group and num_tokens + sizes[i] > self.memory_encoder.chunker.pass_tokens:
-                yield group
-                group, num_tokens = [], 0
-            group.append(i)
-            num_tokens += sizes[i]
-        if group:
-            yield group
 
     def _key(self, unit: MemoryUnit) -> bytes:
         first, last = unit.windows[0], unit.windows[-1]

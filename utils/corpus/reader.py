@@ -20,9 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from utils.checkpoint.layout import CheckpointFiles
-from utils.corpus.output import ABOUT_FILE, INDEX_FILE
-from utils.corpus.plan import explain_database, open_read_only
-from utils.corpus.shards import TENSOR_NAME
+from utils.corpus.index import INDEX_FILE, explain_database, open_read_only
+from utils.corpus.shards import ABOUT_FILE, TENSOR_NAME
 from utils.errors import ConfigError, DatasetError, shown_name
 from utils.files import read_json, sha256_bytes
 from utils.model.prompt import MemorySpan

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.errors import PromptError
-from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START
-from utils.model.prompt import Piece, has_markers, split_spans
+from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START, Piece, has_markers, split_spans
 from utils.serving.api_error import ApiError, shown
 
 Part = dict[str, Any]

@@ -21,7 +21,8 @@ import orjson
 from utils.compress.compressor import Compressor
 from utils.compress.prompt_embeds import encode_wire
 from utils.errors import CodeLlavaError, PromptError
-from utils.model.prompt import MemoryPrompt, has_markers
+from utils.model.markers import has_markers
+from utils.model.prompt import MemoryPrompt
 from utils.serving.api_error import ApiError, shown
 from utils.serving.chat_parts import ChatOutline, SpanSplitter, outline_chat
 from utils.serving.encoder_queue import EncodedSpan, EncoderQueue

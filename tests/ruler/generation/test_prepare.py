@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from ruler.__main__ import main
-from ruler.dataset import read_dataset
+from ruler.generation.generate import generate_rows
 from ruler.generation.prepare import DatasetJob, parse_lengths, prepare_datasets
+from ruler.layout import read_dataset
 from ruler.RULER.scripts.data.prepare import main as reference_main
 from tests.support.processes import traced
 from tests.support.ruler_recipes import recipe, reference_folder
@@ -63,19 +64,17 @@ def test_rows_changed_by_hand_are_noticed(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_finished_units_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A balanced run that fails in its third unit resumes with the two it has."""
-    import ruler.generation.generate
-
     wanted = job(tmp_path, num_samples=40, mode="balanced")
     expected, _ = prepare_datasets([job(tmp_path / "undisturbed", num_samples=40, mode="balanced")])
-    real, made = ruler.generation.generate.generate_rows, []
+    made = []
 
     def generate(recipe_, start=0, stop=None):
         made.append(start)
         if len(made) == 3:
             raise KeyboardInterrupt
-        return real(recipe_, start, stop)
+        return generate_rows(recipe_, start, stop)
 
-    monkeypatch.setattr(ruler.generation.generate, "generate_rows", generate)
+    monkeypatch.setattr("ruler.generation.prepare.generate_rows", generate)
     with pytest.raises(KeyboardInterrupt):
         prepare_datasets([wanted], num_workers=1)
     prepare_datasets([wanted], num_workers=1)

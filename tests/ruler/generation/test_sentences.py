@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from ruler.generation.counting import PieceCounter
 from ruler.generation.data_files import RulerData
-from ruler.generation.essay import Essay
-from ruler.generation.sentences import ENGLISH, english_splitter
+from ruler.generation.essay import ENGLISH, Essay, english_splitter
 from ruler.generation.tokenizers import load_tokenizer
 from tests.support.ruler_recipes import reference_folder
 from utils.errors import DatasetError

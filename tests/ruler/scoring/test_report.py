@@ -44,10 +44,10 @@ def runs(tmp_path):
 @pytest.mark.slow
 def test_all_files_are_written_and_agree(runs, tmp_path, capsys):
     out = tmp_path / "report"
-    assert main(["report", *map(str, runs), "--output-dir", str(out), "--title", "Ours"]) == 0
+    assert main(["report", *map(str, runs), "--output", str(out)]) == 0
     assert capsys.readouterr().out.strip() == str(out / "report.md")
     text = (out / "report.md").read_text()
-    assert text.startswith("# Ours\n")
+    assert text.startswith("# RULER report\n")
     assert "| text | 100.0" in text
     assert "| memory | 50.0" in text
     assert "## Code tasks, 1024 tokens" in text

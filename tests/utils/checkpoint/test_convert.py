@@ -22,13 +22,13 @@ from tests.support.states import State, Trap, assert_is, parameters
 from tests.support.tiny import make_model, tokenizers
 from utils.checkpoint.convert.__main__ import main
 from utils.checkpoint.convert.conversion import Conversion, convert
-from utils.checkpoint.convert.merge import StateOptions
 from utils.checkpoint.convert.names import pair_names
 from utils.checkpoint.convert.states import find_state
 from utils.checkpoint.layout import CODE_LLAVA, LAYOUTS, LCLM
 from utils.checkpoint.locate import find_checkpoint
 from utils.checkpoint.lora import is_peft_folder
 from utils.checkpoint.save import save_checkpoint
+from utils.checkpoint.settings import StateOptions
 from utils.errors import CheckpointError
 from utils.files import PROJECT_ROOT
 from utils.inference.inference import load_model
@@ -117,8 +117,15 @@ def test_a_checkpoint_with_bin_parts_becomes_safetensors(base: Path, tmp_path: P
 # States
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "model._fsdp_wrapped_module."])
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    ("file", "prefix"),
+    [
+        ("model.safetensors", ""),
+        ("pytorch_model.bin", "module."),
+        ("model.safetensors", "_orig_mod.module."),
+        ("pytorch_model.bin", "model._fsdp_wrapped_module."),
+    ],
+)
 def test_one_file(file: str, prefix: str, base: Path, trained: CodeLLaVAModel, tmp_path: Path) -> None:
     state = {prefix + name: p for name, p in parameters(trained).items()}
     (save_file if file.endswith("s") else torch.save)(state, tmp_path / file)

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from tests.support.processes import run_python
 from tests.support.states import Trap, assert_is, parameters
 from utils.checkpoint.convert.conversion import convert
-from utils.checkpoint.convert.merge import StateOptions
 from utils.checkpoint.convert.states import find_state, read_state
 from utils.checkpoint.save import save_checkpoint
+from utils.checkpoint.settings import StateOptions
 from utils.errors import CheckpointError
 from utils.files import PROJECT_ROOT
 from utils.inference.inference import load_model

@@ -24,12 +24,10 @@ from utils.errors import CheckpointError, CodeLlavaError, ConfigError
 from utils.files import read_jsonl
 from utils.locks import sole_writer
 from utils.training.checkpoints import newest_checkpoint, whole_checkpoint
-from utils.training.config import TrainConfig, parse_config
+from utils.training.config import DataConfig, TrainConfig, parse_config
 from utils.training.data.build import build_examples
-from utils.training.data.excerpts import SizeRange
-from utils.training.export import export_pair
+from utils.training.export import export_pair, pack_run
 from utils.training.loop import Trainer
-from utils.training.pack import pack_run
 from utils.training.train import main
 
 Values = Callable[..., dict[str, Any]]
@@ -287,16 +285,16 @@ def test_a_second_run_in_a_folder_is_refused(run: Run, tmp_path: Path, capsys: p
 
 
 def test_data_and_parts_have_one_writer(run: Run, tmp_path: Path) -> None:
-    size = SizeRange(shortest=4, longest=12, chars_per_token=1)
+    data = DataConfig(folder=str(tmp_path / "data"), tasks={"copy_symbols": 3}, source="symbols")
     other = hold(tmp_path / "data")
     try:
         with pytest.raises(ConfigError, match=f"{tmp_path / 'data'} .*{other.pid}"):
-            build_examples(tmp_path / "data", {"copy_symbols": 3}, size=size, source="symbols")
+            build_examples(data)
     finally:
         other.kill()
         other.communicate()
     (tmp_path / "data" / ".copy_symbols.jsonl.abcd1234.tmp").write_text("half")
-    build_examples(tmp_path / "data", {"copy_symbols": 3}, size=size, source="symbols")
+    build_examples(data)
     hidden = {path.name for path in (tmp_path / "data").iterdir() if path.name.startswith(".")}
     assert hidden == {".lock"}
     (tmp_path / ".part.abcd1234.tmp").mkdir()

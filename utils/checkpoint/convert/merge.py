@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from accelerate.utils import find_tied_parameters
 
 from utils.checkpoint.convert.names import ENCODER, pair_names
 from utils.checkpoint.convert.states import StateFiles, read_state
+from utils.checkpoint.settings import StateOptions
 from utils.checkpoint.trained_state import MARKER_DELTA, merge_trained_state
 from utils.errors import CheckpointError
 from utils.model.code_llava_model import CodeLLaVAModel
@@ -23,21 +23,6 @@ from utils.model.code_llava_model import CodeLLaVAModel
 # How many names an error shows.
 _SHOWN = 3
 _LORA_A, _LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StateOptions:
-    """How a trainer's state is put into its base.
-
-    Attributes:
-        format: One of `utils.checkpoint.convert.states.FORMATS`, or "auto".
-        lora_alpha: LoRA alpha of each part ("encoder", "decoder") that has LoRA weights; the state does not say it.
-        frozen_from_base: Leave parameters that the state lacks as they are, where otherwise they are an error.
-    """
-
-    format: str = "auto"
-    lora_alpha: Mapping[str, float] = field(default_factory=dict)
-    frozen_from_base: bool = False
 
 
 class StateCounts(NamedTuple):

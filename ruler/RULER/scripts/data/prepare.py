@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         num_samples=share + (args.chunk_idx < rest),
         first=first,
         # Rows with streams of their own are told apart by their number already.
-        seed=args.random_seed + (0 if args.mode == "balanced" else args.chunk_idx),
+        seed=args.seed + (0 if args.mode == "balanced" else args.chunk_idx),
     )
     return run_jobs([DatasetJob(recipe=recipe, folder=args.save_dir / task.name, subset=args.subset)], args)
 

@@ -34,7 +34,6 @@ SERVER_TYPES = {
     "memory": "local-memory",
     "vllm-memory": "server-memory",
 }
-_UNSUPPORTED = ("nemo", "gemini", "mamba")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,25 +48,22 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--chunk_idx", "--chunk-idx", type=int, default=0, help="which slice of the rows (default: 0)")
     data.add_argument("--chunk_amount", "--chunk-amount", type=int, default=1, help="number of slices (default: 1)")
     server = parser.add_argument_group("server")
-    server.add_argument("--server_type", "--server-type", default="vllm", choices=(*SERVER_TYPES, *_UNSUPPORTED),
+    server.add_argument("--server_type", "--server-type", default="vllm", choices=tuple(SERVER_TYPES),
                         help="vllm, sglang, trtllm: an OpenAI-compatible server; hf: a model in this process; memory, "
                         "vllm-memory: contexts as latents (default: vllm)")  # fmt: skip
     server.add_argument("--server_host", "--server-host", default="127.0.0.1", help="(default: 127.0.0.1)")
     server.add_argument("--server_port", "--server-port", default="5000", help="(default: 5000)")
-    server.add_argument("--ssh_server", "--ssh-server", help="not supported: forward the port yourself (ssh -L)")
-    server.add_argument("--ssh_key_path", "--ssh-key-path", help="not supported")
     server.add_argument("--model_name_or_path", "--model-name-or-path", help="served name, or model or checkpoint "
                         "folder (default: the only model served, or the embedded default checkpoint)")  # fmt: skip
     server.add_argument("--chunk-size", type=int, help="memory: encoder tokens a latent (default: the checkpoint's)")
     server.add_argument("--checkpoint", help="vllm-memory: the encoder's checkpoint (default: the embedded one)")
-    server.add_argument("--timeout-s", type=float, default=600.0, help="seconds a request (default: 600)")
+    server.add_argument("--timeout", "--timeout-s", type=float, default=600.0, help="seconds a request (default: 600)")
     sampling = parser.add_argument_group("inference")
     sampling.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1.0)")
     sampling.add_argument("--top_k", "--top-k", type=int, default=32, help="0 is no limit (default: 32)")
     sampling.add_argument("--top_p", "--top-p", type=float, default=1.0, help="(default: 1.0)")
     sampling.add_argument("--random_seed", "--random-seed", type=int, default=0, help="(default: 0)")
     sampling.add_argument("--stop_words", "--stop-words", default="", help="strings that end an answer, with commas")
-    sampling.add_argument("--sliding_window_size", "--sliding-window-size", type=int, help="not supported")
     sampling.add_argument("--threads", type=int, default=4, help="requests in flight (default: 4)")
     sampling.add_argument("--batch_size", "--batch-size", type=int, default=1, help="rows a forward pass of a local "
                           "model (default: 1)")  # fmt: skip
@@ -76,14 +72,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Answer the rows; exit code 3 when some failed."""
-    for flag in ("ssh_server", "ssh_key_path", "sliding_window_size"):
-        if getattr(args, flag) is not None:
-            raise ConfigError(f"--{flag} is not supported: leave it out")
-    if args.server_type in _UNSUPPORTED:
-        raise ConfigError(
-            f"--server_type {args.server_type} is not supported: put the model behind an OpenAI-compatible server and "
-            "take vllm or openai"
-        )
     if args.threads < 1 or args.batch_size < 1 or not 0 <= args.chunk_idx < args.chunk_amount:
         raise ConfigError("--threads, --batch_size and --chunk_amount must be positive, 0 <= chunk_idx < chunk_amount")
     is_openai = args.server_type == "openai"
@@ -98,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         api="chat" if is_openai else "completions",
         concurrency=args.threads,
         batch_size=args.batch_size,
-        timeout_s=args.timeout_s,
+        timeout_s=args.timeout,
         sampling=Sampling(
             temperature=args.temperature,
             top_p=args.top_p,

@@ -1,4 +1,4 @@
-"""What the benchmarks run on: real source text, spans of mixed lengths, and the encoder as transformers runs it."""
+"""What the benchmarks run on: source text, spans of mixed lengths, and the encoder as transformers runs it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import random
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from transformers import AutoModel
+
+from utils.compress.compressor import Compressor
+from utils.compress.latent_cache import LatentCache
 from utils.errors import ConfigError
 from utils.flags import encoder_settings
 from utils.model.markers import wrap
-
-if TYPE_CHECKING:
-    from utils.compress.compressor import Compressor
-    from utils.compress.latent_cache import LatentCache
+from utils.model.prompt import MemorySpan, num_latents
+from utils.pretrained import read_model
 
 SEED = 0
 QUESTION = "\nWhat does this code do?"
 
 
-def load_compressor(args: argparse.Namespace, *, cache: LatentCache | None = None, **changes: Any) -> Compressor:
-    """Load what the checkpoint flags describe; `changes` to the encoder's settings win over them."""
-    from utils.compress.compressor import Compressor
-
-    settings = encoder_settings(args, **changes)
-    return Compressor.load(args.checkpoint, chunk_size=args.chunk_size, settings=settings, cache=cache)
+def load_compressor(args: argparse.Namespace, cache: LatentCache | None = None) -> Compressor:
+    """Load what the checkpoint flags describe."""
+    return Compressor.load(args.checkpoint, chunk_size=args.chunk_size, settings=encoder_settings(args), cache=cache)
 
 
 def source_tokens(tokenizer: Any, count: int) -> list[int]:
@@ -55,10 +55,8 @@ def cut_points(total: int, count: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise([0, *inner, total]))
 
 
-def cut_into_spans(tokens: Sequence[int], count: int, chunk_size: int) -> list[Any]:
+def cut_into_spans(tokens: Sequence[int], count: int, chunk_size: int) -> list[MemorySpan]:
     """Cut tokens into memory spans of mixed lengths."""
-    from utils.model.prompt import MemorySpan, num_latents
-
     return [
         MemorySpan(text="", token_ids=tokens[a:b], start=0, stop=num_latents(b - a, chunk_size), chunk_size=chunk_size)
         for a, b in cut_points(len(tokens), count)
@@ -77,18 +75,12 @@ def marked(texts: Sequence[str]) -> str:
 
 def bare_encoder(compressor: Compressor) -> Any:
     """The encoder as transformers loads and runs it, in the dtype and on the device of ours."""
-    from transformers import AutoModel
-
-    from utils.pretrained import read_model
-
     ours = compressor.memory_encoder.chunker.encoder
     return read_model(AutoModel, compressor.files.encoder, dtype=ours.dtype)[0].to(ours.device).eval()
 
 
 def bare_forward(encoder: Any, tokens: Sequence[int], window: int, batch: int) -> Callable[[], Any]:
     """A job: full windows in batches through a bare encoder; the last, short one on its own."""
-    import torch
-
     full = len(tokens) // window * window
     rows = list(torch.tensor(tokens[:full], device=encoder.device).view(-1, window).split(batch)) if full else []
     if full < len(tokens):

@@ -10,12 +10,12 @@ from typing import Any
 from ruler.answering.predict import start_backend
 from ruler.answering.predictions import DataRow, PredictionFile
 from ruler.answering.protocol import DEFAULT_SERVER_URL, BackendSettings
-from ruler.answering.runner import RetryPolicy, ask
+from ruler.answering.runner import ask
 from ruler.layout import MANIFEST, claim_run_folder
 from ruler_minimal.minimal_evaluate import evaluate, print_evaluation
 from ruler_minimal.prepare_dataset import add_task_arguments, build_task, write_dataset
 from utils.cli import EXIT_FAILED_ROWS, EXIT_OK
-from utils.client.completion import Sampling
+from utils.client.completion import RetryPolicy, Sampling
 from utils.errors import DatasetError
 from utils.files import read_jsonl, write_json
 from utils.model.markers import MEMORY_END, MEMORY_START
@@ -86,9 +86,7 @@ async def _answer(rows: list[DataRow], path: Path, settings: BackendSettings, ma
         backend = await start_backend(settings, RetryPolicy())
         try:
             with tqdm(total=len(file.missing), unit="row", disable=None) as bar:
-                failed = await ask(
-                    backend, file, file.missing, max_tokens=max_tokens, retry=RetryPolicy(), on_row=bar.update
-                )
+                failed = await ask(backend, file, file.missing, max_tokens=max_tokens, on_row=bar.update)
         finally:
             await backend.close()
     return len(failed)

@@ -8,8 +8,8 @@
 | `local-memory` | a Code-LLaVA checkpoint in this process | latents |
 
 This is RULER's only door to `utils.inference`; heavy imports happen when a backend is built. A backend raises
-`TransientError` for what another try may cure, `RowRefusedError` for a row that no try will, and any other
-`CodeLlavaError` for what stops the whole run.
+`TransientError` for what the client tried again in vain, `RowRefusedError` for a row that no try will cure, and any
+other `CodeLlavaError` for what stops the whole run.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from ruler.answering.protocol import (
 )
 from utils.checkpoint.locate import find_checkpoint
 from utils.checkpoint.settings import EncoderSettings
+from utils.client.completion import RetryPolicy
 from utils.client.connection import RequestError
 from utils.compress.latent_cache import LatentCache
 from utils.errors import CheckpointError, ConfigError
@@ -45,20 +46,19 @@ if TYPE_CHECKING:
     from utils.model.prompt import MemoryPrompt
 
 _REFUSED_STATUS = (400, 413, 422)
-_TRANSIENT_STATUS = (408, 409, 425)
 
 
-def open_backend(settings: BackendSettings) -> Backend:
-    """Build the backend that the settings name.
+def open_backend(settings: BackendSettings, retry: RetryPolicy | None = None) -> Backend:
+    """Build the backend that the settings name; servers are asked as often as `retry` says.
 
     Raises:
         ConfigError: No such backend, or a setting that it cannot use.
         CheckpointError: A local model cannot be loaded.
     """
     builders: dict[str, Callable[[BackendSettings], Backend]] = {
-        "server-text": ServerText,
+        "server-text": lambda chosen: ServerText(chosen, retry),
         "local-text": lambda chosen: LocalCausalLm(chosen) if _is_plain_model(chosen.model) else LocalCodeLlava(chosen),
-        "server-memory": ServerMemory,
+        "server-memory": lambda chosen: ServerMemory(chosen, retry),
         "local-memory": LocalCodeLlava,
     }
     if settings.name not in builders:
@@ -83,19 +83,19 @@ class ServerText:
 
     batch_size = 1
 
-    def __init__(self, settings: BackendSettings) -> None:
+    def __init__(self, settings: BackendSettings, retry: RetryPolicy | None = None) -> None:
         from utils.client.server_client import VllmClient
 
         self.concurrency = settings.concurrency
         self.details: dict[str, Any] = {}
         self._settings = settings
-        # The runner owns the retries: a second layer inside the client would multiply them.
         self._client = VllmClient(
             settings.server_url,
             model=settings.model,
             api_key=settings.api_key,
             timeout_s=settings.timeout_s,
-            max_retries=0,
+            # No row may be lost to a server that is slow or confused for a while.
+            retry=replace(retry or RetryPolicy(), unanswered=True),
         )
 
     async def start(self) -> None:
@@ -140,10 +140,10 @@ class ServerMemory(ServerText):
     A chat's template is applied here too: the server joins the parts of a chat in its own way, which can change ids.
     """
 
-    def __init__(self, settings: BackendSettings) -> None:
+    def __init__(self, settings: BackendSettings, retry: RetryPolicy | None = None) -> None:
         from utils.compress.compressor import Compressor
 
-        super().__init__(settings)
+        super().__init__(settings, retry)
         self._compressor = Compressor.load(
             settings.checkpoint,
             chunk_size=settings.chunk_size,
@@ -156,17 +156,12 @@ class ServerMemory(ServerText):
             "chunk_size": self._compressor.processor.chunk_size,
         }
         self._encoder_free = asyncio.Lock()
-        # What a retry sends again; emptied with the answer.
-        self._encoded: dict[Question, PromptEmbeds] = {}
 
     async def _ask(self, question: Question) -> Answer:
-        if question not in self._encoded:
-            async with self._encoder_free:
-                self._encoded[question] = await asyncio.to_thread(self._compress, question)
-        embeds = self._encoded[question]
+        async with self._encoder_free:
+            embeds = await asyncio.to_thread(self._compress, question)
         with _sorted_failures():
             reply = await self._client.complete(embeds.values_TD, **self._fields(question))
-        del self._encoded[question]
         return Answer(
             text=reply.text,
             prompt_tokens=embeds.stats.prompt_tokens,
@@ -186,12 +181,12 @@ def _sorted_failures() -> Iterator[None]:
     except RequestError as error:
         if error.unreachable:
             message = f"{error}: start the server, or name another address with --server-url"
-            raise TransientError(message, unreachable=True) from None
+            raise TransientError(message) from None
         if error.status in _REFUSED_STATUS:
             raise RowRefusedError(str(error)) from None
         # Without a status there was no whole answer: a time-out, or a body that is no completion.
-        if error.transient or error.status is None or error.status in _TRANSIENT_STATUS:
-            raise TransientError(str(error), retry_after_s=error.retry_after_s) from None
+        if error.transient or error.status is None:
+            raise TransientError(str(error)) from None
         raise
 
 

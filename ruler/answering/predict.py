@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ruler.answering.predictions import DataRow, PredictionFile
-from ruler.answering.protocol import BACKENDS, DEFAULT_SERVER_URL, Backend, BackendSettings, TransientError
-from ruler.answering.runner import FailedRow, RetryPolicy, ask
+from ruler.answering.protocol import BACKENDS, DEFAULT_SERVER_URL, Backend, BackendSettings
+from ruler.answering.runner import FailedRow, ask
 from ruler.generation.prepare import parse_lengths
 from ruler.layout import MANIFEST, check_same, claim_run_folder, dataset_tasks, length_folders, read_dataset
 from ruler.registry import get_task, resolve_tasks
 from utils.cli import EXIT_FAILED_ROWS, EXIT_OK, print_json
-from utils.client.completion import Sampling
+from utils.client.completion import RetryPolicy, Sampling
 from utils.errors import ConfigError
 from utils.files import provenance, write_json, write_jsonl
-
-logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
   python -m ruler predict --data-dir out/data --output out/runs/memory --backend local-memory --chunk-size 8
@@ -144,7 +141,6 @@ class _Prediction:
                 file,
                 rows,
                 max_tokens=config.tokens_to_generate,
-                retry=self._retry,
                 measure=needle_depths if config.family == "niah" else lambda row: {},
                 keep_input=self._job.keep_input,
                 on_row=bar.update,
@@ -152,20 +148,15 @@ class _Prediction:
 
 
 async def start_backend(settings: BackendSettings, retry: RetryPolicy) -> Backend:
-    """Open a backend and wait until it is ready; a server that is not running is an error at once."""
+    """Open a backend and see that it is ready; a server that is not running is an error at once."""
     from ruler.answering.backends import open_backend
 
-    backend = open_backend(settings)
-    for attempt in range(1, retry.attempts + 1):
-        try:
-            await backend.start()
-            break
-        except TransientError as error:
-            if error.unreachable or attempt == retry.attempts:
-                await backend.close()
-                raise
-            logger.info("%s; trying again", error)
-            await asyncio.sleep(retry.wait_s(attempt, error.retry_after_s))
+    backend = open_backend(settings, retry)
+    try:
+        await backend.start()
+    except BaseException:
+        await backend.close()
+        raise
     return backend
 
 

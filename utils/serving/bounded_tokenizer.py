@@ -9,9 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers.models import BPE
-from tokenizers.normalizers import NFC
-
 # Ids before a cut that the text behind it could have changed.
 _UNSURE_IDS = 64
 # Characters of text that are looked at for each id there is room for, at first; most tokens are shorter.
@@ -24,12 +21,9 @@ class BoundedTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._most_characters = _most_characters_per_id(tokenizer)
 
     def ids(self, text: str, limit: int, *, special_tokens: bool = False) -> list[int] | None:
         """The ids of a text; None where they are more than `limit`."""
-        if self._most_characters is not None and len(text) > (limit + 1) * self._most_characters:
-            return None
         ids = self.first_ids(text, limit, special_tokens=special_tokens)
         return ids if len(ids) <= limit else None
 
@@ -45,20 +39,3 @@ class BoundedTokenizer:
 
     def _all(self, text: str, special_tokens: bool) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
-
-
-def _most_characters_per_id(tokenizer: Any) -> int | None:
-    """Characters that one id may stand for; None for a tokenizer that may drop text or take any length as one."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not isinstance(backend.model, BPE):
-        return None
-    splitter = str(backend.pre_tokenizer)
-    # Bytes as letters: no text is unknown. Some splitters, normalizers and added tokens drop any number of spaces.
-    drops = any(kind in splitter for kind in ("Whitespace", "Removed", "CharDelimiter"))
-    drops |= any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values())
-    drops |= not (backend.normalizer is None or isinstance(backend.normalizer, NFC))
-    if drops or "ByteLevel(" not in splitter:
-        return None
-    longest = max(map(len, backend.get_vocab(with_added_tokens=True)))
-    # Composing may make one character of four.
-    return longest if backend.normalizer is None else 4 * longest

@@ -1,6 +1,6 @@
-"""Counts what a prompt expands to before anything is encoded: latents, markers and, where this process decodes, text.
+"""Prompts tokenised, and what they expand to counted, before anything is encoded: 413 where it cannot fit.
 
-    spans = counter.read_spans(sources, chunk_size)       # tokenised; 413 where they cannot fit
+    prompt = PromptRows(compressor).raw(["Explain ", "."], ["def f(): …"], chunk_size=None)
 
 Everything here runs in the tokenizer's thread.
 """
@@ -16,9 +16,9 @@ from utils.model.markers import PLACEHOLDER
 from utils.model.prompt import MemoryPrompt, chat_text, num_latents, place_spans
 from utils.serving.api_error import ApiError
 from utils.serving.bounded_tokenizer import BoundedTokenizer
-from utils.serving.chat_parts import flat_chat
 from utils.serving.memories import Memory
 
+ONE_PROMPT = "the local backend takes one prompt a request: a text that is not empty, or token ids"
 # A decoder that does not say how many positions it has.
 _NO_LIMIT = 1 << 20
 
@@ -69,15 +69,30 @@ class PromptRows:
         """A chat as the decoder in this process reads it.
 
         Args:
-            messages: With one part of latents for each span, whose data does not matter.
+            messages: With texts as contents, in which each span is a placeholder between its markers.
             sources: The spans.
             chunk_size: Encoder tokens per latent; None for the checkpoint's own.
 
         Raises:
-            ApiError, PromptError: As `spans_alone`; also roles and contents of other shapes.
+            ApiError, PromptError: As `spans_alone`; also messages that the chat template refuses.
         """
-        flat, _ = flat_chat(messages)
-        return self._place(self._text_ids(chat_text(flat, self._tokenizer)), sources, chunk_size)
+        return self._place(self._text_ids(chat_text(messages, self._tokenizer)), sources, chunk_size)
+
+    def plain(self, prompt: Any) -> MemoryPrompt:
+        """The only prompt of a completion without memory: a text, or a list of token ids.
+
+        Raises:
+            ApiError: 400, it is something else; 413, as `spans_alone`.
+        """
+        if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+            prompt = prompt[0]
+        if prompt and isinstance(prompt, str):
+            return self.raw([prompt], [], None)
+        if prompt and isinstance(prompt, list):
+            self.check_count(len(prompt))
+            if all(type(token) is int and token >= 0 for token in prompt):
+                return MemoryPrompt(input_ids=prompt, spans=())
+        raise ApiError(400, ONE_PROMPT)
 
     def check_count(self, num_rows: int, what: str = "the prompt") -> None:
         """Refuse a prompt of too many rows."""

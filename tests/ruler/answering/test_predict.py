@@ -16,9 +16,9 @@ from ruler.__main__ import main
 from ruler.answering.predict import PredictJob, predict
 from ruler.answering.predictions import DataRow, PredictionFile, prediction_row, read_predictions
 from ruler.answering.protocol import BackendSettings
-from ruler.answering.runner import RetryPolicy
 from tests.support import fake_server
 from tests.support.fake_server import FAULTS, answer_to, by_prompt, faulty, prompt_of, refuse, running
+from utils.client.completion import RetryPolicy
 from utils.errors import ConfigError, DatasetError, ServerError
 
 FAST = RetryPolicy(attempts=30, first_wait_s=0.001, longest_wait_s=0.02)

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from ruler.answering.predict import PredictJob, exit_code, predict, print_outcomes
 from ruler.answering.protocol import BackendSettings
-from ruler.answering.runner import RetryPolicy
 from ruler.registry import resolve_tasks
 from utils.cli import make_parser, run_command
-from utils.client.completion import Sampling
+from utils.client.completion import RetryPolicy, Sampling
 from utils.errors import ConfigError
 
 EXAMPLES = """\
@@ -34,6 +33,7 @@ SERVER_TYPES = {
     "memory": "local-memory",
     "vllm-memory": "server-memory",
 }
+_UNSUPPORTED = ("nemo", "gemini", "mamba")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,11 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--chunk_idx", "--chunk-idx", type=int, default=0, help="which slice of the rows (default: 0)")
     data.add_argument("--chunk_amount", "--chunk-amount", type=int, default=1, help="number of slices (default: 1)")
     server = parser.add_argument_group("server")
-    server.add_argument("--server_type", "--server-type", default="vllm", choices=tuple(SERVER_TYPES),
+    server.add_argument("--server_type", "--server-type", default="vllm", choices=(*SERVER_TYPES, *_UNSUPPORTED),
                         help="vllm, sglang, trtllm: an OpenAI-compatible server; hf: a model in this process; memory, "
                         "vllm-memory: contexts as latents (default: vllm)")  # fmt: skip
     server.add_argument("--server_host", "--server-host", default="127.0.0.1", help="(default: 127.0.0.1)")
     server.add_argument("--server_port", "--server-port", default="5000", help="(default: 5000)")
+    server.add_argument("--ssh_server", "--ssh-server", help="not supported: forward the port yourself (ssh -L)")
+    server.add_argument("--ssh_key_path", "--ssh-key-path", help="not supported")
     server.add_argument("--model_name_or_path", "--model-name-or-path", help="served name, or model or checkpoint "
                         "folder (default: the only model served, or the embedded default checkpoint)")  # fmt: skip
     server.add_argument("--chunk-size", type=int, help="memory: encoder tokens a latent (default: the checkpoint's)")
@@ -64,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--top_p", "--top-p", type=float, default=1.0, help="(default: 1.0)")
     sampling.add_argument("--random_seed", "--random-seed", type=int, default=0, help="(default: 0)")
     sampling.add_argument("--stop_words", "--stop-words", default="", help="strings that end an answer, with commas")
+    sampling.add_argument("--sliding_window_size", "--sliding-window-size", type=int, help="not supported")
     sampling.add_argument("--threads", type=int, default=4, help="requests in flight (default: 4)")
     sampling.add_argument("--batch_size", "--batch-size", type=int, default=1, help="rows a forward pass of a local "
                           "model (default: 1)")  # fmt: skip
@@ -72,6 +75,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Answer the rows; exit code 3 when some failed."""
+    for flag in ("ssh_server", "ssh_key_path", "sliding_window_size"):
+        if getattr(args, flag) is not None:
+            raise ConfigError(f"--{flag} is not supported: leave it out")
+    if args.server_type in _UNSUPPORTED:
+        raise ConfigError(
+            f"--server_type {args.server_type} is not supported: put the model behind an OpenAI-compatible server and "
+            "take vllm or openai"
+        )
     if args.threads < 1 or args.batch_size < 1 or not 0 <= args.chunk_idx < args.chunk_amount:
         raise ConfigError("--threads, --batch_size and --chunk_amount must be positive, 0 <= chunk_idx < chunk_amount")
     is_openai = args.server_type == "openai"

@@ -16,8 +16,8 @@ import torch
 
 from utils.compress.latent_cache import LatentCache, window_key
 from utils.model.code_llava_model import MemoryEncoder, MemoryUnit
+from utils.model.join import join_rows
 from utils.model.prompt import MemorySpan
-from utils.model.splice import join_rows
 from utils.model.windows import micro_batches
 
 
@@ -75,21 +75,30 @@ class SpanEncoder:
         missing = [key for key in unit_of_key if key not in latents]
         groups: Iterable[Sequence[int]] = [range(len(missing))]
         if stopped:
-            parts = [unit_of_key[key].windows for key in missing]
-            sizes = [(windows[0].chunk_size, sum(window.num_tokens for window in windows)) for windows in parts]
+            windows_of = [unit_of_key[key].windows for key in missing]
+            sizes = [(windows[0].chunk_size, sum(window.num_tokens for window in windows)) for windows in windows_of]
             groups = micro_batches(sizes, self.memory_encoder.chunker.pass_tokens)
+        whole: list[torch.Tensor] = []
         for group in groups:
             if stopped and stopped():
                 raise EncodingStopped
+            if not group:
+                continue
             keys = [missing[i] for i in group]
-            fresh = self.memory_encoder.encode_units([unit_of_key[key] for key in keys], to_cpu=True)
-            if self.cache and keys:
-                self.cache.put_many(keys, fresh)
-            latents |= zip(keys, fresh, strict=True)
+            units = [unit_of_key[key] for key in keys]
+            fresh = self.memory_encoder.encode_units(units, to_cpu=True)
+            parts = fresh.split([unit.num_latents for unit in units])
+            if self.cache:
+                self.cache.put_many(keys, parts)
+            latents |= zip(keys, parts, strict=True)
+            if keys == [*chain(*keys_of_spans)]:
+                # All is new and in its order: cut, not joined, so that a long span's latents are held once.
+                whole = list(fresh.split([sum(unit.num_latents for unit in own) for own in units_of_spans]))
         results = []
-        for units, keys in zip(units_of_spans, keys_of_spans, strict=True):
+        for number, (units, keys) in enumerate(zip(units_of_spans, keys_of_spans, strict=True)):
             cached_tokens = sum(unit.num_tokens for unit, key in zip(units, keys, strict=True) if key in cached)
-            results.append((join_rows([latents[key] for key in keys]), cached_tokens))
+            rows = whole[number] if whole else join_rows([latents[key] for key in keys])
+            results.append((rows, cached_tokens))
         return results
 
     def _look_up(self, unit_of_key: dict[bytes, MemoryUnit], *, salted: bool) -> dict[bytes, torch.Tensor]:

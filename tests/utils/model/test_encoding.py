@@ -21,7 +21,6 @@ from utils.model.code_llava_model import MemoryEncoder
 from utils.model.config import CompressionConfig
 from utils.model.pooling import turned_sum
 from utils.model.prompt import MemorySpan, num_latents
-from utils.model.splice import join_rows
 from utils.model.windows import plan_windows
 
 TOLERANCE = 1e-5
@@ -321,11 +320,3 @@ def test_passes_are_as_large_as_the_free_memory_allows() -> None:
     assert chunker.pass_tokens == 4096
     chunker.batch_tokens = 7
     assert chunker.pass_tokens == 7
-
-
-@torch.inference_mode()
-def test_the_latents_of_a_long_span_are_held_once() -> None:
-    encoder = make_memory_encoder(make_config("mean", "causal"))
-    parts = encoder.encode_units(encoder.units(make_span(10 * WINDOW + 3)))
-    assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
-    assert join_rows(parts).data_ptr() == parts[0].data_ptr()

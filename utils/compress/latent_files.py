@@ -29,8 +29,6 @@ TOUCH_INTERVAL_S = 60.0
 EVICT_TO = 0.9
 LEFTOVER_AGE_S = 3600.0
 
-# Beside the entries `encode_corpus --to-cache` keeps its plan while it runs.
-PLANS_FOLDER = "plans"
 _LAYOUT, _TEMPORARY = "v3", ".put-"
 _SHARD, _NAME = re.compile("[0-9a-f]{2}"), re.compile("[0-9a-f]{62}")
 # Other processes write too: after this part of the limit the size is estimated anew, from about so many entries.
@@ -76,7 +74,7 @@ class LatentFiles:
         if (self.root / "v2" / "latents.sqlite").is_file():  # an earlier version's, which nothing can read any more
             for old in ("v2", "lock"):
                 _remove(self.root / old)
-        _claim(self.root, private=all(path.name in (_LAYOUT, PLANS_FOLDER) for path in self.root.iterdir()))
+        _claim(self.root, private=all(path.name == _LAYOUT for path in self.root.iterdir()))
         _make(self._layout)
         _claim(self._layout, private=True)
         self._remove_leftovers()

@@ -171,13 +171,6 @@ def encode_wire(values_TD: torch.Tensor, dtype: torch.dtype | None = None) -> st
     return pybase64.b64encode_as_string(buffer.getbuffer())
 
 
-def decode_wire(blob: str) -> torch.Tensor:
-    """Read rows that `encode_wire` of this process wrote; what others send is never opened here."""
-    import pybase64  # late: training and evaluating need no wire format
-
-    return torch.load(io.BytesIO(pybase64.b64decode(blob, validate=True)), weights_only=True)
-
-
 def _format_for(path: Path, format: str | None) -> str:
     by_suffix = _FORMAT_BY_SUFFIX.get(path.suffix)
     chosen = format or by_suffix

@@ -366,7 +366,6 @@ def test_only_the_user_may_read_it_whatever_the_umask(tmp_path: Path, mask: int,
     folder = tmp_path / "cache"
     if exists:
         (folder / "v3").mkdir(parents=True)
-        (folder / "plans").mkdir(mode=0o700)  # of a corpus that is encoded into it
         for path in (folder, folder / "v3"):
             path.chmod(0o755)
     old = os.umask(mask)

@@ -15,6 +15,7 @@ the plain way of counting.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import cache
 
@@ -92,9 +93,9 @@ class PieceCounter:
 
 def _start(piece: str) -> str:
     """The characters that a cut before `piece` is judged by."""
-    return piece[:2]
+    return sys.intern(piece[:2])
 
 
 def _end(piece: str) -> str:
     """The characters that a cut behind `piece` is judged by; before a line end, one more: ".\n" may be one token."""
-    return piece[-2:] if piece.endswith("\n") else piece[-1:]
+    return sys.intern(piece[-2:] if piece.endswith("\n") else piece[-1:])

@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ruler.generation.generate import MODES, Recipe, describe, generate_rows
+from ruler.generation.generate import Recipe, add_recipe_arguments, describe, generate_rows, recipe_from
 from ruler.layout import read_dataset, read_manifest, rows_path, write_dataset
 from ruler.registry import REFERENCE_COMMIT, resolve_tasks
 from utils.cli import print_json
@@ -75,16 +75,7 @@ class DatasetJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What became of a job.
-
-    Attributes:
-        task: Its task.
-        max_seq_length: Its budget in tokens.
-        path: The rows file.
-        num_rows: Rows in it.
-        mean_length: Mean length of a row in tokens, answer included.
-        made: False where it was complete already.
-    """
+    """What became of a job; `made` is False where the dataset was complete, `mean_length` in tokens with the answer."""
 
     task: str
     max_seq_length: int
@@ -121,11 +112,10 @@ def prepare_datasets(
         ConfigError: A value of a recipe is wrong.
         DatasetError: Another dataset lies in the way, or data is missing.
     """
-    done = [_is_complete(job, overwrite) for job in jobs]
-    open_jobs = [job for job, complete in zip(jobs, done, strict=True) if not complete]
-    errors = _make_units([unit for job in open_jobs for unit in _open_units(job)], num_workers or os.cpu_count() or 1)
-    prepared = [_finish(job, complete) for job, complete in zip(jobs, done, strict=True) if job.name not in errors]
-    return prepared, errors
+    complete = {job for job in jobs if _is_complete(job, overwrite)}
+    units = [unit for job in jobs if job not in complete for unit in _open_units(job)]
+    errors = _make_units(units, num_workers or os.cpu_count() or 1)
+    return [_finish(job, job in complete) for job in jobs if job.name not in errors], errors
 
 
 def _is_complete(job: DatasetJob, overwrite: bool) -> bool:
@@ -189,7 +179,7 @@ def _in_processes(
     threads = max((os.cpu_count() or 1) // num_workers, 1)
     # Spawned, not forked: the tokenizer's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, _start_worker, (threads,)) as pool:
+    with ProcessPoolExecutor(num_workers, context, os.putenv, ("RAYON_NUM_THREADS", str(threads))) as pool:
         futures = {pool.submit(_make_unit, unit): unit for unit in units}
         try:
             for future in as_completed(futures):
@@ -199,10 +189,6 @@ def _in_processes(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _start_worker(num_threads: int) -> None:
-    os.environ["RAYON_NUM_THREADS"] = str(num_threads)
 
 
 def _make_unit(unit: _Unit, progress: Callable[[int], object] = lambda rows: None) -> CodeLlavaError | None:
@@ -259,50 +245,14 @@ def parse_lengths(text: str) -> list[int]:
     return list(dict.fromkeys(lengths))
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags that decide rows, whichever command makes them."""
-    group = parser.add_argument_group("samples")
-    group.add_argument("--tokenizer-path", "--tokenizer_path", required=True, help="measures lengths: a folder, "
-                       "tokenizer.json, hub id; a tiktoken encoding; a sentencepiece model")  # fmt: skip
-    group.add_argument("--tokenizer-type", "--tokenizer_type", default="hf", choices=("hf", "openai", "nemo"),
-                       help="Hugging Face, tiktoken or sentencepiece (default: hf)")  # fmt: skip
-    group.add_argument("--num-samples", "--num_samples", type=int, default=500, help="rows a dataset (default: 500)")
-    group.add_argument("--seed", "--random-seed", "--random_seed", type=int, default=42, help="seed (default: 42)")
-    group.add_argument("--model-template-type", "--model_template_type", "--template", default="base",
-                       help="chat template: base, meta-chat, …, or tokenizer for its own (default: base)")  # fmt: skip
-    group.add_argument("--remove-newline-tab", "--remove_newline_tab", action="store_true",
-                       help="make each prompt one line")  # fmt: skip
-    group.add_argument("--mode", choices=MODES, default="compat", help="compat: the reference's rows, "
-                       "byte for byte; balanced: every row full, depths even (default: compat)")  # fmt: skip
-    group.add_argument("--reference-index", action="store_true",
-                       help="compat: NIAH's index as the reference writes it, a character offset")  # fmt: skip
+def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of every command that makes datasets."""
+    add_recipe_arguments(parser)
+    group = parser.add_argument_group("run")
     group.add_argument("--subset", default="validation", help="stem of the rows file (default: validation)")
-    data = parser.add_argument_group("data")
-    data.add_argument("--data-dir", "--data_dir", help="folder of the real data files (default: built-in data)")
-    data.add_argument("--code-dir", "--code_dir", help="source files for the code tasks (default: installed packages)")
-    run = parser.add_argument_group("run")
-    run.add_argument("--workers", type=int, help="processes (default: one for each core)")
-    run.add_argument("--overwrite", action="store_true", help="replace other datasets that lie in the way")
-    run.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
-
-
-def recipe_from(args: argparse.Namespace, task: str, max_seq_length: int, **changes: Any) -> Recipe:
-    """The recipe that the flags of `add_recipe_arguments` describe."""
-    values: dict[str, Any] = {
-        "task": task,
-        "max_seq_length": max_seq_length,
-        "tokenizer": args.tokenizer_path,
-        "tokenizer_type": args.tokenizer_type,
-        "num_samples": args.num_samples,
-        "seed": args.seed,
-        "mode": args.mode,
-        "template": args.model_template_type,
-        "remove_newline_tab": args.remove_newline_tab,
-        "reference_index": args.reference_index,
-        "data_dir": args.data_dir,
-        "code_dir": args.code_dir,
-    }
-    return Recipe(**{**values, **changes})
+    group.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    group.add_argument("--overwrite", action="store_true", help="replace other datasets that lie in the way")
+    group.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -313,7 +263,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="task names with commas, or ruler, code, all (default: ruler, the thirteen)")  # fmt: skip
     parser.add_argument("--lengths", "--max-seq-length", "--max_seq_length", default="4096",
                         help="budgets in tokens, answer included; 32k = 32768 (default: 4096)")  # fmt: skip
-    add_recipe_arguments(parser)
+    add_prepare_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -346,6 +296,5 @@ def run_jobs(jobs: Sequence[DatasetJob], args: argparse.Namespace) -> int:
         logger.info("%d datasets in %.1f s", len(prepared), seconds)
     if errors:
         name, error = next(iter(errors.items()))
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise DatasetError(f"{len(errors)} of {len(jobs)} datasets were not made; {name}: {error}{more}")
+        raise DatasetError(f"{len(errors)} of {len(jobs)} datasets were not made; the first, {name}: {error}")
     return 0

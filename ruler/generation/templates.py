@@ -45,13 +45,7 @@ NAMED: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """Text around a prompt.
-
-    Attributes:
-        name: Its name, or `tokenizer`.
-        before: Text before the prompt.
-        behind: Text behind it, up to the start of the answer.
-    """
+    """Text before and behind a prompt, up to the start of the answer; `name` is one of `NAMED`, or `tokenizer`."""
 
     name: str
     before: str = ""

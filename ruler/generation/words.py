@@ -29,13 +29,7 @@ FILES = {"nouns": "nounlist.txt", "adjectives": "adjectivelist.txt", "verbs": "v
 
 @dataclass(frozen=True)
 class WordLists:
-    """The three lists, in file order.
-
-    Attributes:
-        nouns: Nouns.
-        adjectives: Adjectives.
-        verbs: Verbs.
-    """
+    """The three lists, in file order."""
 
     nouns: tuple[str, ...]
     adjectives: tuple[str, ...]

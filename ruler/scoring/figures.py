@@ -76,7 +76,10 @@ def tasks_by_length(runs: Sequence[Run]) -> Figure | None:
     if not tasks:
         return None
     lengths = _lengths(runs)
-    grids = [[[_cell(run, length, task) for length in lengths] for task in tasks] for run in runs]
+    grids = []
+    for run in runs:
+        scores = {(e["length"] or 0, task): of["score"] for e in run["lengths"] for task, of in e["tasks"].items()}
+        grids.append([[scores.get((length, task), math.nan) for length in lengths] for task in tasks])
     return _heat_maps("Score by task and length", runs, grids, tasks, lengths)
 
 
@@ -166,11 +169,6 @@ def _draw_curve(axes: Axes, number: int, label: str, points: Sequence[tuple[floa
 def _lengths(runs: Sequence[Run]) -> list[int]:
     """All lengths of some runs; 0 where a run says none."""
     return sorted({e["length"] or 0 for run in runs for e in run["lengths"]})
-
-
-def _cell(run: Run, length: int, task: str) -> float:
-    found = [e["tasks"][task]["score"] for e in run["lengths"] if (e["length"] or 0) == length and task in e["tasks"]]
-    return found[0] if found else math.nan
 
 
 def _percent(hits: Sequence[float] | None) -> float:

@@ -243,7 +243,8 @@ def calls() -> list[tuple[str, ast.Call]]:
     for package in ("utils", "general", "ruler", "ruler_minimal"):
         for path in (PROJECT_ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in loaders:
+                called = node.func if isinstance(node, ast.Call) else None
+                if getattr(called, "attr", getattr(called, "id", None)) in loaders:
                     found.append((path.relative_to(PROJECT_ROOT).as_posix(), node))
     return found
 

@@ -23,9 +23,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
-from utils.benchmark.measure import Timing, markdown_table, median_ratio, synchronize, time_interleaved
+from utils.benchmark.measure import Timing, markdown_table, synchronize, time_interleaved
 from utils.benchmark.sources import (
     QUESTION,
     bare_encoder,
@@ -153,53 +154,42 @@ def _measure(
     prompts = [pair.encoding.parse_raw(text, size) for size, _ in ways]
     read = [partial(pair.read_text, _full_text(parts)), *(partial(pair.read_latents, way, text, k) for k, way in ways)]
     stages: list[list[Seconds]] = [[] for _ in read]
-    jobs: dict[Any, Callable[[], Any]] = {
-        number: partial(lambda job, found: found.append(job()), job, found)
+    jobs: dict[str, Callable[[], Any]] = {
+        f"way {number}": partial(lambda job, found: found.append(job()), job, found)
         for number, (job, found) in enumerate(zip(read, stages, strict=True))
     }
     jobs["encoder alone"] = pair.encoder_alone(tokens)
-    jobs |= {("decoder alone", len(p.input_ids)): pair.decoder_alone(len(p.input_ids)) for p in prompts}
+    jobs |= {f"decoder alone, {len(p.input_ids)} rows": pair.decoder_alone(len(p.input_ids)) for p in prompts}
     timings = time_interleaved(jobs, repeats, pair.device)
     full, *others = (runs[1:] for runs in stages)  # without the warm-up
-    full_s = Timing(runs_s=tuple(sum(run.values()) for run in full))
-    full_rows = len(pair.tokenise(_full_text(parts)))
+    sizes: dict[str, Any] = {"full_rows": len(pair.tokenise(_full_text(parts)))}
     cost = PairCost.of(pair.encoding.memory_encoder, pair.decoder)
     cases = []
-    for (size, compressor), prompt, runs in zip(ways, prompts, others, strict=True):
-        is_cached = compressor is not pair.encoding
-        ours = Timing(runs_s=tuple(sum(run.values()) for run in runs))
-        num_rows = len(prompt.input_ids)
-        decoder_s = timings["decoder alone", num_rows].runs_s
-        encoder_s = [0.0] * repeats if is_cached else timings["encoder alone"].runs_s
-        ideal = Timing(runs_s=tuple(a + b for a, b in zip(encoder_s, decoder_s, strict=True)))
-        prefill = Timing(runs_s=tuple(run["prefill"] for run in full))
-        cases.append(
-            {
-                "tokens": tokens,
-                "chunk_size": size,
-                "cached": is_cached,
-                "memory_tokens": prompt.memory_tokens,
-                "full_rows": full_rows,
-                "prompt_rows": num_rows,
-                "speedup": median_ratio(full_s, ours),
-                "ideal_operations": cost.ideal_speedup(
-                    full_rows=full_rows,
-                    prompt_rows=num_rows,
-                    span_lengths=[len(span.token_ids) for span in prompt.spans],
-                    chunk_size=size,
-                    cached=is_cached,
-                ),
-                "ideal_parts": median_ratio(prefill, ideal),
-                "of_ideal_parts": statistics.median(
-                    full_s.runs_s[i] / ours.runs_s[i] * ideal.runs_s[i] / prefill.runs_s[i] for i in range(repeats)
-                ),
-                "spread": ours.spread,
-                "full_runs_s": full_s.runs_s,
-                "runs_s": ours.runs_s,
-                "stages_s": {name: statistics.median(run[name] for run in runs) for name in STAGES},
-            }
-        )
+    for (chunk_size, compressor), prompt, runs in zip(ways, prompts, others, strict=True):
+        cached = compressor is not pair.encoding
+        sizes["prompt_rows"] = len(prompt.input_ids)
+        lengths = [len(span.token_ids) for span in prompt.spans]
+        ideal = cost.ideal_speedup(**sizes, span_lengths=lengths, chunk_size=chunk_size, cached=cached)
+        alone_s = np.array(timings[f"decoder alone, {len(prompt.input_ids)} rows"].runs_s)
+        if not cached:
+            alone_s += timings["encoder alone"].runs_s
+        case = {"tokens": tokens, "chunk_size": chunk_size, "cached": cached, **sizes, "ideal_operations": ideal}
+        cases.append(case | _figures(full, runs, alone_s))
     return cases
+
+
+def _figures(full: list[Seconds], runs: list[Seconds], alone_s: np.ndarray) -> dict[str, Any]:
+    """Medians over the rounds of full text beside latents; `alone_s` is what the latents' parts took alone."""
+    full_s, runs_s = (np.array([sum(run.values()) for run in some]) for some in (full, runs))
+    ideals = np.array([run["prefill"] for run in full]) / alone_s
+    return {
+        "speedup": float(np.median(full_s / runs_s)),
+        "ideal_parts": float(np.median(ideals)),
+        "of_ideal_parts": float(np.median(full_s / runs_s / ideals)),
+        "full_runs_s": full_s.tolist(),
+        "runs_s": runs_s.tolist(),
+        "stages_s": {name: statistics.median(run[name] for run in runs) for name in STAGES},
+    }
 
 
 def _key(case: dict[str, Any]) -> tuple[Any, ...]:
@@ -216,7 +206,7 @@ def _table(cases: Sequence[dict[str, Any]]) -> str:
             _milliseconds(statistics.median(case["full_runs_s"])),
             _milliseconds(statistics.median(case["runs_s"])),
             *(f"{case[name]:.2f}" for name in ("speedup", "ideal_operations", "ideal_parts", "of_ideal_parts")),
-            f"{case['spread']:.0%}",
+            f"{Timing(runs_s=tuple(case['runs_s'])).spread:.0%}",
         )
         for case in cases
     ]

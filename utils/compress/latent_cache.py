@@ -273,7 +273,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "command",
         choices=("show", "prune", "verify", "clear"),
-        help="show entries and sizes; prune: evict the least recently used entries; verify every entry and remove "
+        help="show: entries and sizes; prune: evict the least recently used entries; verify: check every entry, remove "
         "corrupt ones (exit code 3 if there were any); clear: remove all entries",
     )
     default_dir = f"${CACHE_DIR_VARIABLE}, else {_DEFAULT_DIR}"

@@ -96,8 +96,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError("--cache-dir is for --to-cache: shards do not use the latent cache")
     if args.prune and not args.output:
         raise ConfigError("--prune is for --output: the latent cache makes room by itself")
-    cache_dir = Path(args.cache_dir or default_cache_dir()).expanduser().absolute()
-    source = _source(args, Path(args.output or cache_dir))
+    written = Path(args.output or args.cache_dir or default_cache_dir()).expanduser().absolute()
+    source = _source(args, written)
     files = find_checkpoint(args.checkpoint, args.chunk_size)
     files = replace(files, root=files.root.resolve())  # Ray's workers may stand in another folder
 
@@ -110,8 +110,8 @@ def _run(args: argparse.Namespace) -> int:
         source=source,
         files=files,
         settings=encoder_settings(args, compiled=args.compile),
-        output=CorpusOutput.of(Path(args.output).absolute(), source, files, args.dtype) if args.output else None,
-        cache_dir=cache_dir,
+        output=CorpusOutput.of(written, source, files, args.dtype) if args.output else None,
+        cache_dir=written if args.to_cache else None,
         threads=args.threads,
     )
     engine = encode_here

@@ -5,7 +5,7 @@
 
 One thread reads and tokenises ahead, many texts a call, while this one encodes; between them wait at most a few groups.
 A group is some neighbouring documents whose windows are packed together: `SpanEncoder` does that, as for prompts.
-Groups depend on the shard alone, so that a document's bits do not hang on which process encodes it, or when.
+Groups depend on the shard alone, so that a document's bits do not depend on which process encodes it, or when.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class CorpusJob:
         files: The checkpoint.
         settings: How its encoder runs.
         output: The shards' folder; None: into the latent cache.
-        cache_dir: Folder of the latent cache, where there is no output.
+        cache_dir: Folder of the latent cache; None with an output.
         threads: CPU threads; None: torch's own choice.
     """
 
@@ -69,7 +69,7 @@ class CorpusJob:
     files: CheckpointFiles
     settings: EncoderSettings
     output: CorpusOutput | None
-    cache_dir: Path
+    cache_dir: Path | None
     threads: int | None = None
 
 

@@ -63,7 +63,7 @@ def encode_with_ray(
         CodeLlavaError: What a worker raised.
     """
     ray = _import_ray()
-    # Ray tells on stdout what becomes of its workers; a command's stdout is for its result alone.
+    # Ray reports on stdout what becomes of its workers; a command's stdout is for its result alone.
     with contextlib.redirect_stdout(sys.stderr):
         try:
             # One core more than workers: Ray warns of a cluster without room for anything else.
@@ -116,6 +116,6 @@ def _import_ray() -> Any:
         import ray.data
     except ImportError:
         raise ConfigError("--workers needs Ray, which is not installed: run `uv sync --extra ray`") from None
-    # Its plan and its way of showing progress are not what this command is asked for.
+    # Its execution plan and its progress are not what this command is asked for.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     return ray

@@ -69,13 +69,13 @@ class EncodedCorpus:
         """Open an output folder.
 
         Raises:
-            DatasetError: It is not one, or its run has not come to its end.
+            DatasetError: It is not one, or its run is not finished.
         """
         root = Path(path)
         if not (root / ABOUT_FILE).is_file():
             raise DatasetError(f"{root} is no encoded corpus: it has no {ABOUT_FILE}")
         if not (root / INDEX_FILE).is_file():
-            raise DatasetError(f"{root} has no {INDEX_FILE} yet: run its command again, it goes on where it ended")
+            raise DatasetError(f"{root} has no {INDEX_FILE} yet: run its command again to finish it")
         about = read_json(root / ABOUT_FILE)
         settings = about.get("settings") if isinstance(about, dict) else None
         if not isinstance(settings, dict) or not isinstance(settings.get("fingerprint"), str):

@@ -3,7 +3,7 @@
     scan ──► missing shards ──► read · tokenise ahead · encode ──► shards ──► index
                                                           └──► latent cache
 
-Interrupted at any moment, the same run goes on: what the shards (or the cache) hold is not encoded again.
+Run it again after an interruption: what the shards (or the cache) hold is not encoded again.
 """
 
 from __future__ import annotations

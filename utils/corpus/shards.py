@@ -8,7 +8,7 @@
     for name, records in output.shards(): …
 
 A shard's one tensor is `latents` [N, D]. The header's metadata names the documents and their rows, so that a shard
-explains itself and a run that was killed needs nothing else to go on. Rows are written as they come: a shard takes no
+explains itself and a run that was killed needs nothing else to resume. Rows are written as they come: a shard takes no
 memory. Shape legend: n latents of a document, N of a shard, D decoder width.
 """
 

@@ -22,7 +22,7 @@ from utils.model.config import CompressionConfig
 from utils.model.generate import continue_rows
 from utils.model.limits import check_prompt_fits, explain_out_of_memory
 from utils.model.prompt import MemoryPrompt, MemorySpan
-from utils.model.splice import copy_rows, join_rows, splice_latents
+from utils.model.splice import splice_latents
 from utils.model.transfer import to_device
 from utils.model.windows import Window, plan_windows
 
@@ -68,36 +68,38 @@ class MemoryEncoder(nn.Module):
             return [MemoryUnit(windows=tuple(windows))]
         return [MemoryUnit(windows=(window,)) for window in windows]
 
-    def encode_units(self, units: Sequence[MemoryUnit], *, to_cpu: bool = False) -> list[torch.Tensor]:
-        """Latents of each unit, [n, D], whatever spans and prompts the units come from.
+    def encode_units(self, units: Sequence[MemoryUnit], *, to_cpu: bool = False) -> torch.Tensor:
+        """Latents of units [n, D] one below the other, whatever spans and prompts the units come from.
 
         Args:
-            units: What to encode.
+            units: What to encode; at least one.
             to_cpu: Bring the latents to the CPU, each micro-batch while a CUDA device already works on the next.
         """
         counts = [unit.num_latents for unit in units]
-        results: list[torch.Tensor] = []
+        parts: list[torch.Tensor] = []
         for indices, latents in self._encode_batches(units):
-            # One tensor for all from the start: parts that are joined at the end would be held twice.
-            results = results or list(_room_for(sum(counts), latents, to_cpu).split(counts))
+            if not parts:
+                # One tensor for all from the start: parts that are joined at the end would be held twice.
+                whole = _room_for(sum(counts), latents, to_cpu)
+                parts = list(whole.split(counts))
             for i, part in zip(indices, latents.split([counts[i] for i in indices]), strict=True):
                 if part.requires_grad:
-                    results[i] = part
+                    parts[i] = part
                 else:
-                    copy_rows(results[i], part)
+                    parts[i].copy_(part, non_blocking=True)
         if to_cpu and self.chunker.device.type == "cuda":
             torch.cuda.synchronize(self.chunker.device)
-        return results
+        return torch.cat(parts) if parts[0].requires_grad else whole
 
     def forward(self, spans: Sequence[MemorySpan]) -> list[torch.Tensor]:
         """Latents of each span, [n, D], in the encoder's dtype and on its device."""
+        if not spans:
+            return []
         units_of_spans = [self.units(span) for span in spans]
-        latents = iter(self.encode_units([unit for units in units_of_spans for unit in units]))
-        return [join_rows([next(latents) for _ in units]) for units in units_of_spans]
+        latents = self.encode_units([unit for units in units_of_spans for unit in units])
+        return list(latents.split([sum(unit.num_latents for unit in units) for units in units_of_spans]))
 
     def _encode_batches(self, units: Sequence[MemoryUnit]) -> Iterator[tuple[list[int], torch.Tensor]]:
-        if not units:
-            return
         windows = [window for unit in units for window in unit.windows]
         doing = f"encoding {len(windows)} windows, {self.chunker.batch_tokens or 'automatic'} tokens a batch"
         with explain_out_of_memory(doing, "lower --batch-tokens"):

@@ -29,7 +29,6 @@ from utils.training.checkpoints import PROGRESS, Progress, check_fits, restore, 
 from utils.training.config import StageConfig, TrainConfig
 from utils.training.data.cache import TokenCache
 from utils.training.data.folder import open_caches
-from utils.training.fused_norms import use_fused_norms
 from utils.training.losses import TrainedPair, check_alignable
 from utils.training.metrics import MetricsFile, StepResults, check_trackers
 from utils.training.packing import ExampleStream, PackedRow, RowPacker, packed_ahead
@@ -97,7 +96,6 @@ class Trainer:
         torch.manual_seed(config.seed)
         add_lora(self.pair, config)
         set_precision(self.pair, config)
-        use_fused_norms(self.pair)
         self.progress = Progress(stage=0, step=0, global_step=0, skipped=0, labels=0, seconds=0.0, packer=None)
         if config.pair.trained:
             packed = TrainedPart.open(config.pair.trained)
@@ -166,7 +164,7 @@ class Trainer:
                 return "paused"
             resumed = None
             self.progress = dataclasses.replace(self.progress, stage=number + 1, step=0, place=0.0, packer=None)
-            self._save(None)
+            self.save(None)
         return "done"
 
     def step_rows(self, packer: RowPacker, stage: StageConfig) -> list[PackedRow]:
@@ -225,7 +223,7 @@ class Trainer:
                 out_of_time = deadline is not None and not is_last and time.monotonic() > deadline
                 if self._agree(out_of_time or self.stop.requested):
                     self._read(results, bar)
-                    self._save(optimizer)
+                    self.save(optimizer)
                     return False
                 began = time.monotonic()
                 rows, self.progress.packer = next(steps)
@@ -250,7 +248,7 @@ class Trainer:
                 if is_line:
                     self._write_line(results, rate_factor(place, stage))
                 if is_save:
-                    self._save(optimizer)
+                    self.save(optimizer)
                     saved = time.monotonic()
                     results.restart()
         return True
@@ -281,7 +279,8 @@ class Trainer:
             self.metrics.append(values)
             self.accelerator.log(values, step=self.progress.global_step)
 
-    def _save(self, optimizer: torch.optim.Optimizer | None) -> None:
+    def save(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Write a checkpoint and draw the curve; within a stage with its optimiser's state."""
         main = self.accelerator.is_main_process
         if main or self.sharded:
             save_checkpoint(self.config, self.progress, self.trained, optimizer, write=main)

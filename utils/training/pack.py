@@ -24,9 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("--run-output", help="folder of the run; default: the one in the configuration")
-    parser.add_argument(
-        "--target", type=Path, default=TRAINED_FOLDER, help="folder; default utils/checkpoint/default/weights"
-    )
+    where = "folder to write; default utils/checkpoint/default/weights"
+    parser.add_argument("--output", "--target", type=Path, default=TRAINED_FOLDER, help=where)
     parser.add_argument("--card", type=Path, help="model card (Markdown) to put beside; default: keep the one there")
     parser.add_argument("--json", action="store_true", help="the manifest as one JSON object on stdout")
     return parser
@@ -43,12 +42,12 @@ def _run(args: argparse.Namespace) -> int:
     config = load_config(args.config)
     if args.run_output:
         config = dataclasses.replace(config, output=args.run_output)
-    manifest = pack_run(config, args.target, args.card.read_text(encoding="utf-8") if args.card else "")
+    manifest = pack_run(config, args.output, args.card.read_text(encoding="utf-8") if args.card else "")
     if args.json:
         print_json(manifest)
     else:
         sizes = f"{manifest['size_bytes'] / 1e6:.1f} MB in {len(manifest['files'])} files"
-        sys.stdout.write(f"wrote {args.target}: {sizes}, chunk sizes {manifest['chunk_sizes']}\n")
+        sys.stdout.write(f"wrote {args.output}: {sizes}, chunk sizes {manifest['chunk_sizes']}\n")
     return EXIT_OK
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import signal
-import sys
 from collections.abc import Iterator
 from typing import Any
 
-from utils.cli import EXIT_INTERRUPTED, EXIT_OK, print_json
 from utils.training.config import TrainConfig
 from utils.training.estimate import describe, estimate_run
 from utils.training.export import export_pair
@@ -17,15 +15,15 @@ from utils.training.loop import StopRequest, Trainer
 from utils.training.run_folder import held_run
 
 
-def estimate(config: TrainConfig, args: argparse.Namespace) -> int:
-    """Print what the run would cost."""
-    result = estimate_run(config, device=args.device)
-    _print(result, describe(result), args.json)
-    return EXIT_OK
+def run(config: TrainConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str, bool]:
+    """Train, and export the pair when all is done; or, for a dry run, estimate what that would cost.
 
-
-def train(config: TrainConfig, args: argparse.Namespace) -> int:
-    """Train, export the pair when all is done, and print the outcome."""
+    Returns:
+        The outcome as JSON values and as text, both empty on all processes but the main one; whether Ctrl-C ended it.
+    """
+    if args.dry_run:
+        estimate = estimate_run(config, device=args.device)
+        return estimate, describe(estimate), False
     stop = StopRequest()
     # Another run in the folder is better known before data are made and weights are read.
     with held_run(config.output, cpu=args.device == "cpu"):
@@ -41,13 +39,13 @@ def train(config: TrainConfig, args: argparse.Namespace) -> int:
         }
         if outcome == "done" and not args.no_export and trainer.accelerator.is_main_process:
             result["model"] = str(export_pair(config))
-    if trainer.accelerator.is_main_process:
-        # A run that went by the clock is done before its steps are.
-        by_clock = outcome == "done" and result["steps"] != result["total_steps"]
-        steps = f"{result['steps']} steps" if by_clock else f"{result['steps']} of {result['total_steps']} steps"
-        text = f"{outcome}: {steps} in {config.output}"
-        _print(result, text + (f"; model in {result['model']}" if "model" in result else ""), args.json)
-    return EXIT_INTERRUPTED if stop.by_keyboard else EXIT_OK
+    if not trainer.accelerator.is_main_process:
+        return {}, "", stop.by_keyboard
+    # A run that went by the clock is done before its steps are.
+    by_clock = outcome == "done" and result["steps"] != result["total_steps"]
+    steps = f"{result['steps']} steps" if by_clock else f"{result['steps']} of {result['total_steps']} steps"
+    model = f"; model in {result['model']}" if "model" in result else ""
+    return result, f"{outcome}: {steps} in {config.output}{model}", stop.by_keyboard
 
 
 @contextlib.contextmanager
@@ -66,10 +64,3 @@ def _stop_on_signals(stop: StopRequest) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _print(result: Any, text: str, as_json: bool) -> None:
-    if as_json:
-        print_json(result)
-    else:
-        sys.stdout.write(f"{text}\n")

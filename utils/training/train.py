@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 
-from utils.cli import make_parser, run_command
+from utils.cli import EXIT_INTERRUPTED, EXIT_OK, make_parser, print_json, run_command
 from utils.errors import ConfigError
 from utils.training.config import load_config
 
@@ -53,7 +54,12 @@ def _run(args: argparse.Namespace) -> int:
         config = dataclasses.replace(config, output=args.output)
     from utils.training import session
 
-    return (session.estimate if args.dry_run else session.train)(config, args)
+    result, text, interrupted = session.run(config, args)
+    if result and args.json:
+        print_json(result)
+    elif text:
+        sys.stdout.write(f"{text}\n")
+    return EXIT_INTERRUPTED if interrupted else EXIT_OK
 
 
 if __name__ == "__main__":

@@ -32,13 +32,13 @@ def test_every_row_fills_the_budget(task: str, max_seq_length: int) -> None:
 
 @pytest.mark.parametrize("task", ["niah_single_1", "niah_multikey_1", "vt", "qa_2", "cwe"])
 def test_rows_do_not_depend_on_what_was_made_before(task: str) -> None:
-    wanted = recipe(task, 3000, mode="balanced", num_samples=5)
+    wanted = recipe(task, 3000, mode="balanced", num_samples=3)
     rows = list(generate_rows(wanted))
-    assert list(generate_rows(wanted, 3, 5)) == rows[3:]
+    assert list(generate_rows(wanted, 2, 3)) == rows[2:]
     assert len({row["input"] for row in rows}) == len(rows)
 
 
-@pytest.mark.parametrize("task", ["niah_single_1", "niah_single_2", "qa_1"])
+@pytest.mark.parametrize("task", ["niah_single_1", pytest.param("niah_single_2", marks=pytest.mark.slow), "qa_1"])
 def test_depths_are_uniform(task: str) -> None:
     """Kolmogorov-Smirnov distance of 60 depths to the uniform distribution; a random sample stays below 0.21."""
     depths = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from ruler.generation.generate import generate_rows
 from ruler.generation.prepare import DatasetJob, parse_lengths, prepare_datasets
 from ruler.layout import read_dataset
 from ruler.RULER.scripts.data.prepare import main as reference_main
-from tests.support.processes import traced
 from tests.support.ruler_recipes import recipe, reference_folder
 from utils.errors import ConfigError, DatasetError
 
@@ -162,12 +160,3 @@ def test_lengths() -> None:
     assert parse_lengths("4096, 32k,1M,4k") == [4096, 32768, 1048576]
     with pytest.raises(ConfigError, match="no length given"):
         parse_lengths(" ,")
-
-
-def test_help_is_quick() -> None:
-    script = Path(__file__).parents[3] / "ruler/RULER/scripts/data/prepare.py"
-    started = time.perf_counter()
-    text, loaded = traced(script, "--help")
-    assert time.perf_counter() - started < 10
-    assert "--chunk_amount" in text
-    assert not {"torch", "transformers", "numpy", "tokenizers", "nltk"} & loaded

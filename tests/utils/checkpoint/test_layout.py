@@ -30,7 +30,7 @@ def test_the_largest_number_is_the_newest(
     assert "checkpoint_10" in caplog.text
     # The newest is checked, and never passed over for an older one.
     shutil.rmtree(run / "checkpoint_10" / "encoder")
-    with pytest.raises(CheckpointError, match="checkpoint_10 is not a complete checkpoint: encoder/ is missing"):
+    with pytest.raises(CheckpointError, match=r"checkpoint_10.*encoder/"):
         find_checkpoint(run)
 
 
@@ -70,7 +70,7 @@ def test_a_hub_id_is_downloaded(
 
 
 def test_offline_a_hub_id_says_so() -> None:
-    with pytest.raises(CheckpointError, match=r"^some-org/some-model is neither a local folder .* hub: \S"):
+    with pytest.raises(CheckpointError, match=r"some-org/some-model.* hub: \S"):
         find_checkpoint("some-org/some-model")
 
 
@@ -151,7 +151,7 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pyte
 def test_attention_adapters_are_saved_as_lclm_only(tmp_path: Path) -> None:
     config = CompressionConfig(chunk_size=4, window=32, adapter="mlp_attn", num_adapter_layers=2)
     model = make_model(config)
-    with pytest.raises(CheckpointError, match="code-llava layout cannot hold a mlp_attn adapter: save it as lclm"):
+    with pytest.raises(CheckpointError, match=r"code-llava.*mlp_attn.*lclm"):
         save_checkpoint(tmp_path / "a", model, tokenizers())
     assert list(tmp_path.iterdir()) == []
     save_checkpoint(tmp_path / "b", model, tokenizers(), LCLM)

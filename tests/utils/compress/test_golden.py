@@ -69,7 +69,8 @@ def test_compressor(case: str, attention: str | None) -> None:
     together = compressor.compress(list(parsed.values()))
     for (name, prompt), embeds in zip(parsed.items(), together, strict=True):
         assert_close(embeds.values_TD, expected_embeds(case, name))
-        assert_close(compressor.compress([prompt])[0].values_TD, expected_embeds(case, name))
+        if attention is None:
+            assert_close(compressor.compress([prompt])[0].values_TD, expected_embeds(case, name))
 
 
 @pytest.mark.parametrize("attention", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ATTENTION[1:])])

@@ -136,7 +136,7 @@ def test_missing_file_and_foreign_tensor_name(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="does not exist"):
         load_prompt_embeds(tmp_path / "none.npy")
     save_file({"other": torch.ones(2, 2)}, tmp_path / "rows.safetensors")
-    with pytest.raises(DatasetError, match=r"no tensor 'prompt_embeds', it has \['other'\]"):
+    with pytest.raises(DatasetError, match=r"'prompt_embeds'.*'other'"):
         load_prompt_embeds(tmp_path / "rows.safetensors")
 
 

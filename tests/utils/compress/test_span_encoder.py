@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from utils.compress.latent_cache import LatentCache, window_key
 from utils.compress.span_encoder import EncodingStopped, SpanEncoder
 from utils.inference.inference import load_model
+from utils.model.code_llava_model import MemoryUnit
 from utils.model.prompt import MemorySpan
 
 PROMPT = "Say <|memory_start|>def f(): return 1<|memory_end|> and <|memory_start|>class A: pass<|memory_end|>"
@@ -24,9 +26,9 @@ def test_generation_takes_latents_from_the_cache(checkpoints: dict[str, Path], t
     with LatentCache.open(tmp_path / "cache") as cache:
         model, _, _ = load_model(checkpoints["lclm"], "cpu", dtype="float32", cache=cache)
         assert model.generate([prompt], max_new_tokens=6) == expected
-        with mock.patch.object(model.memory_encoder, "encode_units", return_value=[]) as encode:
+        with mock.patch.object(model.memory_encoder, "encode_units") as encode:
             assert model.generate([prompt], max_new_tokens=6) == expected
-        encode.assert_called_once_with([], to_cpu=True)
+        encode.assert_not_called()
 
 
 def test_gradients_never_come_from_the_cache(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -48,6 +50,23 @@ def test_equal_spans_are_encoded_once(checkpoints: dict[str, Path]) -> None:
         first, second = SpanEncoder(model.memory_encoder)(spans)
     assert torch.equal(first, second)
     assert len(encode.call_args.args[0]) == len(model.memory_encoder.units(spans[0]))
+
+
+def test_the_latents_of_a_long_span_are_held_once(checkpoints: dict[str, Path]) -> None:
+    model, _, processor = load_model(checkpoints["lclm"], "cpu", dtype="float32")
+    made: list[torch.Tensor] = []
+    encode_units = model.memory_encoder.encode_units
+
+    def noting(units: Sequence[MemoryUnit], **settings: Any) -> torch.Tensor:
+        made.append(encode_units(units, **settings))
+        return made[-1]
+
+    (span,) = processor.parse_raw(f"<|memory_start|>{'x = 1 ' * 200}<|memory_end|>").spans
+    assert len(model.memory_encoder.units(span)) > 1
+    with mock.patch.object(model.memory_encoder, "encode_units", noting):
+        (latents,) = SpanEncoder(model.memory_encoder)([span])
+    assert latents.data_ptr() == made[0].data_ptr()
+    assert latents.nbytes == made[0].untyped_storage().nbytes()
 
 
 def cached(encoder: SpanEncoder, spans: Sequence[MemorySpan], *salts: bytes) -> list[int]:

@@ -1,4 +1,4 @@
-"""The command that encodes a corpus: what it writes, that it goes on, and what it refuses."""
+"""The command that encodes a corpus: what it writes, that it resumes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_a_span_takes_its_latents_from_the_corpus(
             encoded.check(Compressor.load(checkpoints["code-llava"], settings=ON_CPU).files)
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(
+def test_a_killed_run_resumes_to_the_same_bytes(
     encode: Encode, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = encode(corpus, "--output", str(tmp_path / "whole"))

@@ -137,7 +137,7 @@ def test_sampling_is_seeded() -> None:
 def test_a_prompt_without_room_is_refused_with_both_counts(model: CodeLLaVAModel) -> None:
     long = PROCESSOR.parse_raw("x" * 500)
     model.check_room([long], MAX_POSITIONS - 500)
-    with pytest.raises(PromptError, match=r"prompt 1 needs 500 rows \+ 20 new tokens, .* has 512 positions"):
+    with pytest.raises(PromptError, match=r"prompt 1.* 500 .* 20 .* 512 "):
         model.generate([PROMPTS[0], long], max_new_tokens=20)
 
 
@@ -181,10 +181,10 @@ def test_memory_that_runs_out_names_the_batch_and_the_flag(error: Exception, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(model.code_chunker.encoder, "forward", fail)
-        with pytest.raises(ConfigError, match=r"while encoding \d windows, 64 tokens .* --batch-tokens"):
+        with pytest.raises(ConfigError, match=r" 64 tokens .* --batch-tokens"):
             model.embed_prompts(PROMPTS)
     monkeypatch.setattr(model.decoder, "generate", fail)
-    with pytest.raises(ConfigError, match=r"out of memory while generating for 3 prompts .* lower --batch-size"):
+    with pytest.raises(ConfigError, match=r"3 prompts .* --batch-size"):
         model.generate(PROMPTS, max_new_tokens=8)
 
 

@@ -237,7 +237,8 @@ def test_no_body_makes_a_500(gateway: httpx.Client, chat: bool, count: int) -> N
         if got.status_code != 200:
             assert len(got.json()["error"]["message"]) < 1000
         statuses.add(got.status_code)
-    assert {200, 400} <= statuses
+    # A few bodies may all be bad ones.
+    assert statuses >= ({200, 400} if count == 100 else {400})
 
 
 @pytest.mark.parametrize("depth", [100, 300, 1000, 10_000])

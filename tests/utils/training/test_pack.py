@@ -35,7 +35,7 @@ def test_packed_and_merged_is_the_exported_pair(
         for parameter in trainer.trained.values():
             # Values that bfloat16 holds exactly, large enough to matter.
             parameter.add_(0.01 * torch.randn_like(parameter)).copy_(parameter.bfloat16())
-    trainer._save(None)
+    trainer.save(None)
     monkeypatch.setattr(export, "MAX_FILE_BYTES", 200_000)
     manifest = pack_run(config, tmp_path / "trained", card="# card\n")
     assert len(manifest["files"]) > 1

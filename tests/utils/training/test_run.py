@@ -244,7 +244,7 @@ def test_the_exported_pair_computes_what_was_trained(run_config: Config, tmp_pat
     for name, parameter in trainer.trained.items():
         if "lora_B" in name or "delta" in name:
             torch.nn.init.normal_(parameter.data, std=0.05)
-    trainer._save(None)
+    trainer.save(None)
     row = trainer.packer(1).next_row()
     with torch.no_grad():
         expected = trainer.pair(row)

@@ -101,7 +101,7 @@ def convert(
             options = options or StateOptions()
             found = find_state(source, options.format)
             counts = put_state(model, found, (tokenizers.markers.start, tokenizers.markers.end), options)
-            result = dataclasses.replace(result, source=str(found.path), format=found.format, **counts._asdict())
+            result = dataclasses.replace(result, source=str(found.path), format=found.format, **counts)
         with without_progress_bars():
             save_checkpoint(output, model, tokenizers, layout)
     return result

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import find_tied_parameters
@@ -25,17 +25,9 @@ _SHOWN = 3
 _LORA_A, _LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
-class StateCounts(NamedTuple):
-    """Tensors read, layers that a LoRA pair was merged into, and parameters that the state lacks."""
-
-    tensors: int
-    lora_layers: int
-    from_base: int
-
-
 def put_state(
     model: CodeLLaVAModel, found: StateFiles, marker_ids: Sequence[int], options: StateOptions
-) -> StateCounts:
+) -> dict[str, Any]:
     """Read a trainer's state and write it into a pair, in the pair's own dtype; LoRA is merged.
 
     Args:
@@ -43,6 +35,9 @@ def put_state(
         found: Where the state is.
         marker_ids: Rows of the decoder's table that a state of our own trainer adds to.
         options: How to read it.
+
+    Returns:
+        What a `Conversion` counts: tensors read, layers with LoRA, and parameters that the state lacks.
 
     Raises:
         CheckpointError: Tensors are left over, missing or of another shape, or the LoRA scale is not known.
@@ -70,7 +65,7 @@ def put_state(
         _refuse("of the pair are missing", missing, found.path, advice)
     changed = {name: tensor for name, tensor in state.items() if name in places}
     merge_trained_state(model, changed, {f"{layer}.": scale for layer, scale in scales.items()}, marker_ids)
-    return StateCounts(tensors=len(raw), lora_layers=len(scales), from_base=len(missing))
+    return {"tensors": len(raw), "lora_layers": len(scales), "from_base": len(missing)}
 
 
 def _lora_scales(state: Mapping[str, torch.Tensor], alphas: Mapping[str, float], path: Path) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.model.markers import wrap
 from utils.training.config import DataConfig
-from utils.training.data.excerpts import draw_file, excerpt_range
+from utils.training.data.excerpts import excerpt_range
 from utils.training.data.sources import SourceFile
 
 
@@ -78,10 +78,14 @@ class TaskSources:
         tokens = shortest * (longest / shortest) ** self.random.random()
         return max(1, round(tokens * self.data.chars_per_token))
 
+    def draw_file(self) -> tuple[SourceFile, list[str]]:
+        """A file and its lines; longer ones as often as shorter ones, so that no package's giants dominate."""
+        file = self.files[self.random.randrange(len(self.files))]
+        return file, file.lines
+
     def draw_code(self, num_chars: int | None = None) -> tuple[SourceFile, str]:
         """A file, and whole lines of it from a random place."""
-        file = draw_file(self.random, self.files)
-        lines = file.text.splitlines(keepends=True)
+        file, lines = self.draw_file()
         num_chars = num_chars or self.draw_chars()
         start, stop = excerpt_range(lines, self.random.randrange(len(lines)), num_chars)
         return file, "".join(lines[start:stop])

@@ -5,13 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from utils.training.data.sources import SourceFile
-
-
-def draw_file(random: Random, files: Sequence[SourceFile]) -> SourceFile:
-    """One file; longer ones as often as shorter ones, so that no package's giants dominate."""
-    return files[random.randrange(len(files))]
-
 
 def excerpt_range(lines: Sequence[str], start: int, num_chars: int) -> tuple[int, int]:
     """The half-open range of lines from `start` that fit into `num_chars`; at least one line."""

@@ -48,6 +48,11 @@ class SourceFile:
     licence: str
 
     @property
+    def lines(self) -> list[str]:
+        """Its lines, with their ends."""
+        return self.text.splitlines(keepends=True)
+
+    @property
     def origin(self) -> str:
         """One line for reports."""
         return f"{self.package}: {self.path} ({self.licence})"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from utils.cli import make_parser, run_command
+from utils.cli import EXIT_OK, make_parser, print_json, run_command
 
 TASKS = "reconstruct,needle,lookup,which_file,continue"
 
@@ -51,7 +52,12 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from utils.training.evaluate import run
 
-    return run.run(args)
+    result, table = run.run(args)
+    if args.json:
+        print_json(result)
+    else:
+        sys.stdout.write(table + "\n")
+    return EXIT_OK
 
 
 if __name__ == "__main__":

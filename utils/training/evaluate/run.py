@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from utils.checkpoint.default.assemble import assemble_default_checkpoint
-from utils.cli import EXIT_OK, print_json
 from utils.errors import ConfigError
 from utils.files import provenance, write_json, write_jsonl, write_text
 from utils.inference.inference import load_model
@@ -23,8 +22,8 @@ from utils.training.evaluate.report import draw, format_table, summarize
 REFERENCE = "full, reference"
 
 
-def run(args: argparse.Namespace) -> int:
-    """Evaluate, write what was asked for, and print the table or the result."""
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Evaluate and write what was asked for; the result as JSON values and as a table."""
     chunk_sizes = _numbers("--chunk-sizes", args.chunk_sizes, ",")
     examples = _examples(args)
     if args.threads:
@@ -47,11 +46,7 @@ def run(args: argparse.Namespace) -> int:
         write_jsonl(args.output / "records.jsonl", records)
         write_text(args.output / "table.md", table + "\n")
         draw(rows, args.output / "result.png")
-    if args.json:
-        print_json(result)
-    else:
-        sys.stdout.write(table + "\n")
-    return EXIT_OK
+    return result, table
 
 
 def _examples(args: argparse.Namespace) -> list[Example]:

@@ -29,6 +29,12 @@ from utils.training.data.tasks.registry import TASKS
 from utils.training.toy import build_toy_pair
 
 
+@pytest.fixture(autouse=True)
+def _small_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading all of Python's library for what is held out takes a second each time."""
+    monkeypatch.setattr(sources, "standard_library", lambda: iter(()))
+
+
 def data_of(folder: Path | str = "", tasks: dict[str, int] | None = None, **settings: Any) -> DataConfig:
     return DataConfig(folder=str(folder), tasks=tasks or {}, **settings)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from utils.training.data.examples import Example, TaskSources
-from utils.training.data.excerpts import draw_file, excerpt_range
+from utils.training.data.excerpts import excerpt_range
 
 
 def draw(sources: TaskSources) -> Example | None:
     """One example."""
     random = sources.random
     num_chars = sources.draw_chars()
-    file = draw_file(random, sources.files)
-    lines = file.text.splitlines(keepends=True)
+    file, lines = sources.draw_file()
     start, middle = excerpt_range(lines, random.randrange(len(lines)), num_chars)
     if middle == len(lines):
         return None

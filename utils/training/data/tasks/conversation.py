@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from utils.training.data.examples import Example, TaskSources
-from utils.training.data.excerpts import draw_file, excerpt_around, excerpt_range
+from utils.training.data.excerpts import excerpt_around, excerpt_range
 from utils.training.data.lookups import QUESTIONS, Fact, can_be_asked, find_facts, names_defined
 from utils.training.data.notes import draw_note, draw_note_names, indent_at
 from utils.training.data.sources import SourceFile
@@ -21,7 +21,7 @@ def draw(sources: TaskSources) -> Example | None:
     """One example."""
     random = sources.random
     num_files = random.choices((1, 2, 3), weights=(5, 3, 2))[0]
-    files = [draw_file(random, sources.files) for _ in range(num_files)]
+    files = [sources.draw_file()[0] for _ in range(num_files)]
     if len({file.path for file in files}) < num_files:
         return None
     budget = sources.draw_chars() // num_files
@@ -99,8 +99,7 @@ class Part:
 
 def draw_part(random: Random, file: SourceFile, num_chars: int) -> Part:
     """A stretch of a file about something that can be asked, where there is such."""
-    lines = file.text.splitlines(keepends=True)
-    facts = find_facts(file.text)
+    lines, facts = file.lines, find_facts(file.text)
     answered = [fact for fact in facts if fact.answer]
     around = random.choice(answered) if answered else None
     if around is not None and sum(map(len, lines[around.first : around.last + 1])) <= num_chars:

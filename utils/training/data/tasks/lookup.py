@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from utils.training.data.examples import Example, TaskSources
-from utils.training.data.excerpts import draw_file, excerpt_around
+from utils.training.data.excerpts import excerpt_around
 from utils.training.data.lookups import QUESTIONS, can_be_asked, find_facts
 
 
 def draw(sources: TaskSources) -> Example | None:
     """One example."""
     random = sources.random
-    file = draw_file(random, sources.files)
+    file, lines = sources.draw_file()
     facts = find_facts(file.text)
     answered = [fact for fact in facts if fact.answer]
     if not answered:
         return None
     kind = random.choice(sorted({fact.kind for fact in answered}))
     fact = random.choice([fact for fact in answered if fact.kind == kind])
-    lines = file.text.splitlines(keepends=True)
     num_chars = sources.draw_chars()
     if sum(map(len, lines[fact.first : fact.last + 1])) > num_chars:
         return None

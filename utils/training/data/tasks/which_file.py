@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from utils.training.data.examples import Example, TaskSources
-from utils.training.data.excerpts import draw_file, excerpt_range
+from utils.training.data.excerpts import excerpt_range
 from utils.training.data.lookups import names_defined
 from utils.training.data.sources import SourceFile
 
@@ -15,8 +15,7 @@ def draw(sources: TaskSources) -> Example | None:
     budget = sources.draw_chars() // num_files
     parts: list[tuple[SourceFile, str, list[str]]] = []
     for _ in range(num_files):
-        file = draw_file(random, sources.files)
-        lines = file.text.splitlines(keepends=True)
+        file, lines = sources.draw_file()
         heads = [i for i, line in enumerate(lines) if line.startswith(("def ", "class "))]
         if not heads:
             return None

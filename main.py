@@ -15,6 +15,7 @@ from pathlib import Path
 from utils.cli import EXIT_OK, make_parser, run_command
 from utils.errors import ConfigError
 from utils.files import package_version
+from utils.model.markers import wrap
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "openai", "tqdm", "nltk", "wonderwords")
 COMMANDS = (
@@ -77,7 +78,6 @@ def _print_device() -> None:
 def _compress_something() -> None:
     from utils.checkpoint.default.recipe import is_trained
     from utils.compress.compressor import Compressor
-    from utils.model.markers import wrap
 
     began = time.perf_counter()
     compressor = Compressor.load()

@@ -61,7 +61,8 @@ def test_the_latents_of_a_long_span_are_held_once(checkpoints: dict[str, Path]) 
         made.append(encode_units(units, **settings))
         return made[-1]
 
-    (span,) = processor.parse_raw(f"<|memory_start|>{'x = 1 ' * 200}<|memory_end|>").spans
+    text = " ".join(f"x{number} = {number}" for number in range(50))
+    (span,) = processor.parse_raw(f"<|memory_start|>{text}<|memory_end|>").spans
     assert len(model.memory_encoder.units(span)) > 1
     with mock.patch.object(model.memory_encoder, "encode_units", noting):
         (latents,) = SpanEncoder(model.memory_encoder)([span])

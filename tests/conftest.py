@@ -22,8 +22,9 @@ if os.environ.get("PYTHONPATH"):
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A busy machine is slow, not wrong.
-hypothesis.settings.register_profile("project", deadline=None)
+# A busy machine is slow, not wrong. More examples: `pytest --hypothesis-profile thorough`.
+hypothesis.settings.register_profile("project", deadline=None, max_examples=20)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
 hypothesis.settings.load_profile("project")
 
 GOLDEN = Path(__file__).parent / "data" / "golden"

@@ -1,4 +1,4 @@
-"""Command-line flags that several commands share: which checkpoint, how it runs, how long memory may be, the cache.
+"""Command-line flags that several commands share: checkpoint, how it runs, memory files and their limit, the cache.
 
 Knows no torch, so that `--help` stays fast.
 """
@@ -6,18 +6,22 @@ Knows no torch, so that `--help` stays fast.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.checkpoint.settings import DTYPE_NAMES, EncoderSettings
+from utils.compress.latent_cache import LatentCache
+from utils.errors import PromptError
+from utils.model.markers import MARKERS, wrap
 
 if TYPE_CHECKING:
-    from utils.compress.latent_cache import LatentCache
     from utils.model.prompt import MemoryLimit
 
 
 def add_checkpoint_flags(
     parser: argparse.ArgumentParser,
-    path_flags: tuple[str, ...] = ("--model-path", "--checkpoint"),
+    path_flags: tuple[str, ...] = ("--checkpoint", "--model-path"),
     per_span_chunk_size: bool = False,
 ) -> None:
     """Add the flags that choose a checkpoint and how it runs.
@@ -60,6 +64,13 @@ def add_memory_limit_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_memory_files_flag(group: argparse._ArgumentGroup) -> None:
+    """Add `--memory`; `read_memory_files(args.memory)` reads what it names."""
+    group.add_argument(
+        "--memory", nargs="+", default=[], metavar="FILE", help="plain files, each a span of its own before the prompt"
+    )
+
+
 def add_cache_flags(parser: argparse.ArgumentParser) -> None:
     """Add the latent cache's flags."""
     group = parser.add_argument_group("latent cache")
@@ -82,9 +93,38 @@ def memory_limit(args: argparse.Namespace) -> MemoryLimit:
 
 def open_cache(args: argparse.Namespace) -> LatentCache | None:
     """The cache that the flags describe; None with --no-cache, and (with a warning) where it cannot be used."""
-    from utils.compress.latent_cache import LatentCache
-
     return None if args.no_cache else LatentCache.open_if_usable(args.cache_dir)
+
+
+def read_memory_files(paths: Sequence[str]) -> str:
+    """Plain files as marked spans, in order, a line end after each.
+
+    Raises:
+        PromptError: A file is empty, is not UTF-8 text or holds a marker.
+    """
+    return "".join(f"{wrap(_plain_text(path))}\n" for path in paths)
+
+
+def read_text(path: str | Path) -> str:
+    """Read a file as UTF-8, every character as it is (line ends included).
+
+    Raises:
+        PromptError: The file is not UTF-8 text.
+    """
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None
+
+
+def _plain_text(path: str) -> str:
+    content = read_text(path)
+    if not content:
+        raise PromptError(f"{path} is empty: there is nothing to compress")
+    for marker in MARKERS:
+        if marker in content:
+            raise PromptError(f"{path} holds the marker {marker}: a memory file is plain text, marked text is a prompt")
+    return content
 
 
 def _numbers(text: str) -> list[int]:
@@ -93,10 +133,5 @@ def _numbers(text: str) -> list[int]:
 
 def _spellings(*flags: str) -> list[str]:
     """Each flag with hyphens, and the published spelling with underscores as an alias."""
-    spellings = []
-    for flag in flags:
-        spellings.append(flag)
-        underscored = "--" + flag.removeprefix("--").replace("-", "_")
-        if underscored != flag:
-            spellings.append(underscored)
-    return spellings
+    both = [(flag, "--" + flag[2:].replace("-", "_")) for flag in flags]
+    return list(dict.fromkeys(spelling for pair in both for spelling in pair))

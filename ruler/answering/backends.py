@@ -8,8 +8,8 @@
 | `local-memory` | a Code-LLaVA checkpoint in this process | latents |
 
 This is RULER's only door to `utils.inference`; heavy imports happen when a backend is built. A backend raises
-`TransientError` for what another try may cure, `RowRefusedError` for a row that no try will, and any other
-`CodeLlavaError` for what stops the whole run.
+`TransientError` for what the client tried again in vain, `RowRefusedError` for a row that no try will cure, and any
+other `CodeLlavaError` for what stops the whole run.
 """
 
 from __future__ import annotations
@@ -31,31 +31,34 @@ from ruler.answering.protocol import (
     RowRefusedError,
     TransientError,
 )
+from utils.checkpoint.locate import find_checkpoint
+from utils.checkpoint.settings import EncoderSettings
+from utils.client.completion import RetryPolicy
+from utils.client.connection import RequestError
+from utils.compress.latent_cache import LatentCache
 from utils.errors import CheckpointError, ConfigError
 from utils.pretrained import fetch, loading, read_model, read_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
-    from utils.compress.latent_cache import LatentCache
     from utils.compress.prompt_embeds import PromptEmbeds
     from utils.model.prompt import MemoryPrompt
 
 _REFUSED_STATUS = (400, 413, 422)
-_TRANSIENT_STATUS = (408, 409, 425)
 
 
-def open_backend(settings: BackendSettings) -> Backend:
-    """Build the backend that the settings name.
+def open_backend(settings: BackendSettings, retry: RetryPolicy | None = None) -> Backend:
+    """Build the backend that the settings name; servers are asked as often as `retry` says.
 
     Raises:
         ConfigError: No such backend, or a setting that it cannot use.
         CheckpointError: A local model cannot be loaded.
     """
     builders: dict[str, Callable[[BackendSettings], Backend]] = {
-        "server-text": ServerText,
+        "server-text": lambda chosen: ServerText(chosen, retry),
         "local-text": lambda chosen: LocalCausalLm(chosen) if _is_plain_model(chosen.model) else LocalCodeLlava(chosen),
-        "server-memory": ServerMemory,
+        "server-memory": lambda chosen: ServerMemory(chosen, retry),
         "local-memory": LocalCodeLlava,
     }
     if settings.name not in builders:
@@ -72,8 +75,6 @@ def decoder_folder(model: str | None) -> Path:
     Raises:
         CheckpointError: There is no such checkpoint.
     """
-    from utils.checkpoint.locate import find_checkpoint
-
     return Path(str(model)) if _is_plain_model(model) else find_checkpoint(model).decoder
 
 
@@ -82,19 +83,19 @@ class ServerText:
 
     batch_size = 1
 
-    def __init__(self, settings: BackendSettings) -> None:
+    def __init__(self, settings: BackendSettings, retry: RetryPolicy | None = None) -> None:
         from utils.client.server_client import VllmClient
 
         self.concurrency = settings.concurrency
         self.details: dict[str, Any] = {}
         self._settings = settings
-        # The runner owns the retries: a second layer inside the client would multiply them.
         self._client = VllmClient(
             settings.server_url,
             model=settings.model,
             api_key=settings.api_key,
             timeout_s=settings.timeout_s,
-            max_retries=0,
+            # No row may be lost to a server that is slow or confused for a while.
+            retry=replace(retry or RetryPolicy(), unanswered=True),
         )
 
     async def start(self) -> None:
@@ -130,8 +131,6 @@ class ServerText:
 
 
 def _latent_cache(settings: BackendSettings) -> LatentCache | None:
-    from utils.compress.latent_cache import LatentCache
-
     return LatentCache.open_if_usable(settings.cache_dir) if settings.cache else None
 
 
@@ -141,11 +140,10 @@ class ServerMemory(ServerText):
     A chat's template is applied here too: the server joins the parts of a chat in its own way, which can change ids.
     """
 
-    def __init__(self, settings: BackendSettings) -> None:
-        from utils.checkpoint.settings import EncoderSettings
+    def __init__(self, settings: BackendSettings, retry: RetryPolicy | None = None) -> None:
         from utils.compress.compressor import Compressor
 
-        super().__init__(settings)
+        super().__init__(settings, retry)
         self._compressor = Compressor.load(
             settings.checkpoint,
             chunk_size=settings.chunk_size,
@@ -158,17 +156,12 @@ class ServerMemory(ServerText):
             "chunk_size": self._compressor.processor.chunk_size,
         }
         self._encoder_free = asyncio.Lock()
-        # What a retry sends again; emptied with the answer.
-        self._encoded: dict[Question, PromptEmbeds] = {}
 
     async def _ask(self, question: Question) -> Answer:
-        if question not in self._encoded:
-            async with self._encoder_free:
-                self._encoded[question] = await asyncio.to_thread(self._compress, question)
-        embeds = self._encoded[question]
+        async with self._encoder_free:
+            embeds = await asyncio.to_thread(self._compress, question)
         with _sorted_failures():
             reply = await self._client.complete(embeds.values_TD, **self._fields(question))
-        del self._encoded[question]
         return Answer(
             text=reply.text,
             prompt_tokens=embeds.stats.prompt_tokens,
@@ -183,19 +176,17 @@ class ServerMemory(ServerText):
 @contextlib.contextmanager
 def _sorted_failures() -> Iterator[None]:
     """Sort a failed request: worth another try, this row cannot be answered, or nothing can (passed on as it is)."""
-    from utils.client.connection import RequestError
-
     try:
         yield
     except RequestError as error:
         if error.unreachable:
             message = f"{error}: start the server, or name another address with --server-url"
-            raise TransientError(message, unreachable=True) from None
+            raise TransientError(message) from None
         if error.status in _REFUSED_STATUS:
             raise RowRefusedError(str(error)) from None
         # Without a status there was no whole answer: a time-out, or a body that is no completion.
-        if error.transient or error.status is None or error.status in _TRANSIENT_STATUS:
-            raise TransientError(str(error), retry_after_s=error.retry_after_s) from None
+        if error.transient or error.status is None:
+            raise TransientError(str(error)) from None
         raise
 
 
@@ -241,7 +232,6 @@ class LocalCodeLlava(LocalModel):
     """A Code-LLaVA checkpoint in this process: contexts as latents, or as text for its bare decoder."""
 
     def __init__(self, settings: BackendSettings) -> None:
-        from utils.checkpoint.locate import find_checkpoint
         from utils.inference.inference import load_model
 
         self._compress = settings.name == "local-memory"
@@ -259,11 +249,8 @@ class LocalCodeLlava(LocalModel):
         texts = [question.memory_text if self._compress else question.text for question in questions]
         prompts = [parse_prompt(self._processor, text, self._settings) for text in texts]
         self._model.check_room(prompts, max(question.max_tokens for question in questions))
-        counts = [
-            {"memory_tokens": prompt.memory_tokens, "num_latents": prompt.num_latents} if self._compress else {}
-            for prompt in prompts
-        ]
-        return self._model.embed_prompts(prompts), counts
+        counts = [{"memory_tokens": prompt.memory_tokens, "num_latents": prompt.num_latents} for prompt in prompts]
+        return self._model.embed_prompts(prompts), counts if self._compress else [{}] * len(prompts)
 
 
 def parse_prompt(processor: Any, text: str, settings: BackendSettings) -> MemoryPrompt:

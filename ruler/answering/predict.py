@@ -8,29 +8,25 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ruler.answering.predictions import DataRow, PredictionFile
-from ruler.answering.protocol import BACKENDS, DEFAULT_SERVER_URL, Backend, BackendSettings, TransientError
-from ruler.answering.runner import FailedRow, RetryPolicy, ask
-from ruler.dataset import read_dataset
+from ruler.answering.protocol import BACKENDS, DEFAULT_SERVER_URL, Backend, BackendSettings
+from ruler.answering.runner import FailedRow, ask
 from ruler.generation.prepare import parse_lengths
-from ruler.layout import check_same, choose, claim_run_folder, dataset_tasks, length_folders, write_run_manifest
+from ruler.layout import MANIFEST, check_same, claim_run_folder, dataset_tasks, length_folders, read_dataset
 from ruler.registry import get_task, resolve_tasks
 from utils.cli import EXIT_FAILED_ROWS, EXIT_OK, print_json
-from utils.client.completion import Sampling
+from utils.client.completion import RetryPolicy, Sampling
 from utils.errors import ConfigError
-from utils.files import provenance, write_jsonl
-
-logger = logging.getLogger(__name__)
+from utils.files import provenance, write_json, write_jsonl
 
 EXAMPLES = """\
-  python -m ruler predict --data-dir out/data --output-dir out/runs/memory --backend local-memory --chunk-size 8
-  python -m ruler predict --data-dir out/data --output-dir out/runs/text --backend server-text \\
+  python -m ruler predict --data-dir out/data --output out/runs/memory --backend local-memory --chunk-size 8
+  python -m ruler predict --data-dir out/data --output out/runs/text --backend server-text \\
       --server-url http://127.0.0.1:8000 --model my-model --concurrency 16"""
 
 
@@ -82,7 +78,7 @@ def predict(job: PredictJob, settings: BackendSettings, retry: RetryPolicy | Non
         ServerError: The server is not there or refuses every request; what was answered is kept.
     """
     folders = length_folders(job.data_dir, job.lengths)
-    plan = [(folder, choose(dataset_tasks(folder, job.subset), job.tasks, folder)) for folder in folders]
+    plan = [(folder, dataset_tasks(folder, job.subset, job.tasks)) for folder in folders]
     return asyncio.run(_Prediction(job, settings, retry or RetryPolicy()).answer(plan))
 
 
@@ -109,14 +105,18 @@ class _Prediction:
         manifest = claim_run_folder(target, self._settings.identity(), job.subset)
         data, rows = _read_rows(job, folder / task)
         manifest["data"][task] = data
-        write_run_manifest(target, manifest)
+        write_json(target / MANIFEST, manifest)
         name = task if job.num_chunks == 1 else f"{task}-{job.chunk_index}"
         failed: list[FailedRow] = []
         with PredictionFile(target / f"{name}.jsonl", rows) as file:
             todo = [row for row in file.missing if job.max_rows is None or row.number < job.max_rows]
             if todo:
                 failed = await self._ask(await self._ready_backend(target, manifest), file, todo, task)
-        _write_failures(target / f"{name}.failed.jsonl", failed)
+        failures = target / f"{name}.failed.jsonl"
+        if failed:
+            write_jsonl(failures, (asdict(failure) for failure in failed))
+        else:
+            failures.unlink(missing_ok=True)
         length = int(folder.name) if folder.name.isdecimal() else data.get("max_seq_length")
         answered = len(todo) - len(failed)
         return TaskOutcome(length=length, task=task, rows=len(rows), answered=answered, failed=len(failed))
@@ -127,7 +127,7 @@ class _Prediction:
             self._backend = await start_backend(self._settings, self._retry)
         details = self._backend.details
         check_same(manifest.get("backend", details), details, target)
-        write_run_manifest(target, {**manifest, "backend": details, "provenance": provenance()})
+        write_json(target / MANIFEST, {**manifest, "backend": details, "provenance": provenance()})
         return self._backend
 
     async def _ask(self, backend: Backend, file: PredictionFile, rows: list[DataRow], task: str) -> list[FailedRow]:
@@ -141,7 +141,6 @@ class _Prediction:
                 file,
                 rows,
                 max_tokens=config.tokens_to_generate,
-                retry=self._retry,
                 measure=needle_depths if config.family == "niah" else lambda row: {},
                 keep_input=self._job.keep_input,
                 on_row=bar.update,
@@ -149,20 +148,15 @@ class _Prediction:
 
 
 async def start_backend(settings: BackendSettings, retry: RetryPolicy) -> Backend:
-    """Open a backend and wait until it is ready; a server that is not running is an error at once."""
+    """Open a backend and see that it is ready; a server that is not running is an error at once."""
     from ruler.answering.backends import open_backend
 
-    backend = open_backend(settings)
-    for attempt in range(1, retry.attempts + 1):
-        try:
-            await backend.start()
-            break
-        except TransientError as error:
-            if error.unreachable or attempt == retry.attempts:
-                await backend.close()
-                raise
-            logger.info("%s; trying again", error)
-            await asyncio.sleep(retry.wait_s(attempt, error.retry_after_s))
+    backend = open_backend(settings, retry)
+    try:
+        await backend.start()
+    except BaseException:
+        await backend.close()
+        raise
     return backend
 
 
@@ -184,17 +178,10 @@ def needle_depths(row: DataRow) -> dict[str, list[float]]:
     return {"depths": [round((place - start) / (end - start), 4) for place in places]} if min(places) >= 0 else {}
 
 
-def _write_failures(path: Path, failed: list[FailedRow]) -> None:
-    if failed:
-        write_jsonl(path, (asdict(failure) for failure in failed))
-    else:
-        path.unlink(missing_ok=True)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `predict`."""
     parser.add_argument("--data-dir", type=Path, required=True, help="dataset root: [<length>/]<task>/<subset>.jsonl")
-    parser.add_argument("--output-dir", type=Path, required=True, help="run folder for the predictions")
+    parser.add_argument("--output", "--output-dir", type=Path, required=True, help="run folder for the predictions")
     parser.add_argument("--tasks", help="task names with commas, or ruler, code, all (default: what is prepared)")
     parser.add_argument("--lengths", help="with commas, 1k = 1024 (default: what is prepared)")
     parser.add_argument("--subset", default="validation", help="stem of the rows files (default: validation)")
@@ -222,7 +209,8 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument("--api-key", help="key (default: VLLM_API_KEY, then OPENAI_API_KEY)")
     server.add_argument("--checkpoint", help="encoder's checkpoint for server-memory (default: the embedded one)")
     server.add_argument("--concurrency", type=int, default=8, help="requests in flight (default: %(default)s)")
-    server.add_argument("--timeout-s", type=float, default=600.0, help="seconds a request (default: %(default)s)")
+    server.add_argument("--timeout", "--timeout-s", dest="timeout_s", type=float, default=600.0, metavar="S",
+                        help="seconds a request (default: 600)")  # fmt: skip
     server.add_argument("--attempts", type=int, default=8, help="tries a request before a row fails (default: 8)")
     memory = parser.add_argument_group("memory backends")
     memory.add_argument("--no-cache", dest="cache", action="store_false", help="encode every context, store nothing")
@@ -245,22 +233,12 @@ def backend_settings(args: argparse.Namespace, **chosen: Any) -> BackendSettings
     """
     for name in ("concurrency", "batch_size", "attempts", "timeout_s"):
         if getattr(args, name) <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    names = (
-        "checkpoint",
-        "server_url",
-        "api_key",
-        "api",
-        "system_prompt",
-        "concurrency",
-        "batch_size",
-        "timeout_s",
-        "device",
-        "cache",
-        "cache_dir",
-    )
+            raise ConfigError(
+                f"--{name.removesuffix('_s').replace('_', '-')} must be positive, got {getattr(args, name)}"
+            )
+    names = "checkpoint server_url api_key api system_prompt concurrency batch_size timeout_s device cache cache_dir"
     sampling = Sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.sampling_seed)
-    return BackendSettings(**{name: getattr(args, name) for name in names}, sampling=sampling, **chosen)
+    return BackendSettings(**{name: getattr(args, name) for name in names.split()}, sampling=sampling, **chosen)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -268,7 +246,7 @@ def run(args: argparse.Namespace) -> int:
     settings = backend_settings(args, name=args.backend, model=args.model, chunk_size=args.chunk_size)
     job = PredictJob(
         data_dir=args.data_dir,
-        output_dir=args.output_dir,
+        output_dir=args.output,
         tasks=resolve_tasks(args.tasks) if args.tasks else None,
         lengths=parse_lengths(args.lengths) if args.lengths else None,
         subset=args.subset,
@@ -277,7 +255,7 @@ def run(args: argparse.Namespace) -> int:
     )
     outcomes = predict(job, settings, RetryPolicy(attempts=args.attempts))
     if args.json:
-        print_json({"output_dir": str(args.output_dir), "tasks": [asdict(outcome) for outcome in outcomes]})
+        print_json({"output_dir": str(args.output), "tasks": [asdict(outcome) for outcome in outcomes]})
     else:
         print_outcomes(outcomes)
     return exit_code(outcomes)

@@ -10,21 +10,19 @@ the next run cuts that off and goes on. On closing, the rows are put into the da
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import hashlib
 import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
-
-from filelock import BaseFileLock, FileLock, Timeout
+from typing import Any
 
 from utils.errors import DatasetError
-from utils.files import atomic_path, parse_json
+from utils.files import atomic_path, parse_json, sha256_bytes
+from utils.locks import sole_writer
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +40,7 @@ class DataRow:
     def digest(self) -> str:
         """What ties a prediction to its question: a hash of prompt and references."""
         parts = [self.fields["input"], self.fields.get("answer_prefix", ""), *self.fields["outputs"]]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return sha256_bytes(json.dumps(parts).encode())[:16]
 
 
 def prediction_row(row: DataRow, text: str, measured: Mapping[str, Any], *, keep_input: bool = False) -> dict[str, Any]:
@@ -108,12 +106,6 @@ def _parse(line: bytes, where: str, required: Sequence[str] = _FIELDS) -> dict[s
     return row
 
 
-def _answers(stored: Mapping[str, Any], row: DataRow) -> bool:
-    """Whether a stored prediction belongs to this question; the reference's predictions carry no digest."""
-    digest = (stored.get("others") or {}).get("digest", row.digest)
-    return digest == row.digest and stored["outputs"] == row.fields["outputs"]
-
-
 class PredictionFile:
     """Opens, repairs, checks and extends the predictions of one task; use as a context manager.
 
@@ -122,15 +114,14 @@ class PredictionFile:
         rows: The questions, in the dataset's order.
 
     Raises:
-        DatasetError: On entering, when another process writes the file, a line is broken, or a stored prediction
-            answers another question than this dataset's.
+        ConfigError: On entering, when another process writes the file.
+        DatasetError: On entering, when a line is broken, or a stored prediction answers another question than this
+            dataset's.
     """
 
     def __init__(self, path: str | Path, rows: Sequence[DataRow]) -> None:
         self.path = Path(path)
         self.rows = rows
-        self._stream: BinaryIO | None = None
-        self._lock: BaseFileLock | None = None
         self._lines: dict[int, bytes] = {}
 
     @property
@@ -139,62 +130,56 @@ class PredictionFile:
         return [row for row in self.rows if row.number not in self._lines]
 
     def __enter__(self) -> PredictionFile:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.path)
-        try:
+        with contextlib.ExitStack() as stack:
+            # The lock has a file of its own, for the predictions' may be replaced.
+            stack.enter_context(sole_writer(self.path, lock=self.path.with_name(f".{self.path.name}.lock")))
             # Unbuffered: one append is one write call, so a kill cannot tear two rows.
-            self._stream = self.path.open("a+b", buffering=0)
-            self._repair(self._stream)
-            self._load(self._stream)
-        except BaseException:
-            self._release()
-            raise
+            self._stream = stack.enter_context(self.path.open("a+b", buffering=0))
+            self._repair()
+            self._load()
+            self._held = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._stream is not None
-        try:
+    def __exit__(self, *_: object) -> None:
+        with self._held:
             os.fsync(self._stream.fileno())
-            self._put_in_order()
-        finally:
-            self._release()
+            wanted = b"".join(self._lines[row.number] for row in self.rows if row.number in self._lines)
+            if self._stored() != wanted:
+                with atomic_path(self.path) as temporary:
+                    temporary.write_bytes(wanted)
 
     def append(self, prediction: dict[str, Any]) -> None:
         """Store one finished row; it survives whatever happens to this process afterwards."""
-        assert self._stream is not None
         # ASCII escapes: a model may answer with half a surrogate pair, which is no UTF-8.
         line = json.dumps(prediction).encode("ascii") + b"\n"
         if self._stream.write(line) != len(line):
             raise OSError(errno.ENOSPC, "a row could be written only in part; the next run repairs it", str(self.path))
         self._lines[prediction["others"]["row"]] = line
 
-    def _release(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-        if self._lock is not None:
-            self._lock.release()
+    def _stored(self) -> bytes:
+        self._stream.seek(0)
+        return self._stream.read()
 
-    def _repair(self, stream: BinaryIO) -> None:
-        data = _read_all(stream)
+    def _repair(self) -> None:
+        data = self._stored()
         end = data.rfind(b"\n") + 1
         if end == len(data):
             return
         if _is_whole(data[end:]):
-            stream.write(b"\n")
+            self._stream.write(b"\n")
         else:
             logger.warning("%s: cut off a half-written last line (%d bytes)", self.path, len(data) - end)
-            stream.truncate(end)
+            self._stream.truncate(end)
 
-    def _load(self, stream: BinaryIO) -> None:
+    def _load(self) -> None:
         by_number = {row.number: row for row in self.rows}
         by_index = {row.fields["index"]: row for row in self.rows}
-        for number, line in enumerate(_read_all(stream).split(b"\n")[:-1], start=1):
+        for number, line in enumerate(self._stored().split(b"\n")[:-1], start=1):
             if not line.strip():
                 continue
             where = f"{self.path}, line {number}"
             stored = _parse(line, where)
+            # The reference's predictions carry neither number nor digest.
             others = stored.get("others") or {}
             row = by_number.get(others["row"]) if "row" in others else by_index.get(stored["index"])
             if (
@@ -207,25 +192,3 @@ class PredictionFile:
                     "else here): choose another output folder, or remove this one"
                 )
             self._lines[row.number] = line + b"\n"
-
-    def _put_in_order(self) -> None:
-        assert self._stream is not None
-        wanted = b"".join(self._lines[row.number] for row in self.rows if row.number in self._lines)
-        if _read_all(self._stream) != wanted:
-            with atomic_path(self.path) as temporary:
-                temporary.write_bytes(wanted)
-
-
-def _locked(path: Path) -> BaseFileLock:
-    """An exclusive lock that dies with the process; in a file of its own, for the predictions' may be replaced."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise DatasetError(f"{path}: another process is predicting into this file: wait for it to end") from None
-    return lock
-
-
-def _read_all(stream: BinaryIO) -> bytes:
-    stream.seek(0)
-    return stream.read()

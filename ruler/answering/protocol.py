@@ -18,17 +18,7 @@ BACKENDS = ("server-text", "local-text", "server-memory", "local-memory")
 
 
 class TransientError(ServerError):
-    """Worth another try: overload, a lost connection, a time-out, an answer that is no completion.
-
-    Attributes:
-        retry_after_s: The wait the server asked for.
-        unreachable: Nothing listens at the address.
-    """
-
-    def __init__(self, message: str, *, retry_after_s: float | None = None, unreachable: bool = False) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-        self.unreachable = unreachable
+    """Not answered in all tries: overload, a lost connection, a time-out, an answer that is no completion."""
 
 
 class RowRefusedError(ServerError):

@@ -1,4 +1,4 @@
-"""Asks a backend the rows of one task: bounded concurrency, retries with back-off, failures kept apart.
+"""Asks a backend the rows of one task: bounded concurrency, failures kept apart.
 
 A row ends in one of two ways: its answer is in the prediction file, or it is among the returned failures and the next
 run asks it again. Nothing is lost in between, whatever the server does.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,26 +19,6 @@ from utils.errors import PromptError, ServerError
 logger = logging.getLogger(__name__)
 
 _GIVE_UP_AFTER = 10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetryPolicy:
-    """How often a request is tried and how long it waits in between.
-
-    Attributes:
-        attempts: Tries in all.
-        first_wait_s: Before the second try; doubles from try to try, with a random part.
-        longest_wait_s: Upper limit of one wait; a server's Retry-After is obeyed up to it.
-    """
-
-    attempts: int = 8
-    first_wait_s: float = 0.5
-    longest_wait_s: float = 30.0
-
-    def wait_s(self, attempt: int, retry_after_s: float | None) -> float:
-        """Seconds before try number `attempt + 1`."""
-        wait = self.first_wait_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
-        return min(self.longest_wait_s, max(wait, retry_after_s or 0.0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +36,6 @@ async def ask(
     rows: Sequence[DataRow],
     *,
     max_tokens: int,
-    retry: RetryPolicy,
     measure: Callable[[DataRow], dict[str, Any]] = lambda row: {},
     keep_input: bool = False,
     on_row: Callable[[], object] = lambda: None,
@@ -69,7 +47,6 @@ async def ask(
         file: Gets each answer as soon as it is there.
         rows: The rows to ask, of those the file is missing.
         max_tokens: New tokens a row.
-        retry: For transient failures.
         measure: What to note about a row beside the answer's counts.
         keep_input: Repeat the prompt in the prediction.
         on_row: Called after each row, answered or not.
@@ -86,7 +63,7 @@ async def ask(
     async def worker(batches: Iterator[Sequence[DataRow]]) -> None:
         nonlocal failed_in_a_row
         for batch in batches:
-            outcomes = await _ask_batch(backend, batch, max_tokens, retry)
+            outcomes = await _ask_batch(backend, batch, max_tokens)
             for row, outcome in zip(batch, outcomes, strict=True):
                 if isinstance(outcome, Answer):
                     measured = {**measure(row), **outcome.counts()}
@@ -117,24 +94,17 @@ async def ask(
 
 
 async def _ask_batch(
-    backend: Backend, batch: Sequence[DataRow], max_tokens: int, retry: RetryPolicy
+    backend: Backend, batch: Sequence[DataRow], max_tokens: int
 ) -> Sequence[Answer | ServerError | PromptError]:
-    """Ask a batch until it is answered or out of tries; a refused batch is asked row by row."""
-    questions = [_question(row, max_tokens) for row in batch]
-    for attempt in range(1, retry.attempts + 1):
-        try:
-            return await backend.answer(questions)
-        except TransientError as error:
-            if attempt == retry.attempts:
-                return [error] * len(batch)
-            wait_s = retry.wait_s(attempt, error.retry_after_s)
-            logger.debug("try %d of %d failed, next in %.2f s: %s", attempt, retry.attempts, wait_s, error)
-            await asyncio.sleep(wait_s)
-        except (RowRefusedError, PromptError) as error:
-            if len(batch) == 1:
-                return [error]
-            return [(await _ask_batch(backend, [row], max_tokens, retry))[0] for row in batch]
-    raise AssertionError("a retry policy has at least one attempt")
+    """Ask a batch; one that is refused is asked row by row."""
+    try:
+        return await backend.answer([_question(row, max_tokens) for row in batch])
+    except TransientError as error:
+        return [error] * len(batch)
+    except (RowRefusedError, PromptError) as error:
+        if len(batch) == 1:
+            return [error]
+        return [(await _ask_batch(backend, [row], max_tokens))[0] for row in batch]
 
 
 def _question(row: DataRow, max_tokens: int) -> Question:

@@ -21,7 +21,6 @@ from utils.files import sha256_bytes
 
 PACKAGES = ("accelerate", "fastapi", "httpx", "huggingface_hub", "jinja2", "networkx", "openai", "peft", "uvicorn")
 _PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|ISC)\b", re.IGNORECASE)
-_SUFFIXES = (".py",)
 _MIN_LINES, _MAX_BYTES, _MAX_LINE = 20, 60_000, 160
 _TOP_LEVEL = re.compile(r"(?<=\n)(?=[^\s])")
 
@@ -104,20 +103,16 @@ def read_installed_code() -> CodeFiles:
             package = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        if not _is_permissive(package):
+        licence = [package.metadata.get_all(field) or [] for field in ("License-Expression", "License", "Classifier")]
+        if not any(_PERMISSIVE.search(str(value)) for values in licence for value in values):
             continue
         versions[name] = package.version
         found += [
             (file.as_posix(), Path(str(package.locate_file(file))))
             for file in package.files or []
-            if file.suffix in _SUFFIXES and ".." not in file.parts and "tests" not in file.parts
+            if file.suffix == ".py" and ".." not in file.parts and "tests" not in file.parts
         ]
     return _pile(sorted(found), {"source": "installed packages", "packages": versions}, "the installed packages")
-
-
-def _is_permissive(package: importlib.metadata.Distribution) -> bool:
-    fields = ("License-Expression", "License", "Classifier")
-    return any(_PERMISSIVE.search(str(value)) for field in fields for value in package.metadata.get_all(field) or [])
 
 
 def _pile(found: Iterable[tuple[str, Path]], origin: dict[str, Any], where: str) -> CodeFiles:

@@ -16,34 +16,41 @@ the plain way of counting.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from functools import cache
 
 from ruler.generation.tokenizers import TextTokenizer
-
-_MAX_REMEMBERED = 500_000  # pieces; some tasks never repeat theirs
 
 
 class PieceCounter:
     """Counts tokens of texts given in pieces; remembers every piece and every cut it has seen."""
 
-    def __init__(self, tokenizer: TextTokenizer, *, whole: bool = False) -> None:
+    def __init__(self, tokenizer: TextTokenizer, *, whole: bool = False, max_remembered: int = 500_000) -> None:
         """Args:
         tokenizer: Counts the pieces.
         whole: Never add up; count each text in one go. The slow and certain way.
+        max_remembered: Pieces; some tasks never repeat theirs.
         """
         self.tokenizer = tokenizer
         self.adds_up = tokenizer.splits_words and not whole
+        self._max_remembered = max_remembered
         self._counts: dict[str, int] = {}
-        self._starts = _Memo(_start)
-        self._ends = _Memo(_end)
-        self._trusted: dict[tuple[str, str], bool] = {}
+        self._start = cache(_start)
+        self._end = cache(_end)
+        self._trusted = cache(self._trusts)
 
     def count(self, pieces: Sequence[str]) -> int:
         """Tokens of the text `"".join(pieces)`."""
         if not self.adds_up:
             return self.count_whole("".join(pieces))
         joined = self._join_untrusted(pieces)
-        self._learn(joined)
+        if len(self._counts) > self._max_remembered:
+            self._counts.clear()
+            self._start.cache_clear()
+            self._end.cache_clear()
+        # Not `set - keys()`, which walks through all the keys.
+        if new := [piece for piece in set(joined) if piece not in self._counts]:
+            self._counts.update(zip(new, self.tokenizer.count(new), strict=True))
         return sum(map(self._counts.__getitem__, joined))
 
     def count_whole(self, text: str) -> int:
@@ -59,31 +66,13 @@ class PieceCounter:
             start += len(piece)
         return self.count(pieces)
 
-    def count_each(self, pieces: Sequence[str]) -> list[int]:
-        """Tokens of each piece on its own."""
-        self._learn(pieces)
-        return [self._counts[piece] for piece in pieces]
-
-    def _learn(self, pieces: Iterable[str]) -> None:
-        """Count the pieces not seen before, in one batch."""
-        if len(self._counts) > _MAX_REMEMBERED:
-            for memory in (self._counts, self._starts, self._ends):
-                memory.clear()
-        # Not `set - keys()`, which walks through all the keys.
-        new = [piece for piece in set(pieces) if piece not in self._counts]
-        if new:
-            self._counts.update(zip(new, self.tokenizer.count(new), strict=True))
-
     def _join_untrusted(self, pieces: Sequence[str]) -> Sequence[str]:
         """The same text in pieces between which every cut is trusted."""
-        starts = map(self._starts.__getitem__, pieces[1:])
-        cuts = list(zip(map(self._ends.__getitem__, pieces), starts, strict=False))
-        different = set(cuts)
-        for cut in different:
-            if cut not in self._trusted:
-                self._trusted[cut] = self._trusts(*cut)
-        untrusted = {cut for cut in different if not self._trusted[cut]}
-        places = [place for place, cut in enumerate(cuts, start=1) if cut in untrusted] if untrusted else []
+        cuts = list(zip(map(self._end, pieces), map(self._start, pieces[1:]), strict=False))
+        untrusted = {cut for cut in set(cuts) if not self._trusted(*cut)}
+        if not untrusted:
+            return pieces
+        places = [place for place, cut in enumerate(cuts, start=1) if cut in untrusted]
         joined: list[str] = []
         done = 0
         for place in places:  # the pieces on both sides of each place become one
@@ -102,23 +91,11 @@ class PieceCounter:
         return encode(before + behind) == encode(before) + encode(behind)
 
 
-class _Memo(dict[str, str]):
-    """A function of a string, looked up from the second time on."""
-
-    def __init__(self, function: Callable[[str], str]) -> None:
-        super().__init__()
-        self._function = function
-
-    def __missing__(self, key: str) -> str:
-        value = self[key] = sys.intern(self._function(key))
-        return value
-
-
 def _start(piece: str) -> str:
     """The characters that a cut before `piece` is judged by."""
-    return piece[:2]
+    return sys.intern(piece[:2])
 
 
 def _end(piece: str) -> str:
     """The characters that a cut behind `piece` is judged by; before a line end, one more: ".\n" may be one token."""
-    return piece[-2:] if piece.endswith("\n") else piece[-1:]
+    return sys.intern(piece[-2:] if piece.endswith("\n") else piece[-1:])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ from utils.files import read_json, sha256_file
 BUILTIN = Path(__file__).parents[1] / "builtin"
 ESSAYS, SQUAD, HOTPOTQA, WORDS = "PaulGrahamEssays.json", "squad.json", "hotpotqa.json", "english_words.json"
 FETCH_COMMAND = "python -m ruler.fetch_data --data-dir"
+_QUESTIONS: dict[str, tuple[str, Callable[[Any], QuestionSet]]] = {
+    "squad": (SQUAD, read_squad),
+    "hotpotqa": (HOTPOTQA, read_hotpotqa),
+}
 _BUILTIN_NAMES = {ESSAYS: "haystack.json"}
 _NUM_BUILTIN_WORDS = 100_000
 
@@ -31,32 +36,33 @@ _NUM_BUILTIN_WORDS = 100_000
 class RulerData:
     """The data of one run, read when first asked for.
 
-    Attributes:
-        folder: The user's data folder; None = built in.
-        code_folder: The user's source files; None = installed packages.
+    Args:
+        folder: Folder with the reference's data files, and the word lists if they are to be others; None = built in.
+        code_folder: Source files for the code tasks; None = installed packages.
+
+    Raises:
+        DatasetError: A folder does not exist.
     """
 
     def __init__(self, folder: str | Path | None = None, code_folder: str | Path | None = None) -> None:
-        """Args:
-        folder: Folder with the reference's data files, and the word lists if they are to be others.
-        code_folder: Source files for the code tasks; installed packages without it.
-
-        Raises:
-            DatasetError: A folder does not exist.
-        """
         self.folder = Path(folder) if folder else None
         self.code_folder = Path(code_folder) if code_folder else None
+        self._questions: dict[str, QuestionSet] = {}
         for given in (self.folder, self.code_folder):
             if given and not given.is_dir():
                 raise DatasetError(f"the data folder {given} does not exist: fetch the data ({FETCH_COMMAND} {given})")
 
     def sources(self, task: TaskConfig) -> dict[str, Any]:
         """What the rows of a task are made of, for its manifest: file name → origin and sha256."""
-        names, words = _needs(task)
-        if task.family == "common_words" and self.folder and (self.folder / WORDS).exists():
+        names = []
+        if task.params.get("haystack") == "essay":
+            names = [ESSAYS]
+        elif task.family == "qa":
+            names = [_QUESTIONS[task.params["dataset"]][0]]
+        elif task.family == "common_words" and self.folder and (self.folder / WORDS).exists():
             names = [WORDS]  # only the longest prompts read it
         sources: dict[str, Any] = {name: self._source(name) for name in names}
-        if words:
+        if task.family == "common_words" or task.params.get("key") == "words":
             sources["words"] = self.word_lists.provenance
         if task.family == "code":
             sources["code"] = self.code_files.provenance
@@ -70,15 +76,15 @@ class RulerData:
             raise DatasetError(f"{ESSAYS} must be an object with the field 'text'")
         return re.sub(r"\s+", " ", text["text"]).split(" ")
 
-    @cached_property
-    def squad(self) -> QuestionSet:
-        """Questions in the shape of SQuAD v2.0."""
-        return self._questions(SQUAD, read_squad)
-
-    @cached_property
-    def hotpotqa(self) -> QuestionSet:
-        """Questions in the shape of HotpotQA's distractor setting."""
-        return self._questions(HOTPOTQA, read_hotpotqa)
+    def questions(self, dataset: str) -> QuestionSet:
+        """Questions in the shape of SQuAD v2.0 (`squad`) or of HotpotQA's distractor setting (`hotpotqa`)."""
+        if dataset not in self._questions:
+            name, read = _QUESTIONS[dataset]
+            try:
+                self._questions[dataset] = read(self._read(name))
+            except (KeyError, TypeError, ValueError) as error:
+                raise DatasetError(f"{name} has another shape than expected: {type(error).__name__}: {error}") from None
+        return self._questions[dataset]
 
     @cached_property
     def english_words(self) -> list[str]:
@@ -104,13 +110,6 @@ class RulerData:
         """Source files for the code tasks."""
         return read_code_folder(self.code_folder) if self.code_folder else read_installed_code()
 
-    def _questions(self, name: str, read: Any) -> QuestionSet:
-        try:
-            questions: QuestionSet = read(self._read(name))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DatasetError(f"{name} has another shape than expected: {type(error).__name__}: {error}") from None
-        return questions
-
     def _source(self, name: str) -> dict[str, str]:
         return {"source": "data folder" if self.folder else "built in", "sha256": sha256_file(self._path(name))}
 
@@ -128,12 +127,3 @@ class RulerData:
             return read_json(path)
         with gzip.open(path, "rt", encoding="utf-8") as stream:
             return json.load(stream)
-
-
-def _needs(task: TaskConfig) -> tuple[list[str], bool]:
-    """Data files that a task reads, and whether it needs the word lists."""
-    if task.family == "niah":
-        return [ESSAYS] if task.params["haystack"] == "essay" else [], task.params["key"] == "words"
-    if task.family == "qa":
-        return [SQUAD if task.params["dataset"] == "squad" else HOTPOTQA], False
-    return [], task.family == "common_words"

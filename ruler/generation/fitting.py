@@ -40,7 +40,11 @@ class RowMaker:
     reference_index: bool = False
 
     def __post_init__(self) -> None:
-        self._checked = False
+        self._checked = not self.counter.adds_up
+
+    def flat(self, sample: Sample) -> Sample:
+        """The sample as it is written: on one line if that is wanted."""
+        return sample.on_one_line() if self.generator.one_line else sample
 
     def measure(self, sample: Sample) -> int:
         """Tokens of a sample and its answer."""
@@ -77,7 +81,7 @@ class RowMaker:
         Raises:
             CountMismatchError: The parts do not add up to the whole for this tokenizer.
         """
-        if self._checked or not self.counter.adds_up:
+        if self._checked:
             return
         self._checked = True
         whole = self.counter.count_whole("".join(sample.pieces)) + self.generator.task.tokens_to_generate
@@ -108,17 +112,16 @@ def compat_rows(maker: RowMaker, seed: int, num_samples: int, first: int = 0) ->
     for number in range(num_samples):
         sample, length = _first_that_fits(maker, streams, size, number + first)
         maker.check_whole(sample, length)
-        yield maker.row(sample.on_one_line() if generator.one_line else sample, number, length)
+        yield maker.row(maker.flat(sample), number, length)
 
 
 def _first_that_fits(maker: RowMaker, streams: Streams, size: int, number: int) -> tuple[Sample, int]:
     generator = maker.generator
     shortest: int | None = None
-    # Only here is variable tracking measured as it is written; the reference flattens the others afterwards.
-    flatten = generator.one_line and generator.task.family == "variable_tracking"
     for sample in generator.attempts(streams, size, number):
-        if flatten:
-            sample = sample.on_one_line()
+        # Variable tracking alone is measured as it is written; the reference flattens the others afterwards.
+        if generator.task.family == "variable_tracking":
+            sample = maker.flat(sample)
         length = maker.measure(sample)
         if length <= generator.max_tokens:
             return sample, length
@@ -134,7 +137,9 @@ def balanced_row(maker: RowMaker, seed: int, number: int) -> dict[str, Any]:
     """
     generator, budget = maker.generator, maker.generator.max_tokens
     name = generator.task.name
-    depths = _depths(f"{seed}/{name}/{budget}", number, generator.num_depths)
+    # The next points of a golden-ratio sequence, which covers [0, 1) evenly.
+    offset, count = derive_seed(seed, name, budget, "depth") / 2**32, generator.num_depths
+    depths = [(offset + (number * count + place) * _GOLDEN) % 1.0 for place in range(count)]
     for redraw in range(_MAX_REDRAWS):
         own_seed = derive_seed(seed, name, budget, number, redraw)
         try:
@@ -144,8 +149,7 @@ def balanced_row(maker: RowMaker, seed: int, number: int) -> dict[str, Any]:
         break
     else:
         raise DatasetError(f"{name}: no valid sample {number} in {_MAX_REDRAWS} draws")
-    if generator.one_line:
-        sample = sample.on_one_line()
+    sample = maker.flat(sample)
     length = maker.measure(sample)
     if length < MIN_FILL * budget:
         raise DatasetError(f"{name}: sample {number} fills {length} of {budget} tokens, expected {MIN_FILL:.0%}")
@@ -158,12 +162,6 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
 
 
-def _depths(name: str, number: int, count: int) -> list[float]:
-    """Depths of sample `number`: the next `count` points of a golden-ratio sequence, which covers [0, 1) evenly."""
-    offset = derive_seed(name, "depth") / 2**32
-    return [(offset + (number * count + place) * _GOLDEN) % 1.0 for place in range(count)]
-
-
 def _fill_budget(maker: RowMaker, own_seed: int, number: int, depths: Sequence[float]) -> Sample:
     """The largest sample of these streams that fits, topped up with small pieces."""
     generator, budget = maker.generator, maker.generator.max_tokens
@@ -172,8 +170,7 @@ def _fill_budget(maker: RowMaker, own_seed: int, number: int, depths: Sequence[f
     def length_at(size: int) -> int:
         if size not in drawn:
             sample = generator.sample(Streams(own_seed), size, number, depths)
-            flat = sample.on_one_line() if generator.one_line else sample
-            drawn[size] = sample, maker.measure(flat)
+            drawn[size] = sample, maker.measure(maker.flat(sample))
         return drawn[size][1]
 
     low = generator.smallest_size()
@@ -199,16 +196,15 @@ def _top_up(maker: RowMaker, sample: Sample, streams: Streams) -> Sample:
     fits, too_many = 0, len(filler) + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        longer = sample.extended(filler[:middle])
-        length = maker.measure(longer.on_one_line() if maker.generator.one_line else longer)
+        length = maker.measure(maker.flat(sample.extended(filler[:middle])))
         fits, too_many = (middle, too_many) if length <= maker.generator.max_tokens else (fits, middle)
     return sample.extended(filler[:fits])
 
 
 def _does_not_fit(generator: TaskGenerator, shortest: int | None) -> DatasetError:
-    hint = f"its smallest sample needs {shortest}" if shortest else "no smaller sample can be drawn"
+    needed = f"its smallest sample needs {shortest}" if shortest else "no smaller sample can be drawn"
     advice = f"{shortest} or more" if shortest else "more"
     return DatasetError(
-        f"{generator.task.name} does not fit into {generator.max_tokens} tokens: {hint} with "
+        f"{generator.task.name} does not fit into {generator.max_tokens} tokens: {needed} with "
         f"{generator.task.tokens_to_generate} for the answer; use a --max-seq-length of {advice}"
     )

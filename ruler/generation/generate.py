@@ -5,8 +5,9 @@ rows = list(generate_rows(Recipe(task="vt", max_seq_length=4096, tokenizer="mode
 
 from __future__ import annotations
 
+import argparse
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePath
@@ -17,9 +18,15 @@ from ruler.generation.data_files import RulerData
 from ruler.generation.essay import Essay
 from ruler.generation.fitting import CountMismatchError, RowMaker, balanced_row, compat_rows, derive_seed
 from ruler.generation.tasks.base import Prompt, Streams, TaskGenerator
+from ruler.generation.tasks.code import CodeTask
+from ruler.generation.tasks.common_words import CommonWords
+from ruler.generation.tasks.freq_words import FreqWords
+from ruler.generation.tasks.niah import Niah
+from ruler.generation.tasks.qa import QuestionAnswering
+from ruler.generation.tasks.variable_tracking import VariableTracking
 from ruler.generation.templates import chat_template
-from ruler.generation.tokenizers import TextTokenizer, load_tokenizer
-from ruler.registry import TaskConfig, get_task
+from ruler.generation.tokenizers import TOKENIZER_TYPES, load_tokenizer
+from ruler.registry import get_task
 from utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -78,33 +85,62 @@ class Recipe:
                 raise ConfigError(f"{name} must be {least} or more, got {getattr(self, name)}")
 
 
-@lru_cache(maxsize=2)
-def _tokenizer(kind: str, path: str) -> TextTokenizer:
-    return load_tokenizer(kind, path)
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags that decide rows, whichever command makes them."""
+    group = parser.add_argument_group("samples")
+    group.add_argument("--tokenizer-path", "--tokenizer_path", dest="tokenizer", required=True,
+                       help="folder, tokenizer.json or hub id; tiktoken encoding; sentencepiece model")  # fmt: skip
+    group.add_argument("--tokenizer-type", "--tokenizer_type", default="hf", choices=TOKENIZER_TYPES,
+                       help="Hugging Face, tiktoken or sentencepiece (default: hf)")  # fmt: skip
+    group.add_argument("--num-samples", "--num_samples", type=int, default=500, help="rows a dataset (default: 500)")
+    group.add_argument("--seed", "--random-seed", "--random_seed", type=int, default=42, help="seed (default: 42)")
+    group.add_argument("--template", "--model-template-type", "--model_template_type", default="base",
+                       help="chat template: base, meta-chat, …, or tokenizer for its own (default: base)")  # fmt: skip
+    group.add_argument("--remove-newline-tab", "--remove_newline_tab", action="store_true",
+                       help="make each prompt one line")  # fmt: skip
+    group.add_argument("--mode", choices=MODES, default="compat", help="compat: the reference's rows, "
+                       "byte for byte; balanced: every row full, depths even (default: compat)")  # fmt: skip
+    group.add_argument("--reference-index", action="store_true",
+                       help="compat: NIAH's index as the reference writes it, a character offset")  # fmt: skip
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-dir", "--data_dir", help="folder of the real data files (default: built-in data)")
+    data.add_argument("--code-dir", "--code_dir", help="source files for the code tasks (default: installed packages)")
+
+
+def recipe_from(args: argparse.Namespace, task: str, max_seq_length: int, **changes: Any) -> Recipe:
+    """The recipe that the flags of `add_recipe_arguments` describe, but for `changes`."""
+    names = (
+        "tokenizer tokenizer_type num_samples seed mode template remove_newline_tab reference_index data_dir code_dir"
+    )
+    values = {name: getattr(args, name) for name in names.split()}
+    return Recipe(task=task, max_seq_length=max_seq_length, **{**values, **changes})
+
+
+# What the rows of one process share.
+_tokenizer = lru_cache(maxsize=2)(load_tokenizer)
+_data = lru_cache(maxsize=2)(RulerData)
 
 
 @lru_cache(maxsize=2)
-def _data(folder: str | None, code_folder: str | None) -> RulerData:
-    return RulerData(folder, code_folder)
+def _counter(kind: str, path: str, whole: bool) -> PieceCounter:
+    return PieceCounter(_tokenizer(kind, path), whole=whole)
 
 
 @lru_cache(maxsize=2)
-def _counter(kind: str, path: str) -> PieceCounter:
-    return PieceCounter(_tokenizer(kind, path))
+def _essay(folder: str | None, kind: str, path: str, whole: bool) -> Essay:
+    return Essay(_data(folder, None).essay_words, _counter(kind, path, whole))
 
 
-@lru_cache(maxsize=2)
-def _essay(folder: str | None, kind: str, path: str) -> Essay:
-    return Essay(_data(folder, None).essay_words, _counter(kind, path))
-
-
-def generate_rows(recipe: Recipe, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
+def generate_rows(
+    recipe: Recipe, start: int = 0, stop: int | None = None, *, whole: bool = False
+) -> Iterator[dict[str, Any]]:
     """Make the rows of a dataset.
 
     Args:
         recipe: What to make.
         start: First row to yield. A balanced dataset can start anywhere; the others draw what comes before.
         stop: End of the rows (exclusive); all without it.
+        whole: Count every text in one go: slow, and done anyway where the counts of parts do not add up.
 
     Raises:
         ConfigError: A value of the recipe is wrong.
@@ -112,15 +148,10 @@ def generate_rows(recipe: Recipe, start: int = 0, stop: int | None = None) -> It
     """
     recipe.check()
     stop = recipe.num_samples if stop is None else stop
-    maker = _row_maker(recipe, whole=False)
-    done = start
     try:
-        for row in _rows(recipe, maker, start, stop):
-            yield row
-            done += 1
+        yield from _rows(recipe, _row_maker(recipe, whole), start, stop)
     except CountMismatchError as mismatch:
         # Found on the first row made, before it was yielded.
-        assert done == start
         logger.warning("%s: counting whole texts, parts do not add up (%s)", recipe.tokenizer, mismatch)
         yield from _rows(recipe, _row_maker(recipe, whole=True), start, stop)
 
@@ -137,78 +168,35 @@ def _rows(recipe: Recipe, maker: RowMaker, start: int, stop: int) -> Iterator[di
             yield row
 
 
-def _row_maker(recipe: Recipe, *, whole: bool) -> RowMaker:
+def _row_maker(recipe: Recipe, whole: bool) -> RowMaker:
+    counter = _counter(recipe.tokenizer_type, recipe.tokenizer, whole)
+    return RowMaker(_generator(recipe, whole), counter, recipe.reference_index)
+
+
+def _generator(recipe: Recipe, whole: bool) -> TaskGenerator:
     task = get_task(recipe.task)
-    source = (recipe.tokenizer_type, recipe.tokenizer)
-    counter = PieceCounter(_tokenizer(*source), whole=True) if whole else _counter(*source)
     data = _data(recipe.data_dir, recipe.code_dir)
     prompt = Prompt(task, chat_template(recipe.template, recipe.tokenizer))
-    generator = _BUILDERS[task.family](recipe, task, prompt, data, counter)
-    return RowMaker(generator, counter, recipe.reference_index)
-
-
-def _niah(recipe: Recipe, task: TaskConfig, prompt: Prompt, data: RulerData, counter: PieceCounter) -> TaskGenerator:
-    from ruler.generation.tasks.niah import Niah
-
-    essay = None
-    if task.params["haystack"] == "essay":
-        cached = counter is _counter(recipe.tokenizer_type, recipe.tokenizer)
-        essay = (
-            _essay(recipe.data_dir, recipe.tokenizer_type, recipe.tokenizer)
-            if cached
-            else Essay(data.essay_words, counter)
-        )
-    pairs = data.word_lists.pairs if task.params["key"] == "words" else None
-    return Niah(task, prompt, recipe.max_seq_length, recipe.remove_newline_tab, essay=essay, pairs=pairs)
-
-
-def _vt(recipe: Recipe, task: TaskConfig, prompt: Prompt, data: RulerData, counter: PieceCounter) -> TaskGenerator:
-    from ruler.generation.tasks.variable_tracking import VariableTracking
-
-    return VariableTracking(task, prompt, recipe.max_seq_length, recipe.remove_newline_tab)
-
-
-def _cwe(recipe: Recipe, task: TaskConfig, prompt: Prompt, data: RulerData, counter: PieceCounter) -> TaskGenerator:
-    from ruler.generation.tasks.common_words import CommonWords
-
-    return CommonWords(
-        task,
-        prompt,
-        recipe.max_seq_length,
-        recipe.remove_newline_tab,
-        words=data.word_lists.shuffled(recipe.seed),
-        more_words=lambda: data.english_words,
-    )
-
-
-def _fwe(recipe: Recipe, task: TaskConfig, prompt: Prompt, data: RulerData, counter: PieceCounter) -> TaskGenerator:
-    from ruler.generation.tasks.freq_words import FreqWords
-
-    return FreqWords(task, prompt, recipe.max_seq_length, recipe.remove_newline_tab)
-
-
-def _qa(recipe: Recipe, task: TaskConfig, prompt: Prompt, data: RulerData, counter: PieceCounter) -> TaskGenerator:
-    from ruler.generation.tasks.qa import QuestionAnswering
-
-    source = data.squad if task.params["dataset"] == "squad" else data.hotpotqa
-    return QuestionAnswering(task, prompt, recipe.max_seq_length, recipe.remove_newline_tab, source=source)
-
-
-def _code(recipe: Recipe, task: TaskConfig, prompt: Prompt, data: RulerData, counter: PieceCounter) -> TaskGenerator:
-    from ruler.generation.tasks.code import CodeTask
-
-    return CodeTask(task, prompt, recipe.max_seq_length, recipe.remove_newline_tab, files=data.code_files)
-
-
-_Builder = Callable[[Recipe, TaskConfig, Prompt, RulerData, PieceCounter], TaskGenerator]
-_BUILDERS: dict[str, _Builder] = {
-    "niah": _niah,
-    "variable_tracking": _vt,
-    "common_words": _cwe,
-    "freq_words": _fwe,
-    "qa": _qa,
-    "code": _code,
-}
+    common = (task, prompt, recipe.max_seq_length, recipe.remove_newline_tab)
+    match task.family:
+        case "niah":
+            in_essay, of_words = task.params["haystack"] == "essay", task.params["key"] == "words"
+            source = (recipe.data_dir, recipe.tokenizer_type, recipe.tokenizer, whole)
+            return Niah(
+                *common, essay=_essay(*source) if in_essay else None, pairs=data.word_lists.pairs if of_words else None
+            )
+        case "variable_tracking":
+            return VariableTracking(*common)
+        case "common_words":
+            words = data.word_lists.shuffled(recipe.seed)
+            return CommonWords(*common, words=words, more_words=lambda: data.english_words)
+        case "freq_words":
+            return FreqWords(*common)
+        case "qa":
+            return QuestionAnswering(*common, source=data.questions(task.params["dataset"]))
+        case "code":
+            return CodeTask(*common, files=data.code_files)
+    raise AssertionError(f"no generator for the family {task.family}")
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:

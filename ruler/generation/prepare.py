@@ -13,13 +13,15 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ruler.dataset import read_dataset, read_manifest, rows_path, write_dataset
+from ruler.generation.generate import Recipe, add_recipe_arguments, describe, generate_rows, recipe_from
+from ruler.layout import read_dataset, read_manifest, rows_path, write_dataset
 from ruler.registry import REFERENCE_COMMIT, resolve_tasks
 from utils.cli import print_json
 from utils.errors import CodeLlavaError, ConfigError, DatasetError
@@ -28,12 +30,12 @@ from utils.files import provenance, read_json, read_jsonl, write_json, write_jso
 logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
-  python -m ruler prepare --output-dir data --lengths 4k,32k --tokenizer-path models/Qwen3-4B --num-samples 100
-  python -m ruler prepare --output-dir data --tasks vt,code --lengths 8k --tokenizer-path tokenizer.json --mode balanced
-  python -m ruler prepare --output-dir data --lengths 4k --tokenizer-path models/Qwen3-4B --data-dir ruler_data"""
+  python -m ruler prepare --output data --lengths 4k,32k --tokenizer-path models/Qwen3-4B --num-samples 100
+  python -m ruler prepare --output data --tasks vt,code --lengths 8k --tokenizer-path tokenizer.json --mode balanced
+  python -m ruler prepare --output data --lengths 4k --tokenizer-path models/Qwen3-4B --data-dir ruler_data"""
 
 _UNIT_ROWS = 16
-_VERSIONS = ("tokenizers", "numpy", "wonderwords")
+_VERSIONS = ("tokenizers", "numpy", "wonderwords", "nltk")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,33 +43,39 @@ class DatasetJob:
     """One dataset to be made.
 
     Attributes:
-        recipe: What its rows are (`ruler.generation.generate.Recipe`).
+        recipe: What its rows are.
         folder: Where it goes.
         subset: Stem of the rows file.
     """
 
-    recipe: Any
+    recipe: Recipe
     folder: Path
     subset: str = "validation"
+
+    @property
+    def name(self) -> str:
+        """Task and length, for messages."""
+        return f"{self.recipe.task} @ {self.recipe.max_seq_length}"
+
+    @property
+    def rows_path(self) -> Path:
+        """The rows file."""
+        return rows_path(self.folder, self.subset)
 
     @property
     def parts(self) -> Path:
         """Folder of the finished units."""
         return self.folder / f".{self.subset}.parts"
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the manifest must say for this to be the same dataset."""
+        return describe(self.recipe)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What became of a job.
-
-    Attributes:
-        task: Its task.
-        max_seq_length: Its budget in tokens.
-        path: The rows file.
-        num_rows: Rows in it.
-        mean_length: Mean length of a row in tokens, answer included.
-        made: False where it was complete already.
-    """
+    """What became of a job; `made` is False where the dataset was complete, `mean_length` in tokens with the answer."""
 
     task: str
     max_seq_length: int
@@ -77,8 +85,7 @@ class Prepared:
     made: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Unit:
+class _Unit(NamedTuple):
     job: DatasetJob
     start: int
     stop: int
@@ -105,61 +112,46 @@ def prepare_datasets(
         ConfigError: A value of a recipe is wrong.
         DatasetError: Another dataset lies in the way, or data is missing.
     """
-    from ruler.generation.generate import describe
-
-    identities = [describe(job.recipe) for job in jobs]
-    done = [_is_complete(job, identity, overwrite) for job, identity in zip(jobs, identities, strict=True)]
-    units = [
-        unit
-        for job, identity, complete in zip(jobs, identities, done, strict=True)
-        if not complete
-        for unit in _open_units(job, identity)
-    ]
+    complete = {job for job in jobs if _is_complete(job, overwrite)}
+    units = [unit for job in jobs if job not in complete for unit in _open_units(job)]
     errors = _make_units(units, num_workers or os.cpu_count() or 1)
-    prepared = []
-    for job, identity, complete in zip(jobs, identities, done, strict=True):
-        if _name(job) not in errors:
-            prepared.append(_summary(job) if complete else _finish(job, identity))
-    return prepared, errors
+    return [_finish(job, job in complete) for job in jobs if job.name not in errors], errors
 
 
-def _is_complete(job: DatasetJob, identity: dict[str, Any], overwrite: bool) -> bool:
+def _is_complete(job: DatasetJob, overwrite: bool) -> bool:
     """Whether the dataset is there already.
 
     Raises:
+        ConfigError: Its recipe is wrong.
         DatasetError: Another one is there.
     """
-    path = rows_path(job.folder, job.subset)
-    if not path.exists() or overwrite:
+    identity = job.identity
+    if overwrite or not job.rows_path.exists():
         return False
+    advice = "choose another folder, or pass --overwrite"
     manifest = read_manifest(job.folder, job.subset)
-    if manifest is None:
-        raise DatasetError(f"{path} was not written by this program: choose another folder, or pass --overwrite")
+    if not manifest:
+        raise DatasetError(f"{job.rows_path} was not written by this program: {advice}")
     for name, wanted in identity.items():
         if manifest.get(name) != wanted:
             raise DatasetError(
-                f"{path} holds another dataset: {name} is {manifest.get(name)!r:.80}, wanted {wanted!r:.80}; "
-                "choose another folder, or pass --overwrite"
+                f"{job.rows_path} holds another dataset: {name} is {manifest.get(name)!r:.80}, wanted {wanted!r:.80}; "
+                f"{advice}"
             )
     read_dataset(job.folder, job.subset)
     return True
 
 
-def _open_units(job: DatasetJob, identity: dict[str, Any]) -> list[_Unit]:
+def _open_units(job: DatasetJob) -> list[_Unit]:
     """The units of a job that are still to be made; units of another dataset are thrown away."""
-    note = job.parts / "recipe.json"
-    size = _UNIT_ROWS if job.recipe.balanced else job.recipe.num_samples
-    units = {**identity, "unit_rows": size}
-    if note.exists() and read_json(note) != units:
+    note, total = job.parts / "recipe.json", job.recipe.num_samples
+    size = _UNIT_ROWS if job.recipe.balanced else total
+    wanted = {**job.identity, "unit_rows": size}
+    if note.exists() and read_json(note) != wanted:
         shutil.rmtree(job.parts)
-    write_json(note, units)
-    return [unit for unit in _units(job, size) if not unit.path.exists()]
-
-
-def _units(job: DatasetJob, size: int) -> Iterator[_Unit]:
-    total = job.recipe.num_samples
-    for start in range(0, total, size):
-        yield _Unit(job=job, start=start, stop=min(start + size, total))
+    write_json(note, wanted)
+    units = [_Unit(job, start, min(start + size, total)) for start in range(0, total, size)]
+    return [unit for unit in units if not unit.path.exists()]
 
 
 def _make_units(units: Sequence[_Unit], num_workers: int) -> dict[str, CodeLlavaError]:
@@ -167,27 +159,27 @@ def _make_units(units: Sequence[_Unit], num_workers: int) -> dict[str, CodeLlava
     from tqdm import tqdm
 
     errors: dict[str, CodeLlavaError] = {}
-    total = sum(unit.stop - unit.start for unit in units)
+    num_workers = min(num_workers, len(units))
     # disable=None: no bar where stderr is a file.
-    with tqdm(total=total, desc="prepare", unit="row", disable=None) as bar:
-        for unit, error in _run(units, min(num_workers, len(units)), bar.update):
+    with tqdm(total=sum(u.stop - u.start for u in units), desc="prepare", unit="row", disable=None) as bar:
+        if num_workers > 1:
+            outcomes = _in_processes(units, num_workers, bar.update)
+        else:
+            outcomes = ((unit, _make_unit(unit, bar.update)) for unit in units)
+        for unit, error in outcomes:
             if error:
-                errors.setdefault(_name(unit.job), error)
-                logger.error("%s: %s", _name(unit.job), error)
+                errors.setdefault(unit.job.name, error)
+                logger.error("%s: %s", unit.job.name, error)
     return errors
 
 
-def _run(
+def _in_processes(
     units: Sequence[_Unit], num_workers: int, progress: Callable[[int], object]
 ) -> Iterator[tuple[_Unit, CodeLlavaError | None]]:
-    if num_workers <= 1:
-        for unit in units:
-            yield unit, _make_unit(unit, progress)
-        return
     threads = max((os.cpu_count() or 1) // num_workers, 1)
     # Spawned, not forked: the tokenizer's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, _start_worker, (threads,)) as pool:
+    with ProcessPoolExecutor(num_workers, context, os.putenv, ("RAYON_NUM_THREADS", str(threads))) as pool:
         futures = {pool.submit(_make_unit, unit): unit for unit in units}
         try:
             for future in as_completed(futures):
@@ -199,13 +191,7 @@ def _run(
             raise
 
 
-def _start_worker(num_threads: int) -> None:
-    os.environ["RAYON_NUM_THREADS"] = str(num_threads)
-
-
 def _make_unit(unit: _Unit, progress: Callable[[int], object] = lambda rows: None) -> CodeLlavaError | None:
-    from ruler.generation.generate import generate_rows
-
     def rows() -> Iterator[dict[str, Any]]:
         for row in generate_rows(unit.job.recipe, unit.start, unit.stop):
             yield row
@@ -218,32 +204,24 @@ def _make_unit(unit: _Unit, progress: Callable[[int], object] = lambda rows: Non
     return None
 
 
-def _finish(job: DatasetJob, identity: dict[str, Any]) -> Prepared:
-    """Put the units together as the dataset."""
-    files = sorted(job.parts.glob("*.jsonl"))
-    rows = [row for file in files for row in read_jsonl(file)]
-    assert len(rows) == job.recipe.num_samples
-    manifest = {**identity, "reference_commit": REFERENCE_COMMIT, "provenance": provenance(_VERSIONS)}
-    write_dataset(job.folder, rows, manifest, job.subset)
-    shutil.rmtree(job.parts)
-    return _summary(job, rows)
-
-
-def _summary(job: DatasetJob, rows: list[dict[str, Any]] | None = None) -> Prepared:
-    made = rows is not None
-    rows = rows or read_dataset(job.folder, job.subset)[1]
+def _finish(job: DatasetJob, complete: bool) -> Prepared:
+    """Put the units together as the dataset, unless it is there, and sum it up."""
+    if complete:
+        _, rows = read_dataset(job.folder, job.subset)
+    else:
+        rows = [row for file in sorted(job.parts.glob("*.jsonl")) for row in read_jsonl(file)]
+        assert len(rows) == job.recipe.num_samples
+        manifest = {**job.identity, "reference_commit": REFERENCE_COMMIT[:12], "provenance": provenance(_VERSIONS)}
+        write_dataset(job.folder, rows, manifest, job.subset)
+        shutil.rmtree(job.parts)
     return Prepared(
         task=job.recipe.task,
         max_seq_length=job.recipe.max_seq_length,
-        path=str(rows_path(job.folder, job.subset)),
+        path=str(job.rows_path),
         num_rows=len(rows),
         mean_length=round(sum(row["length"] for row in rows) / len(rows), 1),
-        made=made,
+        made=not complete,
     )
-
-
-def _name(job: DatasetJob) -> str:
-    return f"{job.recipe.task} @ {job.recipe.max_seq_length}"
 
 
 # ---- the command ----
@@ -267,71 +245,31 @@ def parse_lengths(text: str) -> list[int]:
     return list(dict.fromkeys(lengths))
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags that decide rows, whichever command makes them."""
-    group = parser.add_argument_group("samples")
-    group.add_argument("--tokenizer-path", "--tokenizer_path", required=True, help="measures lengths: a folder, "
-                       "tokenizer.json, hub id; a tiktoken encoding; a sentencepiece model")  # fmt: skip
-    group.add_argument("--tokenizer-type", "--tokenizer_type", default="hf", choices=("hf", "openai", "nemo"),
-                       help="Hugging Face, tiktoken or sentencepiece (default: hf)")  # fmt: skip
-    group.add_argument("--num-samples", "--num_samples", type=int, default=500, help="rows a dataset (default: 500)")
-    group.add_argument("--random-seed", "--random_seed", "--seed", type=int, default=42, help="seed (default: 42)")
-    group.add_argument("--model-template-type", "--model_template_type", "--template", default="base",
-                       help="chat template: base, meta-chat, …, or tokenizer for its own (default: base)")  # fmt: skip
-    group.add_argument("--remove-newline-tab", "--remove_newline_tab", action="store_true",
-                       help="make each prompt one line")  # fmt: skip
-    group.add_argument("--mode", choices=("compat", "balanced"), default="compat", help="compat: the reference's rows, "
-                       "byte for byte; balanced: every row full, depths even (default: compat)")  # fmt: skip
-    group.add_argument("--reference-index", action="store_true",
-                       help="compat: NIAH's index as the reference writes it, a character offset")  # fmt: skip
+def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of every command that makes datasets."""
+    add_recipe_arguments(parser)
+    group = parser.add_argument_group("run")
     group.add_argument("--subset", default="validation", help="stem of the rows file (default: validation)")
-    data = parser.add_argument_group("data")
-    data.add_argument("--data-dir", "--data_dir", help="folder of the real data files (default: built-in data)")
-    data.add_argument("--code-dir", "--code_dir", help="source files for the code tasks (default: installed packages)")
-    run = parser.add_argument_group("run")
-    run.add_argument("--workers", type=int, help="processes (default: one for each core)")
-    run.add_argument("--overwrite", action="store_true", help="replace other datasets that lie in the way")
-    run.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
-
-
-def recipe_from(args: argparse.Namespace, task: str, max_seq_length: int, **changes: Any) -> Any:
-    """The recipe that the flags of `add_recipe_arguments` describe."""
-    from ruler.generation.generate import Recipe
-
-    values = {
-        "task": task,
-        "max_seq_length": max_seq_length,
-        "tokenizer": args.tokenizer_path,
-        "tokenizer_type": args.tokenizer_type,
-        "num_samples": args.num_samples,
-        "seed": args.random_seed,
-        "mode": args.mode,
-        "template": args.model_template_type,
-        "remove_newline_tab": args.remove_newline_tab,
-        "reference_index": args.reference_index,
-        "data_dir": args.data_dir,
-        "code_dir": args.code_dir,
-    }
-    return Recipe(**{**values, **changes})
+    group.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    group.add_argument("--overwrite", action="store_true", help="replace other datasets that lie in the way")
+    group.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `prepare`."""
-    parser.add_argument("--output-dir", "--save-dir", "--save_dir", type=Path, required=True,
-                        help="datasets go to <output-dir>/<length>/<task>/")  # fmt: skip
+    parser.add_argument("--output", "--output-dir", "--save-dir", "--save_dir", type=Path, required=True,
+                        help="datasets go to <output>/<length>/<task>/")  # fmt: skip
     parser.add_argument("--tasks", "--task", default="ruler",
                         help="task names with commas, or ruler, code, all (default: ruler, the thirteen)")  # fmt: skip
     parser.add_argument("--lengths", "--max-seq-length", "--max_seq_length", default="4096",
                         help="budgets in tokens, answer included; 32k = 32768 (default: 4096)")  # fmt: skip
-    add_recipe_arguments(parser)
+    add_prepare_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `prepare`."""
     jobs = [
-        DatasetJob(
-            recipe=recipe_from(args, task, length), folder=args.output_dir / str(length) / task, subset=args.subset
-        )
+        DatasetJob(recipe=recipe_from(args, task, length), folder=args.output / str(length) / task, subset=args.subset)
         for length in parse_lengths(args.lengths)
         for task in resolve_tasks(args.tasks)
     ]
@@ -351,17 +289,12 @@ def run_jobs(jobs: Sequence[DatasetJob], args: argparse.Namespace) -> int:
         failed = {name: str(error) for name, error in errors.items()}
         print_json({"datasets": [asdict(item) for item in prepared], "failed": failed, "seconds": seconds})
     else:
-        _print_table(prepared)
+        for item in prepared:
+            state = "made" if item.made else "complete"
+            print(f"{item.max_seq_length:>8} {item.task:<16} {item.num_rows:>5} rows {item.mean_length:>10.1f} tokens "
+                  f"{state:<8} {item.path}")  # fmt: skip
         logger.info("%d datasets in %.1f s", len(prepared), seconds)
     if errors:
         name, error = next(iter(errors.items()))
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise DatasetError(f"{len(errors)} of {len(jobs)} datasets were not made; {name}: {error}{more}")
+        raise DatasetError(f"{len(errors)} of {len(jobs)} datasets were not made; the first, {name}: {error}")
     return 0
-
-
-def _print_table(prepared: Iterable[Prepared]) -> None:
-    for item in prepared:
-        state = "made" if item.made else "complete"
-        print(f"{item.max_seq_length:>8} {item.task:<16} {item.num_rows:>5} rows {item.mean_length:>10.1f} tokens "
-              f"{state:<8} {item.path}")  # fmt: skip

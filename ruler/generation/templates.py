@@ -3,13 +3,12 @@
 A chat template is the text before and behind the prompt; the answer prefix follows behind it, so that a chat model
 continues its own turn.
 
-    chat_template("meta-chat").wrap("Hello")       # '[INST] Hello [/INST]'
+    chat_template("meta-chat")       # ChatTemplate(name='meta-chat', before='[INST] ', behind=' [/INST]')
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from ruler.generation.tokenizers import read_chat_template
 from utils.errors import ConfigError
@@ -46,24 +45,14 @@ NAMED: dict[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """Text around a prompt.
-
-    Attributes:
-        name: Its name, or `tokenizer`.
-        before: Text before the prompt.
-        behind: Text behind it, up to the start of the answer.
-    """
+    """Text before and behind a prompt, up to the start of the answer; `name` is one of `NAMED`, or `tokenizer`."""
 
     name: str
     before: str = ""
     behind: str = ""
 
-    def wrap(self, prompt: str) -> str:
-        """The prompt with the template around it."""
-        return self.before + prompt + self.behind
 
-
-def chat_template(name: str, tokenizer_path: str | None = None) -> ChatTemplate:
+def chat_template(name: str, tokenizer_path: str = "") -> ChatTemplate:
     """A chat template by name.
 
     Args:
@@ -78,8 +67,6 @@ def chat_template(name: str, tokenizer_path: str | None = None) -> ChatTemplate:
         return ChatTemplate(name, before, behind)
     if name != OWN:
         raise ConfigError(f"unknown template {name!r}: expected one of {', '.join([*NAMED, OWN])}")
-    if tokenizer_path is None:
-        raise ConfigError("the template 'tokenizer' needs a tokenizer that carries one")
     return _render(read_chat_template(tokenizer_path), tokenizer_path)
 
 
@@ -94,12 +81,16 @@ def _render(source: str, tokenizer_path: str) -> ChatTemplate:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.globals["raise_exception"] = refuse
     slot = "ruler-prompt-goes-here"
-    # Special tokens such as bos stay out: the tokenizer or the server adds them when it encodes.
-    fields: dict[str, Any] = {"bos_token": "", "eos_token": "", "add_generation_prompt": True}
     try:
-        text = environment.from_string(source).render(messages=[{"role": "user", "content": slot}], **fields)
+        text = environment.from_string(source).render(
+            messages=[{"role": "user", "content": slot}],
+            add_generation_prompt=True,
+            # Special tokens such as bos stay out: the tokenizer or the server adds them when it encodes.
+            bos_token="",
+            eos_token="",
+            raise_exception=refuse,
+        )
     except TemplateError as error:
         raise ConfigError(f"the chat template of {tokenizer_path} cannot be rendered: {error}") from None
     before, found, behind = text.partition(slot)

@@ -10,14 +10,15 @@ light `tokenizers` package reads Hugging Face files; transformers is imported on
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from utils.errors import CheckpointError, ConfigError
-from utils.files import sha256_file
-from utils.pretrained import loading, read_settings, read_tokenizer
+from utils.errors import CheckpointError, ConfigError, first_line
+from utils.files import sha256_bytes, sha256_file
+from utils.pretrained import TOKENIZER, loading, read_settings, read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -26,101 +27,29 @@ _MIN_BATCH = 48  # waking the tokenizer's threads costs more than fewer texts ta
 TOKENIZER_TYPES = ("hf", "openai", "nemo")
 
 
-class TextTokenizer(Protocol):
-    """What the generators ask of a tokenizer.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextTokenizer:
+    """What the generators ask of a tokenizer; special tokens are never among the ids.
 
     Attributes:
         name: What the user called it.
         fingerprint: sha256 that changes with the vocabulary.
         splits_words: True where a text is split at spaces before tokens are formed, so that no token crosses one.
+        encode: Token ids of a text.
+        encode_batch: Those of many texts at once; None where that is no faster.
     """
 
     name: str
     fingerprint: str
     splits_words: bool
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens."""
-        ...
+    encode: Callable[[str], list[int]]
+    encode_batch: Callable[[list[str]], Sequence[Sized]] | None = None
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Number of tokens of each text."""
-        ...
-
-
-class HuggingFaceTokenizer:
-    """A fast tokenizer as stored in `tokenizer.json`."""
-
-    def __init__(self, backend: Tokenizer, name: str, fingerprint: str) -> None:
-        # Some files carry the truncation and padding of their training script.
-        backend.no_truncation()
-        backend.no_padding()
-        self._backend = backend
-        self.name = name
-        self.fingerprint = fingerprint
-        splitter = backend.pre_tokenizer
-        self.splits_words = splitter is not None and len(splitter.pre_tokenize_str("one two")) > 1
-
-    def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
-
-    def count(self, texts: Sequence[str]) -> list[int]:
-        if len(texts) < _MIN_BATCH:
+        if self.encode_batch is None or len(texts) < _MIN_BATCH:
             return [len(self.encode(text)) for text in texts]
-        return [len(encoding) for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-
-class TransformersTokenizer:
-    """A slow tokenizer that only transformers can load."""
-
-    splits_words = False
-
-    def __init__(self, backend: Any, name: str) -> None:
-        self._backend = backend
-        self.name = name
-        self.fingerprint = _hash_words(sorted(backend.get_vocab()))
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=False))
-
-    def count(self, texts: Sequence[str]) -> list[int]:
-        return [len(self.encode(text)) for text in texts]
-
-
-class TiktokenTokenizer:
-    """An OpenAI encoding. Text that spells a special token counts as ordinary text."""
-
-    splits_words = True
-
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
-        self.name = str(backend.name)
-        self.fingerprint = _hash_words([f"{backend.name}:{backend.n_vocab}"])
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._backend.encode_ordinary(text))
-
-    def count(self, texts: Sequence[str]) -> list[int]:
-        return [len(ids) for ids in self._backend.encode_ordinary_batch(list(texts))]
-
-
-class SentencePieceTokenizer:
-    """A sentencepiece model file; its pieces may cross any place, so counts are always taken of whole texts."""
-
-    splits_words = False
-
-    def __init__(self, path: Path) -> None:
-        spm = _import("sentencepiece")
-        with loading(path, "is not a model that sentencepiece can read"):
-            self._backend = spm.SentencePieceProcessor(model_file=str(path))
-        self.name = str(path)
-        self.fingerprint = sha256_file(path)
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._backend.encode(text))
-
-    def count(self, texts: Sequence[str]) -> list[int]:
-        return [len(ids) for ids in self._backend.encode(list(texts))]
+        return [len(ids) for ids in self.encode_batch(list(texts))]
 
 
 def load_tokenizer(kind: str, path: str) -> TextTokenizer:
@@ -150,14 +79,11 @@ def read_chat_template(path: str) -> str:
         ConfigError: It carries none.
         CheckpointError: A file of it cannot be read.
     """
-    folder = Path(path)
-    if not folder.exists():
-        names = ("chat_template.jinja", "tokenizer_config.json")
-        found = [file for file in (_hub_file(path, name, required=False) for name in names) if file]
-    else:
-        folder = folder if folder.is_dir() else folder.parent
-        found = [folder / "chat_template.jinja", folder / "tokenizer_config.json"]
-    for file in filter(Path.exists, found):
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        try:
+            file = _tokenizer_file(path, name)
+        except ConfigError:
+            continue
         if file.suffix == ".jinja":
             with loading(file, "cannot be read"):
                 template: Any = file.read_text(encoding="utf-8")
@@ -174,69 +100,102 @@ def read_chat_template(path: str) -> str:
     )
 
 
-def _load_hugging_face(path: str) -> TextTokenizer:
-    from tokenizers import Tokenizer
+def _tokenizer_file(path: str, name: str) -> Path:
+    """A file of a tokenizer: in its folder, beside its `tokenizer.json`, or in its hub repository (cached or fetched).
 
+    Raises:
+        ConfigError: There is none.
+    """
     local = Path(path)
-    if local.is_dir() and not (local / "tokenizer.json").exists():
-        return _load_with_transformers(path)
-    if local.is_dir():
-        file = local / "tokenizer.json"
-    elif local.is_file():
-        file = local
-    else:
-        found = _hub_file(path, "tokenizer.json", required=True)
-        assert found is not None
-        file = found
-    with loading(file, "is not a tokenizer that `tokenizers` can read"):
-        backend = Tokenizer.from_file(str(file))
-    return HuggingFaceTokenizer(backend, path, sha256_file(file))
-
-
-def _load_with_transformers(path: str) -> TextTokenizer:
-    return TransformersTokenizer(read_tokenizer(path), path)
-
-
-def _hub_file(repo: str, name: str, *, required: bool) -> Path | None:
-    """A file of a hub repository, from the local cache or the network."""
+    if local.exists():
+        file = (local if local.is_dir() else local.parent) / name
+        if not file.exists():
+            raise ConfigError(f"{file} does not exist")
+        return file
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repo, name))
+        return Path(hf_hub_download(path, name))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        if not required:
-            return None
-        reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"no tokenizer at {repo}: neither a folder, nor a tokenizer.json file, nor on the hub ({reason})"
+            f"no tokenizer at {path}: neither a folder, nor a tokenizer.json file, nor on the hub ({first_line(error)})"
         ) from None
+
+
+def _load_hugging_face(path: str) -> TextTokenizer:
+    from tokenizers import Tokenizer
+
+    local = Path(path)
+    if local.is_dir() and not (local / TOKENIZER).exists():
+        return _load_with_transformers(path)
+    file = local if local.is_file() else _tokenizer_file(path, TOKENIZER)
+    with loading(file, "is not a tokenizer that `tokenizers` can read"):
+        backend = Tokenizer.from_file(str(file))
+    return from_hugging_face(backend, path, sha256_file(file))
+
+
+def from_hugging_face(backend: Tokenizer, name: str, fingerprint: str) -> TextTokenizer:
+    """A fast tokenizer as stored in `tokenizer.json`."""
+    # Some files carry the truncation and padding of their training script.
+    backend.no_truncation()
+    backend.no_padding()
+    splitter = backend.pre_tokenizer
+    return TextTokenizer(
+        name=name,
+        fingerprint=fingerprint,
+        splits_words=splitter is not None and len(splitter.pre_tokenize_str("one two")) > 1,
+        encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
+        encode_batch=lambda texts: backend.encode_batch_fast(texts, add_special_tokens=False),
+    )
+
+
+def _load_with_transformers(path: str) -> TextTokenizer:
+    """A slow tokenizer that only transformers can load."""
+    backend = read_tokenizer(path)
+    return TextTokenizer(
+        name=path,
+        fingerprint=_hash_words(sorted(backend.get_vocab())),
+        splits_words=False,
+        encode=lambda text: list(backend.encode(text, add_special_tokens=False)),
+    )
 
 
 def _load_tiktoken(name: str) -> TextTokenizer:
     tiktoken = _import("tiktoken")
+    known = tiktoken.list_encoding_names()
     try:
-        encoding = (
-            tiktoken.get_encoding(name) if name in tiktoken.list_encoding_names() else tiktoken.encoding_for_model(name)
-        )
+        return from_tiktoken(tiktoken.get_encoding(name) if name in known else tiktoken.encoding_for_model(name))
     except (KeyError, ValueError):
-        raise ConfigError(
-            f"unknown tiktoken encoding {name!r}: expected a model name or one of {tiktoken.list_encoding_names()}"
-        ) from None
+        raise ConfigError(f"unknown tiktoken encoding {name!r}: expected a model name or one of {known}") from None
     except OSError as error:
         raise ConfigError(f"tiktoken could not fetch the encoding {name!r}: {error}") from None
-    return TiktokenTokenizer(encoding)
+
+
+def from_tiktoken(encoding: Any) -> TextTokenizer:
+    """An OpenAI encoding. Text that spells a special token counts as ordinary text."""
+    return TextTokenizer(
+        name=str(encoding.name),
+        fingerprint=_hash_words([f"{encoding.name}:{encoding.n_vocab}"]),
+        splits_words=True,
+        encode=lambda text: list(encoding.encode_ordinary(text)),
+        encode_batch=encoding.encode_ordinary_batch,
+    )
 
 
 def _load_sentencepiece(path: str) -> TextTokenizer:
+    """A sentencepiece model file; its pieces may cross any place, so counts are always taken of whole texts."""
     if not Path(path).is_file():
         raise ConfigError(f"no sentencepiece model at {path}: expected a .model file")
-    return SentencePieceTokenizer(Path(path))
+    spm = _import("sentencepiece")
+    with loading(path, "is not a model that sentencepiece can read"):
+        backend = spm.SentencePieceProcessor(model_file=path)
+    return TextTokenizer(
+        name=path, fingerprint=sha256_file(path), splits_words=False, encode=lambda text: list(backend.encode(text))
+    )
 
 
 def _import(package: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -244,4 +203,4 @@ def _import(package: str) -> Any:
 
 
 def _hash_words(words: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(words).encode()).hexdigest()
+    return sha256_bytes("\n".join(words).encode())

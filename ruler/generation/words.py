@@ -11,11 +11,11 @@ import logging
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from pathlib import Path
 from random import Random
-from typing import overload
+from typing import Any
 
 from utils.errors import DatasetError
 from utils.files import sha256_bytes
@@ -29,13 +29,7 @@ FILES = {"nouns": "nounlist.txt", "adjectives": "adjectivelist.txt", "verbs": "v
 
 @dataclass(frozen=True)
 class WordLists:
-    """The three lists, in file order.
-
-    Attributes:
-        nouns: Nouns.
-        adjectives: Adjectives.
-        verbs: Verbs.
-    """
+    """The three lists, in file order."""
 
     nouns: tuple[str, ...]
     adjectives: tuple[str, ...]
@@ -76,34 +70,24 @@ class WordPairs(Sequence[str]):
 
     def __init__(self, adjectives: Sequence[str], nouns: Sequence[str]) -> None:
         self._nouns = sorted(set(nouns))
-        self._blocks: list[str | list[str]] = []  # an adjective's prefix, or the pairs of a group
-        group: list[str] = []
+        groups: list[list[str]] = []
         for prefix in sorted(f"{adjective}-" for adjective in set(adjectives)):
-            if group and not prefix.startswith(group[0]):
-                self._add_block(group)
-                group = []
-            group.append(prefix)
-        if group:
-            self._add_block(group)
+            if groups and prefix.startswith(groups[-1][0]):
+                groups[-1].append(prefix)
+            else:
+                groups.append([prefix])
+        # An adjective's prefix alone, or the pairs of a group.
+        self._blocks = [
+            group[0] if len(group) == 1 else sorted({prefix + noun for prefix in group for noun in self._nouns})
+            for group in groups
+        ]
         sizes = (len(self._nouns) if isinstance(block, str) else len(block) for block in self._blocks)
         self._starts = [0, *accumulate(sizes)]
-
-    def _add_block(self, prefixes: list[str]) -> None:
-        if len(prefixes) == 1:
-            self._blocks.append(prefixes[0])
-        else:
-            self._blocks.append(sorted({prefix + noun for prefix in prefixes for noun in self._nouns}))
 
     def __len__(self) -> int:
         return self._starts[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
+    def __getitem__(self, index: Any) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
@@ -112,6 +96,7 @@ class WordPairs(Sequence[str]):
         return block + self._nouns[offset] if isinstance(block, str) else block[offset]
 
 
+@cache
 def load_word_lists(folder: Path | None = None) -> WordLists:
     """Read the word lists.
 
@@ -122,7 +107,12 @@ def load_word_lists(folder: Path | None = None) -> WordLists:
         DatasetError: A list is missing, or wonderwords' nouns are of no release known here.
     """
     given = folder is not None
-    folder = folder or _wonderwords_folder()
+    if folder is None:
+        # Importing the package loads its own generators; the lists are all we want.
+        spec = importlib.util.find_spec("wonderwords")
+        if spec is None or spec.origin is None:
+            raise DatasetError("wonderwords is not installed: uv sync")
+        folder = Path(spec.origin).parent / "assets"
     try:
         texts = {name: (folder / file).read_text(encoding="utf-8") for name, file in FILES.items()}
     except FileNotFoundError as error:
@@ -137,14 +127,6 @@ def load_word_lists(folder: Path | None = None) -> WordLists:
             raise DatasetError(f"{found}: other words give other samples; install wonderwords==3.0.1")
         logger.warning("%s: the samples compare with no published ones", found)
     return lists
-
-
-def _wonderwords_folder() -> Path:
-    # Importing the package loads its own generators; the lists are all we want.
-    spec = importlib.util.find_spec("wonderwords")
-    if spec is None or spec.origin is None:
-        raise DatasetError("wonderwords is not installed: uv sync")
-    return Path(spec.origin).parent / "assets"
 
 
 def _hash(words: Sequence[str]) -> str:

@@ -10,14 +10,15 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from ruler.registry import TASKS
 from ruler.scoring.metrics import THRESHOLD
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from utils.files import atomic_path
 
 Run = Mapping[str, Any]
 
@@ -34,10 +35,6 @@ def write_figures(runs: Sequence[Run], folder: Path) -> list[str]:
     Returns:
         The names of the PNG files written into `folder`.
     """
-    import matplotlib as mpl
-
-    from utils.files import atomic_path
-
     figures = {
         "score_by_length": score_by_length(runs),
         "tasks_by_length": tasks_by_length(runs),
@@ -56,21 +53,18 @@ def write_figures(runs: Sequence[Run], folder: Path) -> list[str]:
 
 def score_by_length(runs: Sequence[Run]) -> Figure | None:
     """Mean score over the tasks against context length, one line a run, with RULER's threshold."""
-    curves = [(run["name"], [e for e in run["lengths"] if e["length"] and e["score"] is not None]) for run in runs]
-    curves = [(name, entries) for name, entries in curves if entries]
-    if not curves:
+    curves = {run["name"]: [e for e in run["lengths"] if e["length"] and e["score"] is not None] for run in runs}
+    lengths = sorted({e["length"] for entries in curves.values() for e in entries})
+    if not lengths:
         return None
-    figure, axes = _figure(6.4, 4.0)
-    places = _ranks(e["length"] for _, entries in curves for e in entries)
-    for number, (name, entries) in enumerate(curves):
-        x = [places[e["length"]] for e in entries]
-        y = [e["score"] for e in entries]
-        bars = [_error(e["score"], e["score_interval"]) for e in entries]
-        axes.errorbar(x, y, yerr=list(zip(*bars, strict=True)), capsize=3, label=name, **_style(number))
+    figure, axes = _figure()
+    for number, (name, entries) in enumerate((name, entries) for name, entries in curves.items() if entries):
+        points = [(lengths.index(e["length"]), e["score"], e["score_interval"]) for e in entries]
+        _draw_curve(axes, number, name, points)
     axes.axhline(THRESHOLD, color="#666666", linestyle="--", linewidth=1)
     label = f"threshold {THRESHOLD}"
     axes.annotate(label, (0.99, THRESHOLD + 1), xycoords=("axes fraction", "data"), ha="right", fontsize=8)
-    axes.set_xticks(list(places.values()), [_short(length) for length in places])
+    axes.set_xticks(range(len(lengths)), [_short(length) for length in lengths])
     axes.set(xlabel="context length (tokens)", ylabel="mean score", ylim=(-2, 104), title="Score against length")
     axes.legend(frameon=False, fontsize=8)
     return figure
@@ -79,17 +73,19 @@ def score_by_length(runs: Sequence[Run]) -> Figure | None:
 def tasks_by_length(runs: Sequence[Run]) -> Figure | None:
     """Tasks × lengths heat map, one panel a run."""
     tasks = [name for name in TASKS if any(name in e["tasks"] for run in runs for e in run["lengths"])]
-    lengths = sorted({e["length"] or 0 for run in runs for e in run["lengths"]})
     if not tasks:
         return None
-    grids = [[[_cell(run, length, task) for length in lengths] for task in tasks] for run in runs]
-    labels = [_short(length) if length else "–" for length in lengths]
-    return _heat_maps("Score by task and length", runs, grids, tasks, labels, "context length (tokens)")
+    lengths = _lengths(runs)
+    grids = []
+    for run in runs:
+        scores = {(e["length"] or 0, task): of["score"] for e in run["lengths"] for task, of in e["tasks"].items()}
+        grids.append([[scores.get((length, task), math.nan) for length in lengths] for task in tasks])
+    return _heat_maps("Score by task and length", runs, grids, tasks, lengths)
 
 
 def needle_depth_by_length(runs: Sequence[Run]) -> Figure | None:
     """Share of needles found, by their depth in the context and its length, over all NIAH tasks; one panel a run."""
-    lengths = sorted({e["length"] or 0 for run in runs for e in run["lengths"]})
+    lengths = _lengths(runs)
     shown, grids = [], []
     for run in runs:
         hits: dict[tuple[int, int], list[float]] = defaultdict(list)
@@ -103,8 +99,7 @@ def needle_depth_by_length(runs: Sequence[Run]) -> Figure | None:
     if not shown:
         return None
     rows = [f"{100 * b // _DEPTH_BINS}–{100 * (b + 1) // _DEPTH_BINS} %" for b in range(_DEPTH_BINS)]
-    labels = [_short(length) if length else "–" for length in lengths]
-    return _heat_maps("Needles found, by depth and length", shown, grids, rows, labels, "context length (tokens)")
+    return _heat_maps("Needles found, by depth and length", shown, grids, rows, lengths)
 
 
 def score_by_ratio(runs: Sequence[Run]) -> Figure | None:
@@ -116,13 +111,10 @@ def score_by_ratio(runs: Sequence[Run]) -> Figure | None:
                 points[entry["length"] or 0].append((entry["ratio"], entry["score"], entry["score_interval"]))
     if len({round(ratio, 1) for series in points.values() for ratio, _, _ in series}) < 2:
         return None
-    figure, axes = _figure(6.4, 4.0)
+    figure, axes = _figure()
     for number, length in enumerate(sorted(points)):
         series = sorted(points[length], key=lambda point: point[:2])
-        bars = [_error(score, sure) for _, score, sure in series]
-        x, y = [ratio for ratio, _, _ in series], [score for _, score, _ in series]
-        label = _short(length) if length else "all rows"
-        axes.errorbar(x, y, yerr=list(zip(*bars, strict=True)), capsize=3, label=label, **_style(number))
+        _draw_curve(axes, number, _short(length) if length else "all rows", series)
     axes.set_xscale("log", base=2)
     ticks = sorted({2 ** round(math.log2(max(ratio, 1))) for series in points.values() for ratio, _, _ in series})
     axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
@@ -133,16 +125,9 @@ def score_by_ratio(runs: Sequence[Run]) -> Figure | None:
 
 
 def _heat_maps(
-    title: str,
-    runs: Sequence[Run],
-    grids: Sequence[list[list[float]]],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    xlabel: str,
+    title: str, runs: Sequence[Run], grids: Sequence[list[list[float]]], rows: Sequence[str], lengths: Sequence[int]
 ) -> Figure:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
+    columns = [_short(length) if length else "–" for length in lengths]
     width = 1.9 + len(runs) * max(1.6, 0.62 * len(columns))
     figure = Figure(figsize=(max(5.0, width), 1.5 + 0.3 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
@@ -151,7 +136,7 @@ def _heat_maps(
         image = axes.imshow(grid, cmap=colours, vmin=0, vmax=100, aspect="auto")
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows, fontsize=8)
-        axes.set_xlabel(xlabel, fontsize=8)
+        axes.set_xlabel("context length (tokens)", fontsize=8)
         axes.set_title(run["name"], fontsize=9)
         for y, line in enumerate(grid):
             for x, value in enumerate(line):
@@ -163,33 +148,27 @@ def _heat_maps(
     return figure
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _style(number: int) -> dict[str, Any]:
+def _draw_curve(axes: Axes, number: int, label: str, points: Sequence[tuple[float, float, Any]]) -> None:
+    """Draw (x, score, interval) with bars for the intervals; no bar where one is unknown."""
+    x, scores, intervals = zip(*points, strict=True)
+    below = [max(0.0, score - sure["low"]) if sure else 0.0 for score, sure in zip(scores, intervals, strict=True)]
+    above = [max(0.0, sure["high"] - score) if sure else 0.0 for score, sure in zip(scores, intervals, strict=True)]
     colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
-    return {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.6}
+    style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.6, "capsize": 3}
+    axes.errorbar(x, scores, yerr=[below, above], label=label, **style)
 
 
-def _error(score: float, sure: Mapping[str, float] | None) -> tuple[float, float]:
-    """Bars below and above a point; none where the interval is unknown."""
-    return (max(0.0, score - sure["low"]), max(0.0, sure["high"] - score)) if sure else (0.0, 0.0)
-
-
-def _ranks(lengths: Any) -> dict[int, int]:
-    return {length: rank for rank, length in enumerate(sorted(set(lengths)))}
-
-
-def _cell(run: Run, length: int, task: str) -> float:
-    found = [e["tasks"][task]["score"] for e in run["lengths"] if (e["length"] or 0) == length and task in e["tasks"]]
-    return found[0] if found else math.nan
+def _lengths(runs: Sequence[Run]) -> list[int]:
+    """All lengths of some runs; 0 where a run says none."""
+    return sorted({e["length"] or 0 for run in runs for e in run["lengths"]})
 
 
 def _percent(hits: Sequence[float] | None) -> float:

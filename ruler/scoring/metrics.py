@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from operator import mul
 from statistics import fmean
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ruler.registry import Metric
 from utils.errors import DatasetError
@@ -62,8 +62,7 @@ def official_score(values: Sequence[float]) -> float:
     return round(sum(values) / len(values) * 100, 2) if values else 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
+class Interval(NamedTuple):
     """A 95 % interval around a mean, in points of 0..100."""
 
     low: float
@@ -71,23 +70,17 @@ class Interval:
     method: Literal["wilson", "bootstrap", "mover"]
 
 
-def interval(values: Sequence[float], *, seed: int = 0) -> Interval | None:
+def interval(values: Sequence[float]) -> Interval | None:
     """95 % interval of the mean: Wilson's for samples right or wrong, a percentile bootstrap for those between.
 
     Args:
-        values: Sample values in 0..1.
-        seed: Of the bootstrap's own random stream.
-
-    Returns:
-        None without samples.
+        values: Sample values in 0..1; None comes back without any.
     """
     if not values:
         return None
-    if all(value in (0.0, 1.0) for value in values):
-        low, high = wilson(sum(values), len(values))
-        return Interval(low=round(100 * low, 2), high=round(100 * high, 2), method="wilson")
-    low, high = bootstrap(values, seed)
-    return Interval(low=round(100 * low, 2), high=round(100 * high, 2), method="bootstrap")
+    binary = all(value in (0.0, 1.0) for value in values)
+    low, high = wilson(sum(values), len(values)) if binary else bootstrap(values)
+    return Interval(round(100 * low, 2), round(100 * high, 2), "wilson" if binary else "bootstrap")
 
 
 def interval_of_task_mean(values_of_tasks: Sequence[Sequence[float]]) -> Interval | None:
@@ -109,38 +102,24 @@ def interval_of_task_mean(values_of_tasks: Sequence[Sequence[float]]) -> Interva
     mean = fmean(centre for centre, _ in parts)
     low = mean - math.hypot(*(centre - sure.low for centre, sure in parts)) / len(parts)
     high = mean + math.hypot(*(sure.high - centre for centre, sure in parts)) / len(parts)
-    return Interval(low=round(max(0.0, low), 2), high=round(min(100.0, high), 2), method="mover")
+    return Interval(round(max(0.0, low), 2), round(min(100.0, high), 2), "mover")
 
 
-def effective_length(scores: Mapping[int, float], threshold: float = THRESHOLD) -> int | None:
+def effective_length(scores: Mapping[int, float]) -> int | None:
     """The largest tested length whose score, rounded to one decimal, reaches the threshold; None if none does."""
-    return max((length for length, score in scores.items() if round(score, 1) >= threshold), default=None)
+    return max((length for length, score in scores.items() if round(score, 1) >= THRESHOLD), default=None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LengthAverages:
-    """RULER's three summaries over lengths.
+def length_averages(scores: Mapping[int, float]) -> dict[str, float] | None:
+    """Average the scores of several lengths in RULER's three ways; None without lengths.
 
-    Attributes:
-        mean: Plain mean.
-        weighted_increasing: Weights 1, 2, 3… from the shortest length on: long inputs matter most.
-        weighted_decreasing: The same weights from the longest length on.
+    Returns:
+        `mean`: plain; `weighted_increasing`: with weights 1, 2, 3… from the shortest length on, so that long inputs
+        matter most; `weighted_decreasing`: with the same weights from the longest length on.
     """
-
-    mean: float
-    weighted_increasing: float
-    weighted_decreasing: float
-
-
-def length_averages(scores: Mapping[int, float]) -> LengthAverages | None:
-    """Average the scores of several lengths in RULER's three ways; None without lengths."""
     if not scores:
         return None
     ordered = [scores[length] for length in sorted(scores)]
-    weights = range(1, len(ordered) + 1)
-    total = sum(weights)
-    return LengthAverages(
-        mean=round(sum(ordered) / len(ordered), 2),
-        weighted_increasing=round(sum(w * s for w, s in zip(weights, ordered, strict=True)) / total, 2),
-        weighted_decreasing=round(sum(w * s for w, s in zip(reversed(weights), ordered, strict=True)) / total, 2),
-    )
+    plain, rising = [1] * len(ordered), range(1, len(ordered) + 1)
+    weights = {"mean": plain, "weighted_increasing": rising, "weighted_decreasing": rising[::-1]}
+    return {name: round(sum(map(mul, of_each, ordered)) / sum(of_each), 2) for name, of_each in weights.items()}

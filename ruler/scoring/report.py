@@ -18,7 +18,7 @@ from utils.errors import ConfigError
 from utils.files import write_json, write_text
 
 EXAMPLES = """\
-  python -m ruler report out/runs/text out/runs/memory-x4 out/runs/memory-x8 --output-dir out/report"""
+  python -m ruler report out/runs/text out/runs/memory-x4 out/runs/memory-x8 --output out/report"""
 _CSV_FIELDS = (
     "score", "strict", "rows", "expected_rows", "nulls", "prompt_tokens", "memory_tokens", "num_latents"
 )  # fmt: skip
@@ -26,13 +26,12 @@ _CSV_FIELDS = (
 Run = Mapping[str, Any]
 
 
-def write_report(folders: Sequence[Path], output_dir: Path, title: str = "RULER report") -> dict[str, Any]:
+def write_report(folders: Sequence[Path], output: Path) -> dict[str, Any]:
     """Score runs and write their report.
 
     Args:
         folders: Run folders; their names become the runs' names.
-        output_dir: Gets the files.
-        title: First line of the Markdown.
+        output: Folder for the files.
 
     Returns:
         What `report.json` holds.
@@ -47,11 +46,11 @@ def write_report(folders: Sequence[Path], output_dir: Path, title: str = "RULER 
     names = [run["name"] for run in runs]
     if len(set(names)) < len(names):
         raise ConfigError(f"two runs have the same name ({', '.join(names)}): rename a folder")
-    pictures = write_figures(runs, output_dir)
-    report = {"title": title, "runs": runs, "pictures": pictures, "notes": comparison_notes(runs)}
-    write_json(output_dir / "report.json", report)
-    write_text(output_dir / "report.csv", to_csv(csv_rows(runs)))
-    write_text(output_dir / "report.md", markdown(report))
+    pictures = write_figures(runs, output)
+    report = {"title": "RULER report", "runs": runs, "pictures": pictures, "notes": comparison_notes(runs)}
+    write_json(output / "report.json", report)
+    write_text(output / "report.csv", to_csv(csv_rows(runs)))
+    write_text(output / "report.md", markdown(report))
     return report
 
 
@@ -173,16 +172,15 @@ def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `report`."""
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders of predict")
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder for the report's files")
-    parser.add_argument("--title", default="RULER report", help="first line (default: RULER report)")
+    parser.add_argument("--output", "--output-dir", type=Path, required=True, help="folder for the report's files")
     parser.add_argument("--json", action="store_true", help="print the whole report as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the report and say where it is."""
-    report = write_report(args.runs, args.output_dir, args.title)
+    report = write_report(args.runs, args.output)
     if args.json:
         print_json(report)
     else:
-        print(args.output_dir / "report.md")
+        print(args.output / "report.md")
     return 0

@@ -10,14 +10,14 @@ import argparse
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from ruler.answering.predictions import read_predictions
 from ruler.layout import length_folders, prediction_tasks, read_run_manifest
-from ruler.registry import CODE_TASKS, RULER_13, get_task, resolve_tasks
+from ruler.registry import CODE_TASKS, RULER_13, get_task
 from ruler.scoring.metrics import (
     THRESHOLD,
     effective_length,
@@ -106,24 +106,22 @@ def to_csv(rows: Iterable[Iterable[Any]]) -> str:
     return stream.getvalue().encode("utf-8", "backslashreplace").decode()
 
 
-def judge_folder(folder: Path, tasks: Sequence[str] | None = None) -> dict[str, list[Judged]]:
+def judge_folder(folder: Path) -> dict[str, list[Judged]]:
     """Judge the prediction files of one length, in the registry's order.
 
     Raises:
         DatasetError: There are none, or one is broken.
     """
-    found = [name for name in prediction_tasks(folder) if tasks is None or name in tasks]
-    if not found:
+    if not (found := prediction_tasks(folder)):
         raise DatasetError(f"{folder} holds no predictions (<task>.jsonl): predict first (python -m ruler predict)")
     return {task: judge_file(folder / f"{task}.jsonl", task) for task in found}
 
 
-def score_folder(folder: Path, tasks: Sequence[str] | None = None) -> dict[str, Any]:
+def score_folder(folder: Path) -> dict[str, Any]:
     """Score one length: write the reference's files, return everything known about its tasks.
 
     Args:
         folder: Holds `<task>.jsonl` files.
-        tasks: Which; None takes all there are.
 
     Returns:
         A JSON-ready object; see `score_run`.
@@ -131,23 +129,18 @@ def score_folder(folder: Path, tasks: Sequence[str] | None = None) -> dict[str, 
     Raises:
         DatasetError: There is nothing to score, or a file is broken.
     """
-    judged = judge_folder(folder, tasks)
+    judged = judge_folder(folder)
     write_reference_files(folder, judged)
     data = read_run_manifest(folder).get("data", {})
-    tasks_scores = {task: _task_scores(task, judged[task], data.get(task, {})) for task in judged}
+    tasks = {task: _task_scores(task, judged[task], data.get(task, {})) for task in judged}
+    stated = (entry["max_seq_length"] for entry in data.values() if "max_seq_length" in entry)
     return {
-        "length": _length_of(folder, data),
-        "tasks": tasks_scores,
-        **_token_means(list(tasks_scores.values())),
+        "length": int(folder.name) if folder.name.isdecimal() else next(stated, None),
+        "tasks": tasks,
+        **_token_means(list(tasks.values())),
         **_mean_score("score", judged, RULER_13),
         **_mean_score("code_score", judged, CODE_TASKS),
     }
-
-
-def _length_of(folder: Path, data: Mapping[str, Any]) -> int | None:
-    if folder.name.isdecimal():
-        return int(folder.name)
-    return next((entry["max_seq_length"] for entry in data.values() if "max_seq_length" in entry), None)
 
 
 def _mean_score(name: str, judged: Mapping[str, Sequence[Judged]], group: Sequence[str]) -> dict[str, Any]:
@@ -156,7 +149,7 @@ def _mean_score(name: str, judged: Mapping[str, Sequence[Judged]], group: Sequen
     sure = interval_of_task_mean(values)
     return {
         name: round(fmean(map(official_score, values)), 2) if values else None,
-        f"{name}_interval": asdict(sure) if sure else None,
+        f"{name}_interval": sure._asdict() if sure else None,
         f"{name}_tasks": len(values),
     }
 
@@ -186,7 +179,7 @@ def _task_scores(task: str, judged: Sequence[Judged], data: Mapping[str, Any]) -
     return {
         "score": official_score(values),
         "strict": official_score([item.strict for item in judged]),
-        "interval": asdict(sure) if sure else None,
+        "interval": sure._asdict() if sure else None,
         "nulls": nulls(judged),
         "rows": len(judged),
         "expected_rows": data.get("num_rows", len(judged)),
@@ -198,7 +191,7 @@ def _task_scores(task: str, judged: Sequence[Judged], data: Mapping[str, Any]) -
     }
 
 
-def score_run(run: Path, tasks: Sequence[str] | None = None) -> dict[str, Any]:
+def score_run(run: Path) -> dict[str, Any]:
     """Score all lengths of a run folder and write its `scores.json`.
 
     Returns:
@@ -209,10 +202,9 @@ def score_run(run: Path, tasks: Sequence[str] | None = None) -> dict[str, Any]:
         DatasetError: A folder holds no predictions, or a file is broken.
     """
     folders = length_folders(run)
-    lengths = [score_folder(folder, tasks) for folder in folders]
+    lengths = [score_folder(folder) for folder in folders]
     manifest = read_run_manifest(folders[0])
     scores = {entry["length"]: entry["score"] for entry in lengths if entry["length"] and entry["score"] is not None}
-    averages = length_averages(scores)
     result = {
         "name": run.resolve().name,
         "settings": manifest.get("settings", {}),
@@ -220,7 +212,7 @@ def score_run(run: Path, tasks: Sequence[str] | None = None) -> dict[str, Any]:
         "lengths": lengths,
         "threshold": THRESHOLD,
         "effective_length": effective_length(scores),
-        "averages": asdict(averages) if averages else None,
+        "averages": length_averages(scores),
         "provenance": provenance(),
     }
     write_json(run / SCORES_NAME, result)
@@ -230,14 +222,12 @@ def score_run(run: Path, tasks: Sequence[str] | None = None) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `score`."""
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder of predict, or of the reference")
-    parser.add_argument("--tasks", help="task names with commas, or ruler, code, all (default: what was predicted)")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")
 
 
 def run(args: argparse.Namespace) -> int:
     """Score runs and print their tables."""
-    tasks = resolve_tasks(args.tasks) if args.tasks else None
-    results = [score_run(folder, tasks) for folder in args.runs]
+    results = [score_run(folder) for folder in args.runs]
     if args.json:
         print_json({"runs": results})
     else:

@@ -129,7 +129,7 @@ def test_bfloat16_survives_in_safetensors(flags: list[str], tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("argv", "wanted"),
     [
-        ([], "there is no prompt: pass --text"),
+        (["--text", ""], "the prompt is empty"),
         (["--text", f"{SPAN} <|memory_start|>open"], "without a <|memory_end|>"),
         (["--text", "<|memory_start|><|memory_end|>"], "the memory span is empty"),
         (["--text", "<|memory|>"], "literal <|memory|>"),
@@ -186,6 +186,16 @@ def test_memory_that_runs_out_is_an_error(
     assert "error: out of memory while encoding 1 windows" in error
     assert ": lower --batch-tokens, or use a smaller dtype" in error
     assert not Path(flags[5]).exists()
+
+
+def test_without_a_prompt_both_compress_the_same_example(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    results = []
+    for command in (step1, step1_raw_text):
+        assert command.main([*flags, "--json"]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[0]["memory_tokens"] == results[1]["memory_tokens"] > 100
+    assert results[0]["shape"][0] > results[1]["shape"][0]  # the chat template
+    assert len(read(flags)) == results[1]["shape"][0]
 
 
 @pytest.mark.parametrize("name", [pytest.param("step1.py", marks=pytest.mark.slow), "step1_raw_text.py"])

@@ -24,7 +24,7 @@ def test_files_are_what_the_script_makes() -> None:
 
 @pytest.mark.slow
 def test_squad_questions_have_one_true_answer() -> None:
-    source = RulerData().squad
+    source = RulerData().questions("squad")
     assert len({question.text for question in source.questions}) == len(source.questions)
     for question in source.questions:
         (gold,) = question.gold
@@ -38,7 +38,7 @@ def test_squad_questions_have_one_true_answer() -> None:
 
 
 def test_hotpot_answers_are_in_the_given_documents() -> None:
-    source = RulerData().hotpotqa
+    source = RulerData().questions("hotpotqa")
     for question in source.questions:
         assert len(question.gold) == 10
         given = [source.documents[number] for number in question.gold]

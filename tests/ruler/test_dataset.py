@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from ruler.dataset import read_dataset, write_dataset
-from ruler.layout import claim_run_folder
+from ruler.layout import claim_run_folder, read_dataset, write_dataset
 from ruler.registry import CODE_TASKS, RULER_13, TASKS, resolve_tasks
 from utils.errors import ConfigError, DatasetError
 from utils.files import write_jsonl

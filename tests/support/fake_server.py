@@ -85,6 +85,11 @@ class FakeServer(ThreadingHTTPServer):
 
     def __init__(self, action: Action, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.forget(action)
+
+    def forget(self, action: Action) -> None:
+        """Begin again: no script, no requests, and one action for all that come."""
         self.models = ["tiny"]
         self.models_action: Action | None = None
         self.part_separator = ""
@@ -93,7 +98,6 @@ class FakeServer(ThreadingHTTPServer):
         self.keeps_requests = True
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.keys_seen: list[str] = []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     @property
     def bodies(self) -> list[dict[str, Any]]:

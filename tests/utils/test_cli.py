@@ -138,8 +138,9 @@ def shell(what: str, redirect: str = "", **environment: str) -> subprocess.Compl
 
 
 ENCODINGS = [
-    {}, {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1:strict"}, {"LC_ALL": "C"},
-    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {}, {"PYTHONIOENCODING": "latin-1:strict"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    pytest.param({"PYTHONIOENCODING": "ascii"}, marks=pytest.mark.slow),
+    pytest.param({"LC_ALL": "C"}, marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
@@ -153,7 +154,6 @@ def test_what_a_terminal_cannot_show_is_replaced(environment: dict[str, str]) ->
     failed = shell("fail", **environment)
     assert (failed.returncode, failed.stdout) == (1, b"")
     assert b"Traceback" not in failed.stderr
-    assert shell("rows", **environment).returncode == 3
 
 
 def test_no_control_character_of_others_reaches_the_terminal() -> None:
@@ -171,12 +171,11 @@ def test_a_full_disk_at_stdout_is_one_error(what: str) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith(b"error: ")
     assert (done.stderr.count(b"\n"), b"No space left" in done.stderr) == (1, True)
-    assert shell("rows", "> /dev/full").returncode == 3
 
 
 @pytest.mark.parametrize("redirect", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "| true", "2> /dev/full"])
 def test_nobody_listens(redirect: str) -> None:
-    codes = {"text": 0, "json": 0, "many": 0, "rows": 3, "fail": 1}
+    codes = {"many": 0, "rows": 3, "fail": 1}
     for what, code in codes.items():
         done = shell(what, redirect + "; exit ${PIPESTATUS[0]}")
         assert done.returncode == code

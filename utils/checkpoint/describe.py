@@ -6,9 +6,13 @@ Opens headers and configurations only, so it is quick on a checkpoint of any siz
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+from utils.checkpoint.locate import find_checkpoint
+from utils.checkpoint.lora import base_or_self, is_peft_folder
 from utils.cli import EXIT_OK, make_parser, print_json, run_command
+from utils.pretrained import read_config
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,8 +36,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from utils.checkpoint.locate import find_checkpoint
-
     files = find_checkpoint(args.path, args.chunk_size)
     result: dict[str, Any] = {
         "root": str(files.root),
@@ -46,24 +48,21 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(result)
         return EXIT_OK
-    print_lines = [f"{files.root} ({files.layout.name} layout), complete"]
+    print(f"{files.root} ({files.layout.name} layout), complete")
     for name in ("encoder", "decoder"):
         part = result[name]
-        print_lines.append(
+        print(
             f"{name}: {part['model_type']}, {part['layers']} layers of width {part['width']}, "
             f"{part['positions']} positions, {part['size_bytes'] / 1e6:.0f} MB"
         )
-    print_lines += [f"{key}: {value}" for key, value in result["config"].items()]
-    print_lines.append(f"fingerprint: {files.fingerprint}")
-    print("\n".join(print_lines))
+    for key, value in result["config"].items():
+        print(f"{key}: {value}")
+    print(f"fingerprint: {files.fingerprint}")
     return EXIT_OK
 
 
-def _part(folder: Any) -> dict[str, Any]:
-    from utils.checkpoint.lora import base_of, is_peft_folder
-    from utils.pretrained import read_config
-
-    config = read_config(base_of(folder) if is_peft_folder(folder) else folder)
+def _part(folder: Path) -> dict[str, Any]:
+    config = read_config(base_or_self(folder))
     return {
         "model_type": config.model_type,
         "layers": getattr(config, "num_hidden_layers", None),

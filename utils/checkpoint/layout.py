@@ -14,19 +14,22 @@ Nothing larger than a header is opened, except for the fingerprint.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint.lora import base_of, is_peft_folder
+from utils.checkpoint.lora import base_of, base_or_self, is_peft_folder
 from utils.checkpoint.weight_files import tensor_names, weight_files
 from utils.errors import CheckpointError, ConfigError
 from utils.files import sha256_bytes, sha256_file
 from utils.model.config import CONFIG_FILE, CompressionConfig
 from utils.pretrained import ADAPTER_CONFIG, CONFIG, TOKENIZER_CONFIG, read_config, read_settings
+
+logger = logging.getLogger(__name__)
 
 _RUN_CHILD = re.compile(r"checkpoint_(\d+)(?:\D.*)?")
 
@@ -98,7 +101,7 @@ class CheckpointFiles:
     @cached_property
     def decoder_tensors(self) -> dict[str, Path]:
         """Tensor name → file of the decoder, of its base for a LoRA folder."""
-        return weight_files(_base(self.decoder))
+        return weight_files(base_or_self(self.decoder))
 
     @cached_property
     def decoder_config(self) -> Any:
@@ -107,7 +110,7 @@ class CheckpointFiles:
         Raises:
             CheckpointError: It cannot be used.
         """
-        folder = _base(self.decoder)
+        folder = base_or_self(self.decoder)
         config = read_config(folder)
         for name in ("hidden_size", "vocab_size"):
             check_size(config, name, folder)
@@ -123,7 +126,7 @@ class CheckpointFiles:
         settings = {key: value for key, value in self.config.to_json().items() if key != "compression_ratio"}
         if self.config.window_follows:
             del settings["encoder_window_size"]
-        lines = [f"{name} {_cached_sha256(path)}" for name, path in parts]
+        lines = [f"{name} {_sha256(path)}" for name, path in parts]
         return sha256_bytes("\n".join([*lines, json.dumps(settings, sort_keys=True)]).encode())
 
 
@@ -145,12 +148,16 @@ def open_checkpoint(folder: str | Path, chunk_size: int | None = None) -> Checkp
     return files
 
 
-def newest_child(root: Path) -> Path | None:
-    """The `checkpoint_<int>…` of the largest number in a run's folder; None in a checkpoint itself."""
+def newest_child(root: Path) -> Path:
+    """The `checkpoint_<int>…` of the largest number in a run's folder; a checkpoint itself, or a file, as it is."""
+    if not root.is_dir() or any((root / layout.decoder).is_dir() for layout in LAYOUTS):
+        return root
     numbered = [(int(m.group(1)), p) for p in root.iterdir() if p.is_dir() and (m := _RUN_CHILD.fullmatch(p.name))]
-    if not numbered or any((root / layout.decoder).is_dir() for layout in LAYOUTS):
-        return None
-    return max(numbered)[1]
+    if not numbered:
+        return root
+    newest = max(numbered)[1]
+    logger.info("using the newest checkpoint of %s: %s", root, newest.name)
+    return newest
 
 
 def _layout_of(root: Path) -> Layout:
@@ -193,10 +200,6 @@ def _check_complete(files: CheckpointFiles) -> None:
         weight_files(files.encoder)
 
 
-def _base(folder: Path) -> Path:
-    return base_of(folder) if is_peft_folder(folder) else folder
-
-
 def check_size(config: Any, name: str, folder: Path) -> None:
     """Refuse a configuration in which a size is no positive whole number.
 
@@ -214,13 +217,12 @@ def _model_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.suffix in suffixes and path.is_file())
 
 
-def _cached_sha256(path: Path) -> str:
-    """sha256 of a file, remembered beside nothing but its size and time of change for the life of the process."""
-    stat = path.stat()
-    key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-    if key not in _HASHES:
-        _HASHES[key] = sha256_file(path)
-    return _HASHES[key]
+def _sha256(path: Path) -> str:
+    state = path.stat()
+    return _sha256_once(path.resolve(), state.st_size, state.st_mtime_ns)
 
 
-_HASHES: dict[tuple[str, int, int], str] = {}
+@cache
+def _sha256_once(path: Path, size_bytes: int, changed_ns: int) -> str:
+    """Once a process for each state of a file."""
+    return sha256_file(path)

@@ -13,8 +13,7 @@ before use.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from utils.checkpoint.layout import CheckpointFiles, check_size
-from utils.checkpoint.lora import base_of, is_peft_folder, merge_lora
-from utils.checkpoint.settings import AUTOMATIC, ON_CPU, EncoderSettings
+from utils.checkpoint.lora import base_or_self, is_peft_folder, merge_lora
+from utils.checkpoint.settings import AUTOMATIC, DTYPE_NAMES, ON_CPU, EncoderSettings
 from utils.checkpoint.weight_files import weight_files
 from utils.errors import CheckpointError, ConfigError
 from utils.model.adapter import Adapter
@@ -34,11 +32,17 @@ from utils.model.code_chunker import CodeChunker
 from utils.model.code_llava_model import MemoryEncoder
 from utils.model.limits import explain_out_of_memory
 from utils.model.prompt import PromptTokenizers
-from utils.pretrained import CONFIG, TOKENIZER_CONFIG, loading, read_model, read_tokenizer
+from utils.pretrained import (
+    CONFIG,
+    TOKENIZER_CONFIG,
+    loading,
+    read_model,
+    read_tokenizer,
+    without_progress_bars,
+)
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # How transformers' families name the input embedding table.
 _TABLE_NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 # Families whose embedding layer does more than look a row up: the table alone is not enough for them.
@@ -72,11 +76,9 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    if dtype == "auto":
-        return None
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype}: expected auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    if dtype not in DTYPE_NAMES:
+        raise ConfigError(f"--dtype {dtype}: expected {', '.join(DTYPE_NAMES)}")
+    return None if dtype == "auto" else getattr(torch, dtype)
 
 
 def load_tokenizers(files: CheckpointFiles) -> PromptTokenizers:
@@ -104,7 +106,7 @@ def load_memory_encoder(
     """
     target, wanted = resolve_device(settings.device), resolve_dtype(settings.dtype)
     encoder = _load_model(AutoModel, files.encoder, wanted, settings.attn_implementation)
-    _round_rotary_frequencies(encoder, DTYPES[files.config.rope_dtype])
+    _round_rotary_frequencies(encoder, getattr(torch, files.config.rope_dtype))
     tokenizer = tokenizer or read_tokenizer(files.encoder)
     check_vocabulary(tokenizer, encoder.get_input_embeddings().weight, files.encoder)
     if files.config.pooling == "eos" and tokenizer.pad_token_id is None:
@@ -113,7 +115,7 @@ def load_memory_encoder(
         encoder,
         files.config,
         pad_token_id=tokenizer.pad_token_id,
-        packed=None if settings.attn_implementation is None else False,
+        packed=settings.attn_implementation is None,
         batch_tokens=settings.batch_tokens,
         compiled=settings.compiled,
         tokenizer=tokenizer,
@@ -197,21 +199,8 @@ def resize_table(model: Any, num_tokens: int) -> None:
             layer.weight[old:] = mean.to(layer.weight.dtype)
 
 
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Keep transformers' own bars, one a folder and often faster than the eye, off stderr."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
 def _load_model(kind: Any, folder: Path, dtype: torch.dtype | None, attn_implementation: str | None) -> Any:
-    peft = is_peft_folder(folder)
-    base = base_of(folder) if peft else folder
+    peft, base = is_peft_folder(folder), base_or_self(folder)
     if peft:
         # Those of any other folder were checked when it was found.
         weight_files(base)
@@ -229,7 +218,7 @@ def _load_model(kind: Any, folder: Path, dtype: torch.dtype | None, attn_impleme
 def _check_dtype(dtype: torch.dtype, path: Path) -> None:
     # Below two bytes a number torch can store, but not compute with.
     if not dtype.is_floating_point or dtype.itemsize < 2:
-        names = ", ".join(DTYPES)
+        names = ", ".join(DTYPE_NAMES[1:])
         raise CheckpointError(f"{path}: its weights are {dtype}: save them as one of {names}, or pass --dtype")
 
 
@@ -287,7 +276,7 @@ def _load_adapter(files: CheckpointFiles, chunker: CodeChunker, dtype: torch.dty
     sizes: dict[str, Any] = {"middle_width": state["fc1.weight"].shape[0], "layer_config": layer_config}
     with loading(source / CONFIG, "describes no layers that an adapter can be built of"), torch.device("meta"):
         shapes = Adapter(chunker.width, decoder_config.hidden_size, config=files.config, **sizes).state_dict()
-    check_state(state, shapes, where)
+    _check_state(state, shapes, where)
     for key, tensor in state.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"{where}: {key}: expected floating-point numbers, got {tensor.dtype}")
@@ -299,23 +288,12 @@ def _load_adapter(files: CheckpointFiles, chunker: CodeChunker, dtype: torch.dty
     return adapter
 
 
-def check_state(state: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
-    """Compare tensor names and shapes with those of a module.
-
-    Raises:
-        CheckpointError: Names file, key, expected and got shape of the first difference, and counts the others.
-    """
+def _check_state(state: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
+    """Compare tensor names and shapes with those of a module; the first difference is named, the others counted."""
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is unknown" for name in state if name not in expected]
-    problems += [
-        f"{name}: expected shape {_shape(expected[name])}, got {_shape(state[name])}"
-        for name in expected
-        if name in state and _shape(expected[name]) != _shape(state[name])
-    ]
+    shapes = {name: (list(expected[name].shape), list(state[name].shape)) for name in expected if name in state}
+    problems += [f"{name}: expected shape {want}, got {got}" for name, (want, got) in shapes.items() if want != got]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise CheckpointError(f"{where}: {problems[0]}{more}")
-
-
-def _shape(tensor: Any) -> list[int]:
-    return list(tensor.shape)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from utils.checkpoint.default.assemble import assemble_default_checkpoint
 from utils.checkpoint.layout import CheckpointFiles, newest_child, open_checkpoint
 from utils.checkpoint.lora import HUB_ID
-from utils.errors import CheckpointError, first_line
-
-logger = logging.getLogger(__name__)
+from utils.errors import CheckpointError
+from utils.pretrained import fetch
 
 
 def find_checkpoint(path_or_id: str | Path | None = None, chunk_size: int | None = None) -> CheckpointFiles:
@@ -25,12 +23,7 @@ def find_checkpoint(path_or_id: str | Path | None = None, chunk_size: int | None
         CheckpointError: Nothing there, or something is missing in it.
         ConfigError: The checkpoint cannot serve this chunk size, or does not say its own and none was given.
     """
-    root = _local_folder(path_or_id)
-    newest = newest_child(root)
-    if newest is not None:
-        logger.info("using the newest checkpoint of %s: %s", root, newest.name)
-        root = newest
-    return open_checkpoint(root, chunk_size)
+    return open_checkpoint(newest_child(_local_folder(path_or_id)), chunk_size)
 
 
 def _local_folder(path_or_id: str | Path | None) -> Path:
@@ -43,13 +36,4 @@ def _local_folder(path_or_id: str | Path | None) -> Path:
         raise CheckpointError(f"{path} is a file: give the checkpoint's folder")
     if not HUB_ID.fullmatch(str(path_or_id)):
         raise CheckpointError(f"{path} does not exist: give a checkpoint folder or a hub id such as org/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    logger.info("%s is no local folder: downloading it from the Hugging Face hub", path_or_id)
-    try:
-        return Path(snapshot_download(str(path_or_id)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{path_or_id} is neither a local folder nor could it be downloaded from the hub: {first_line(error)}"
-        ) from None
+    return fetch(str(path_or_id), patterns=None)

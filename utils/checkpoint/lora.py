@@ -26,6 +26,11 @@ def is_peft_folder(folder: Path) -> bool:
     return (folder / ADAPTER_WEIGHTS).is_file()
 
 
+def base_or_self(folder: Path) -> Path:
+    """Where the whole model of a folder lies: in the base of a LoRA folder, else in the folder itself."""
+    return base_of(folder) if is_peft_folder(folder) else folder
+
+
 def base_of(folder: Path) -> Path:
     """Folder of the base model that a LoRA folder stands on; only the user himself may have one fetched.
 

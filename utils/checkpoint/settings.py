@@ -1,8 +1,9 @@
-"""How the models of a checkpoint run: one value, built once – from flags or by a caller – and passed on whole."""
+"""How the models of a checkpoint run, and how a trainer's state becomes one: values that are passed on whole."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,3 +34,18 @@ class EncoderSettings:
 
 AUTOMATIC = EncoderSettings()
 ON_CPU = EncoderSettings(device="cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateOptions:
+    """How a trainer's state is put into its base.
+
+    Attributes:
+        format: One of `utils.checkpoint.convert.states.FORMATS`, or "auto".
+        lora_alpha: LoRA alpha of each part ("encoder", "decoder") that has LoRA weights; the state does not say it.
+        frozen_from_base: Leave parameters that the state lacks as they are, where otherwise they are an error.
+    """
+
+    format: str = "auto"
+    lora_alpha: Mapping[str, float] = field(default_factory=dict)
+    frozen_from_base: bool = False

@@ -37,26 +37,38 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def _shards(index: Path) -> dict[str, Path]:
-    folder, weight_map = index.parent, read_settings(index).get("weight_map")
+    places = read_index(index)
+    promised: dict[Path, set[str]] = {}
+    for name, shard in places.items():
+        if shard.suffix != ".safetensors":
+            raise CheckpointError(f"{index}: {name}: expected a .safetensors file, got {shard.name!r:.100}")
+        promised.setdefault(shard, set()).add(name)
+    for shard, names in promised.items():
+        if lacking := names - set(tensor_names(shard)):
+            raise CheckpointError(f"{shard}: the index promises {min(lacking)}, which is not in it")
+    return places
+
+
+def read_index(index: Path) -> dict[str, Path]:
+    """Tensor name → file, from the index of weights in several files.
+
+    Raises:
+        CheckpointError: It is no index, or names a file that is not there or not beside it.
+    """
+    weight_map = read_settings(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map: expected an object of tensor name → file, got {weight_map!r:.60}")
     for name, shard in weight_map.items():
-        # Also what lies outside of the folder is somebody else's.
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: {name}: expected a .safetensors file beside the index, got {shard!r:.100}")
-    promised: dict[str, set[str]] = {}
-    for name, shard in weight_map.items():
-        promised.setdefault(shard, set()).add(name)
-    missing = sorted(shard for shard in promised if not os.path.isfile(folder / shard))  # noqa: PTH113
+        # What lies outside of the folder is somebody else's.
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{index}: {name}: expected a file beside the index, got {shard!r:.100}")
+    missing = sorted(shard for shard in set(weight_map.values()) if not os.path.isfile(index.parent / shard))  # noqa: PTH113
     if missing:
         raise CheckpointError(
             f"{index} names {len(missing)} shards that are not there ({', '.join(missing[:3])}): the checkpoint is "
             "half copied; copy it again"
         )
-    for shard, names in promised.items():
-        if lacking := names - set(tensor_names(folder / shard)):
-            raise CheckpointError(f"{folder / shard}: the index promises {min(lacking)}, which is not in it")
-    return {name: folder / shard for name, shard in weight_map.items()}
+    return {name: index.parent / shard for name, shard in weight_map.items()}
 
 
 def tensor_names(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""How an answer is drawn, and what came back – from a server or from a decoder in this process. No torch here."""
+"""How an answer is drawn, how often a server is asked for it, and what came back. No torch here."""
 
 from __future__ import annotations
 
@@ -42,6 +42,23 @@ class Sampling:
             "min_p": self.min_p or None,
             "repetition_penalty": self.repetition_penalty,
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    """How often a server is asked, and how long it is left alone in between.
+
+    Attributes:
+        attempts: Tries in all.
+        first_wait_s: Longest wait before the second try; it doubles from try to try, and a random part of it is waited.
+        longest_wait_s: Upper limit of one wait; a server's Retry-After is obeyed up to it.
+        unanswered: Ask again also after time-outs and answers that are no completion.
+    """
+
+    attempts: int = 8
+    first_wait_s: float = 0.5
+    longest_wait_s: float = 30.0
+    unanswered: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Where an OpenAI-compatible server is, which key opens it, and what its failures mean.
 
-The rules have this one home; `vllm_client.py` and every other program that talks to a server use them. No torch here.
+The rules have this one home; `server_client.py` and every other program that talks to a server use them. No torch here.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ KEY_VARIABLES = ("VLLM_API_KEY", "OPENAI_API_KEY")
 NO_KEY = "EMPTY"
 
 _ENDPOINTS = ("/chat/completions", "/completions", "/models")
+_TRANSIENT_STATUS = (408, 409, 425, 429)
 
 
 class RequestError(ServerError):
     """One request failed.
 
     Attributes:
-        status: HTTP status; None when the server did not answer.
-        transient: Another try may work: 429, 5xx, or the connection was lost.
+        status: HTTP status; None when there was no whole answer.
+        transient: Another try may work: 408, 409, 425, 429, 5xx, or the connection was lost.
         unreachable: Nothing listens at the address.
         retry_after_s: The wait that the server asked for.
     """
@@ -93,7 +94,7 @@ def request_errors(where: str, timeout_s: float) -> Iterator[None]:
         raise RequestError(
             message,
             status=status,
-            transient=status == 429 or status >= 500,
+            transient=status in _TRANSIENT_STATUS or status >= 500,
             retry_after_s=_seconds(error.response.headers.get("retry-after")),
         ) from None
     except openai.APITimeoutError:

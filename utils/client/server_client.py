@@ -11,20 +11,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import openai
 import orjson
+import tenacity
 from openai.types import Completion as TextCompletion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from utils.client.answer import AnswerReader
-from utils.client.completion import Completion
+from utils.client.completion import Completion, RetryPolicy
 from utils.client.connection import RequestError, api_base, find_api_key, request_errors
 from utils.errors import ConfigError, ServerError
 
@@ -35,9 +34,7 @@ logger = logging.getLogger(__name__)
 
 OnText = Callable[[str], None]
 ENABLE_FLAG = "--enable-prompt-embeds"
-
-_FIRST_DELAY_S = 0.5
-_MAX_DELAY_S = 30.0
+_FEW_TRIES = RetryPolicy(attempts=5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +58,7 @@ class VllmClient:
         model: Served name; None for the server's only one.
         api_key: Key; None looks into the environment.
         timeout_s: Longest silence of the server.
-        max_retries: Further tries after 429, 5xx and lost connections. A streamed answer that has begun is not
-            asked for again.
+        retry: When to ask again. A streamed answer that has begun is not asked for again.
         dtype: The server's dtype, for rows on the wire; None sends them as they are.
 
     Raises:
@@ -76,16 +72,16 @@ class VllmClient:
         model: str | None = None,
         api_key: str | None = None,
         timeout_s: float = 600.0,
-        max_retries: int = 4,
+        retry: RetryPolicy = _FEW_TRIES,
         dtype: torch.dtype | None = None,
     ) -> None:
         self.base_url = api_base(server_url)
         self.model = model
         self._timeout_s = timeout_s
-        self._max_retries = max_retries
+        self._retry = retry
         self._dtype = dtype
         self._joins_parts: bool | None = None
-        # Its own retries also repeat timeouts and conflicts; ours are below.
+        # Its own retries repeat time-outs, and cannot repeat an answer that is no completion.
         self._openai = openai.AsyncOpenAI(
             base_url=self.base_url, api_key=find_api_key(api_key), timeout=timeout_s, max_retries=0
         )
@@ -106,9 +102,7 @@ class VllmClient:
         Raises:
             DatasetError: The rows are not a finite float matrix.
         """
-        from utils.compress.prompt_embeds import encode_wire
-
-        return {"type": "prompt_embeds", "data": encode_wire(values_TD, self._dtype)}
+        return {"type": "prompt_embeds", "data": self._wire(values_TD)}
 
     async def models(self) -> list[ServedModel]:
         """What the server offers.
@@ -116,8 +110,12 @@ class VllmClient:
         Raises:
             RequestError: It does not say.
         """
-        with request_errors(self.base_url, self._timeout_s):
-            listing = await self._openai.models.list()
+
+        async def list_once() -> Any:
+            with request_errors(self.base_url, self._timeout_s):
+                return await self._openai.models.list()
+
+        listing: Any = await self._retrying(lambda error: not error.unreachable)(list_once)
         offered = getattr(listing, "data", None) or []
         return [ServedModel(name=model.id, max_model_len=getattr(model, "max_model_len", None)) for model in offered]
 
@@ -166,10 +164,8 @@ class VllmClient:
         """
         if isinstance(prompt, str):
             return await self._ask("/completions", {**fields, "prompt": prompt}, on_text)
-        from utils.compress.prompt_embeds import encode_wire
-
         # Servers refuse an empty `prompt` beside embeddings: it is left out.
-        return await self._ask("/completions", {**fields, "prompt_embeds": encode_wire(prompt, self._dtype)}, on_text)
+        return await self._ask("/completions", {**fields, "prompt_embeds": self._wire(prompt)}, on_text)
 
     async def chat(
         self, messages: Sequence[Mapping[str, Any]], *, on_text: OnText | None = None, **fields: Any
@@ -224,9 +220,7 @@ class VllmClient:
         """Send one row of zeros: a server that will refuse the real rows refuses it for the same reason."""
         import torch
 
-        from utils.compress.prompt_embeds import encode_wire
-
-        row = encode_wire(torch.zeros(1, width), self._dtype)
+        row = self._wire(torch.zeros(1, width))
         probe = self._body({"prompt_embeds": row, "max_tokens": 1, "temperature": 0}, stream=False)
         try:
             await self._ask_once("/completions", probe, None)
@@ -243,6 +237,34 @@ class VllmClient:
                 ) from None
             raise
 
+    def _wire(self, values_TD: torch.Tensor) -> str:
+        from utils.compress.prompt_embeds import encode_wire  # late: text prompts need no torch
+
+        return encode_wire(values_TD, self._dtype)
+
+    def _retrying(self, may_cure: Callable[[RequestError], bool]) -> tenacity.AsyncRetrying:
+        """Calls a function until it is through, out of tries, or fails in a way that another try does not cure."""
+        policy = self._retry
+        back_off = tenacity.wait_random_exponential(policy.first_wait_s, policy.longest_wait_s)
+
+        def wait_s(state: tenacity.RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            asked_s = getattr(error, "retry_after_s", None) or 0.0
+            return min(max(back_off(state), asked_s), policy.longest_wait_s)
+
+        def again(error: BaseException) -> bool:
+            if not isinstance(error, RequestError) or not may_cure(error):
+                return False
+            return error.transient or (policy.unanswered and error.status is None)
+
+        return tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(policy.attempts),
+            wait=wait_s,
+            retry=tenacity.retry_if_exception(again),
+            before_sleep=tenacity.before_sleep_log(logger, logging.INFO),
+            reraise=True,
+        )
+
     def _body(self, fields: Mapping[str, Any], stream: bool) -> bytes:
         """A request's JSON; orjson, because blobs are megabytes."""
         body = {"model": self.model, **{name: value for name, value in fields.items() if value is not None}}
@@ -251,7 +273,6 @@ class VllmClient:
         return orjson.dumps(body)
 
     async def _ask(self, path: str, fields: Mapping[str, Any], on_text: OnText | None) -> Completion:
-        """Ask until an answer comes, with back-off between tries."""
         if self.model is None:
             await self.preflight()
         content = self._body(fields, stream=on_text is not None)
@@ -263,18 +284,8 @@ class VllmClient:
             if on_text is not None:
                 on_text(text)
 
-        for attempt in range(self._max_retries + 1):
-            try:
-                return await self._ask_once(path, content, note_text if on_text else None)
-            except RequestError as error:
-                if not error.transient or begun or attempt == self._max_retries:
-                    raise
-                delay_s = error.retry_after_s
-                if delay_s is None:
-                    delay_s = random.uniform(0.5, 1.0) * min(_FIRST_DELAY_S * 2**attempt, _MAX_DELAY_S)
-                logger.info("%s; try %d of %d in %.1f s", error, attempt + 2, self._max_retries + 1, delay_s)
-                await asyncio.sleep(delay_s)
-        raise AssertionError("unreachable: the last try returns or raises")
+        ask = self._retrying(lambda error: not begun)
+        return await ask(self._ask_once, path, content, note_text if on_text else None)
 
     async def _ask_once(self, path: str, content: bytes, on_text: OnText | None) -> Completion:
         where = self.base_url + path

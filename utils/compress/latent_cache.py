@@ -6,9 +6,9 @@
     cache.put_many([key], [latents])
 
 A key names everything the latents depend on: the namespace (a fingerprint of encoder and adapter weights, their
-configuration and the chunk size, given by the compressor) and the window's token ids with its overlap context. A value
-carries a checksum; an entry that fails it is a miss, is removed, counted and reported. A cache that cannot be written
-(disk full, …) warns once and caches nothing; it never fails a compression and never returns a wrong row.
+configuration and the chunk size) and the window's token ids with its overlap context. A value carries a checksum; an
+entry that fails it is a miss, is removed, counted and reported. A cache that cannot be written (disk full, …) warns
+once and caches nothing; it never fails a compression and never returns a wrong row.
 
 As a command: `python -m utils.compress.latent_cache show`.
 """
@@ -49,31 +49,20 @@ _DEFAULT_DIR = "~/.cache/code-llava/latents"
 _HEADER = struct.Struct("<B3xIII")  # dtype, latents, width, checksum; 16 bytes keep the rows aligned
 _DTYPES = ("float32", "bfloat16", "float16")  # the position is the code on disk
 _KEY_BYTES = 32
-_SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 # What is wrong with this process or machine now, not with an entry.
-_PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, getattr(errno, "ESTALE", errno.EINTR)})
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.ESTALE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheStats:
-    """State of the cache on disk, and what this `LatentCache` met.
+    """The cache on disk (sizes in whole blocks), and what this `LatentCache` met.
 
-    Attributes:
-        path: The cache folder.
-        num_entries: Windows on disk.
-        size_bytes: Bytes of their files, in whole blocks.
-        file_bytes: The same number.
-        limit_bytes: Above it the least recently used entries leave.
-        hits: Keys answered since this object was opened.
-        misses: Keys not answered, corrupt ones included.
-        corrupt: Entries that were not what had been written.
+    `corrupt` entries were not what had been written; they are misses, too.
     """
 
     path: str
     num_entries: int
     size_bytes: int
-    file_bytes: int
-    limit_bytes: int
     hits: int
     misses: int
     corrupt: int
@@ -101,10 +90,8 @@ def window_key(namespace: bytes, left: TokenIds, core: TokenIds, right: TokenIds
         core: The window's own ids.
         right: Ids of the overlap after it.
     """
-    digest = hashlib.blake2b(
-        struct.pack("<4I", len(namespace), len(left), len(core), len(right)), digest_size=_KEY_BYTES
-    )
-    digest.update(namespace)
+    lengths = struct.pack("<4I", len(namespace), len(left), len(core), len(right))
+    digest = hashlib.blake2b(lengths + namespace, digest_size=_KEY_BYTES)
     for ids in (left, core, right):
         digest.update(array("I", ids))
     return digest.digest()
@@ -137,7 +124,7 @@ class LatentCache:
             raise ConfigError(f"cache size limit is {size_limit_bytes} bytes, expected at least 1")
         folder = Path(path) if path is not None else default_cache_dir()
         try:
-            return cls(LatentFiles.open(folder, size_limit_bytes), strict)
+            return cls(LatentFiles(folder, size_limit_bytes), strict)
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"the latent cache {folder} cannot be used: {error}: name another folder with --cache-dir or "
@@ -172,32 +159,25 @@ class LatentCache:
 
     def put_many(self, keys: Sequence[bytes], latents: Sequence[torch.Tensor]) -> None:
         """Add latents, one tensor [n, D] of a float dtype a key; a key that is there keeps its rows."""
-        items = [(key, _encode(key, rows)) for key, rows in zip(keys, latents, strict=True)]
+        entries = {key: _encode(key, rows) for key, rows in zip(keys, latents, strict=True)}
         try:
-            left_out = self._files.write(items)
+            left_out = self._files.write(entries)
         except OSError as error:
             self._not_stored("the latent cache %s cannot be written (%s): not caching", self._files.root, error)
             return
         if left_out:
-            self._not_stored(
-                "%d of %d windows were not cached: together they pass the limit of %d bytes",
-                left_out, len(items), self._files.limit_bytes,
-            )  # fmt: skip
+            limit = self._files.limit_bytes
+            message = "%d of %d windows were not cached: together they pass the limit of %d bytes"
+            self._not_stored(message, left_out, len(entries), limit)
 
     def stats(self) -> CacheStats:
         """State and counters."""
         sizes = [entry.size_bytes for entry in self._files.entries()]
-        return CacheStats(
-            path=str(self._files.root), num_entries=len(sizes), size_bytes=sum(sizes), file_bytes=sum(sizes),
-            limit_bytes=self._files.limit_bytes, hits=self._hits, misses=self._misses, corrupt=self._corrupt,
-        )  # fmt: skip
+        counters = {"hits": self._hits, "misses": self._misses, "corrupt": self._corrupt}
+        return CacheStats(path=str(self._files.root), num_entries=len(sizes), size_bytes=sum(sizes), **counters)
 
     def prune(self, size_bytes: int | None = None) -> int:
-        """Evict least recently used entries down to `size_bytes` (the limit without it).
-
-        Returns:
-            How many entries left.
-        """
+        """Evict least recently used entries down to `size_bytes` (the limit without it); returns how many left."""
         limit = self._files.limit_bytes if size_bytes is None else size_bytes
         return self._files.evict(limit, limit)
 
@@ -209,25 +189,25 @@ class LatentCache:
             self._get(key, is_use=False)
         return len(keys), self._corrupt - before
 
-    def clear(self) -> None:
-        """Remove all entries and give their room back to the file system."""
-        self.prune(0)
+    def clear(self) -> int:
+        """Remove all entries; returns how many."""
+        return self.prune(0)
 
     def _get(self, key: bytes, is_use: bool = True) -> torch.Tensor | None:
         try:
             return _decode(key, self._files.read(key, is_use))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, RuntimeError, MemoryError) as error:
-            if getattr(error, "errno", None) in _PASSING:
+        except (OSError, ValueError, LookupError, RuntimeError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno in _PASSING:
                 self._warn_once("the latent cache %s cannot be read (%s): encoding instead", self._files.root, error)
                 return None
             self._corrupt += 1
-            self._warn_once(
+            message = (
                 "the latent cache %s has damaged entries (the first: %s): encoding them again; "
-                "check the disk, and run `python -m utils.compress.latent_cache verify`",
-                self._files.root, error,
-            )  # fmt: skip
+                "check the disk, and run `python -m utils.compress.latent_cache verify`"
+            )
+            self._warn_once(message, self._files.root, error)
             with contextlib.suppress(OSError):
                 self._files.remove(key)
             return None
@@ -250,38 +230,33 @@ def _checksum(key: bytes, header: bytes, data: memoryview) -> int:
 def _encode(key: bytes, latents_ND: torch.Tensor) -> tuple[bytes, memoryview]:
     import torch
 
-    dtype = str(latents_ND.dtype).removeprefix("torch.")
     assert latents_ND.ndim == 2, list(latents_ND.shape)
     assert latents_ND.numel() > 0, list(latents_ND.shape)
     data = latents_ND.detach().cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
-    fields = (_DTYPES.index(dtype), *latents_ND.shape)
+    fields = (_DTYPES.index(str(latents_ND.dtype).removeprefix("torch.")), *latents_ND.shape)
     return _HEADER.pack(*fields, _checksum(key, _HEADER.pack(*fields, 0), data)), data
 
 
 def _decode(key: bytes, entry: bytearray) -> torch.Tensor:
-    """The latents.
-
-    Raises:
-        ValueError: The entry is not what was written under this key.
-    """
+    """The latents; a ValueError where the entry is not what was written under this key."""
     import torch
 
     if len(entry) <= _HEADER.size:
         raise ValueError(f"an entry of {len(entry)} bytes")
-    dtype, num_latents, width, checksum = _HEADER.unpack_from(entry)
-    data = memoryview(entry)[_HEADER.size :]
-    if checksum != _checksum(key, _HEADER.pack(dtype, num_latents, width, 0), data) or dtype >= len(_DTYPES):
+    *fields, checksum = _HEADER.unpack_from(entry)
+    if checksum != _checksum(key, _HEADER.pack(*fields, 0), memoryview(entry)[_HEADER.size :]):
         raise ValueError("an entry fails its checksum")
+    dtype, num_latents, width = fields
     latents = torch.frombuffer(entry, dtype=getattr(torch, _DTYPES[dtype]), offset=_HEADER.size)
     return latents.view(num_latents, width)
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `500M`, `4G`, `1.5GiB` (powers of 1024) or a plain number; argparse shows the ValueError as usage."""
+    """Bytes of `500M`, `4G`, `1.5GiB` (powers of 1024) or a plain number, for argparse."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size, expected for example 500M or 4G")
-    return int(float(match[1]) * _SIZE_UNITS[match[2].upper()])
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -295,25 +270,16 @@ def build_parser() -> argparse.ArgumentParser:
   python -m utils.compress.latent_cache clear""",
         prog="python -m utils.compress.latent_cache",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{show,prune,verify,clear}")
-    for name, summary in (
-        ("show", "show entries and sizes"),
-        ("prune", "evict the least recently used entries"),
-        ("verify", "check every entry, remove corrupt ones (exit code 3 if there were any)"),
-        ("clear", "remove all entries"),
-    ):
-        command = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
-        command.add_argument(
-            "--cache-dir", type=Path, help=f"cache folder (default: ${CACHE_DIR_VARIABLE}, else {_DEFAULT_DIR})"
-        )
-        command.add_argument("--json", action="store_true", help="print one JSON object")
-        if name == "prune":
-            command.add_argument(
-                "--max-size",
-                type=parse_size,
-                default=DEFAULT_LIMIT_BYTES,
-                help="size to keep, such as 500M (default: 4G)",
-            )
+    parser.add_argument(
+        "command",
+        choices=("show", "prune", "verify", "clear"),
+        help="show: entries and sizes; prune: evict the least recently used entries; verify: check every entry, remove "
+        "corrupt ones (exit code 3 if there were any); clear: remove all entries",
+    )
+    default_dir = f"${CACHE_DIR_VARIABLE}, else {_DEFAULT_DIR}"
+    parser.add_argument("--cache-dir", type=Path, help=f"cache folder (default: {default_dir})")
+    parser.add_argument("--max-size", type=parse_size, help="what prune keeps, such as 500M (default: 4G)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
@@ -323,17 +289,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    with LatentCache.open(args.cache_dir) as cache:
-        result: dict[str, Any] = {}
-        if args.command == "prune":
-            result["evicted"] = cache.prune(args.max_size)
-        elif args.command == "verify":
-            result["checked"], result["corrupt"] = cache.verify()
-        elif args.command == "clear":
-            result["removed"] = cache.stats().num_entries
-            cache.clear()
-        state = asdict(cache.stats())
-        result |= {name: state[name] for name in ("path", "num_entries", "size_bytes", "file_bytes")}
+    if args.max_size is not None and args.command != "prune":
+        raise ConfigError(f"--max-size belongs to prune, not to {args.command}")
+    cache = LatentCache.open(args.cache_dir)
+    result: dict[str, Any] = {}
+    if args.command == "prune":
+        result["evicted"] = cache.prune(args.max_size)
+    elif args.command == "verify":
+        result["checked"], result["corrupt"] = cache.verify()
+    elif args.command == "clear":
+        result["removed"] = cache.clear()
+    state = asdict(cache.stats())
+    result |= {name: state[name] for name in ("path", "num_entries", "size_bytes")}
     if args.json:
         print_json(result)
     else:

@@ -1,7 +1,7 @@
 """A folder of small files found by key: no lock, a size limit, least recently used entries leave first.
 
-    files = LatentFiles.open("~/.cache/code-llava/latents", limit_bytes=4 << 30)
-    files.write([(key, [header, data])])
+    files = LatentFiles(Path("~/.cache/code-llava/latents"), limit_bytes=4 << 30)
+    files.write({key: [header, data]})
     files.read(key)                                      # a bytearray; FileNotFoundError where there is none
 
 A key is one file, `<root>/v3/ab/cdef…`. It appears by rename and changes only its time stamp, that of its last use, so
@@ -13,19 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import re
 import shutil
 import stat
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-
-logger = logging.getLogger(__name__)
+from typing import NamedTuple
 
 # A hit must not cost a disk write: a time stamp younger than this stays as it is.
 TOUCH_INTERVAL_S = 60.0
@@ -36,18 +32,16 @@ LEFTOVER_AGE_S = 3600.0
 # Beside the entries `encode_corpus --to-cache` keeps its plan while it runs.
 PLANS_FOLDER = "plans"
 _LAYOUT, _TEMPORARY = "v3", ".put-"
-_OLD_LAYOUT = re.compile(r"v2|lock|\.trash-.*")
 _SHARD, _NAME = re.compile("[0-9a-f]{2}"), re.compile("[0-9a-f]{62}")
 # Other processes write too: after this part of the limit the size is estimated anew, from about so many entries.
-_RECOUNT_PART, _SAMPLED_ENTRIES = 16, 4096
+RECOUNT_PART, SAMPLED_ENTRIES = 16, 4096
 _BLOCK_BYTES = 4096
-# Without waiting for a pipe's writer, and not through a link.
-_READ = os.O_RDONLY | sum(getattr(os, f"O_{name}", 0) for name in ("BINARY", "CLOEXEC", "NOFOLLOW", "NONBLOCK"))
+# Not through a link, and without waiting for a pipe's writer.
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Entry:
-    """A file with its last use, its size in whole blocks, and the key it stands for."""
+class Entry(NamedTuple):
+    """A file with its last use and its size in whole blocks."""
 
     last_use_ns: int
     path: Path
@@ -60,40 +54,32 @@ class Entry:
 
 
 class LatentFiles:
-    """One folder; make it with `open`. Every method may be called from any thread."""
+    """One folder, made where it is not there. Every method may be called from any thread.
 
-    def __init__(self, root: Path, limit_bytes: int) -> None:
-        self.root = root
+    Args:
+        folder: Private to the user. One that holds other things too (`~`) keeps its mode: `v3` in it is private.
+        limit_bytes: Above it entries leave.
+
+    Raises:
+        OSError: It cannot be made, or other users can write into it.
+        RuntimeError: There is no home folder, or the path is a ring of links.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self.root = folder.expanduser().resolve()
         self.limit_bytes = limit_bytes
-        self._layout = root / _LAYOUT
+        self._layout = self.root / _LAYOUT
         self._used_bytes = 0  # an estimate, made before `_uncounted_bytes` were written
         self._uncounted_bytes = limit_bytes
-
-    @classmethod
-    def open(cls, folder: Path, limit_bytes: int) -> LatentFiles:
-        """Open or make a folder, private to the user.
-
-        One that holds other things too (`~`) keeps its mode: `v3` in it is private all the same.
-
-        Raises:
-            OSError: It cannot be made, or other users can write into it.
-            RuntimeError: There is no home folder, or the path is a ring of links.
-        """
-        files = cls(folder.expanduser().resolve(), limit_bytes)
-        root, layout = files.root, files._layout
-        root.parent.mkdir(parents=True, exist_ok=True)
-        _make(root)
-        names = [path.name for path in root.iterdir()]
-        _claim(root, private=all(name in (_LAYOUT, PLANS_FOLDER) or _OLD_LAYOUT.fullmatch(name) for name in names))
-        _make(layout)
-        _claim(layout, private=True)
-        if (root / "v2" / "latents.sqlite").is_file():
-            logger.info("removing the latent cache of an earlier version in %s: it cannot be read any more", root)
-            for name in filter(_OLD_LAYOUT.fullmatch, names):
-                with contextlib.suppress(OSError):
-                    _remove(root / name)
-        files._remove_leftovers()
-        return files
+        self.root.parent.mkdir(parents=True, exist_ok=True)
+        _make(self.root)
+        if (self.root / "v2" / "latents.sqlite").is_file():  # an earlier version's, which nothing can read any more
+            for old in ("v2", "lock"):
+                _remove(self.root / old)
+        _claim(self.root, private=all(path.name in (_LAYOUT, PLANS_FOLDER) for path in self.root.iterdir()))
+        _make(self._layout)
+        _claim(self._layout, private=True)
+        self._remove_leftovers()
 
     def read(self, key: bytes, is_use: bool = True) -> bytearray:
         """The value of a key; a use keeps it from being evicted soon.
@@ -102,7 +88,7 @@ class LatentFiles:
             FileNotFoundError: There is none.
             OSError: It cannot be read, or is no file.
         """
-        path = self._path(key)  # a str, for a hit must be quick
+        path = self._path(key)
         with os.fdopen(os.open(path, _READ), "rb", buffering=0) as stream:
             state = os.fstat(stream.fileno())
             if not stat.S_ISREG(state.st_mode):
@@ -114,8 +100,8 @@ class LatentFiles:
                 os.utime(path)
         return value
 
-    def write(self, items: Sequence[tuple[bytes, Sequence[bytes | memoryview]]]) -> int:
-        """Add entries, each a key and the pieces of its value; a key that is there keeps its value.
+    def write(self, values: Mapping[bytes, Sequence[bytes | memoryview]]) -> int:
+        """Add the pieces of each key's value; a key that is there keeps its own.
 
         Returns:
             How many were left out because together they pass the limit.
@@ -123,19 +109,22 @@ class LatentFiles:
         Raises:
             OSError: The disk is full, the folder cannot be written, ….
         """
-        new = {key: pieces for key, pieces in items if not self._has(key, sum(map(len, pieces)))}
-        sizes = {key: _blocks(sum(map(len, pieces))) for key, pieces in new.items()}
-        incoming = 0
-        for key, size in sizes.items():
+        fitting: list[bytes] = []
+        incoming = left_out = 0
+        for key, pieces in values.items():
+            size = _blocks(sum(map(len, pieces)))
+            if Path(self._path(key)).is_file():
+                continue
             if incoming + size > self.limit_bytes:
-                del new[key]
+                left_out += 1
             else:
+                fitting.append(key)
                 incoming += size
-        if new:
+        if fitting:
             self._make_room(incoming)
-        for key, pieces in new.items():
-            self._put(Path(self._path(key)), pieces)
-        return len(sizes) - len(new)
+        for key in fitting:
+            self._put(Path(self._path(key)), values[key])
+        return left_out
 
     def remove(self, key: bytes) -> None:
         """Remove an entry, whatever lies in its place."""
@@ -149,33 +138,25 @@ class LatentFiles:
     def evict(self, limit_bytes: int, target_bytes: int) -> int:
         """Where all entries pass the limit, remove those used longest ago down to the target; returns how many."""
         self._remove_leftovers()
-        entries = sorted(self.entries())
-        self._used_bytes = sum(entry.size_bytes for entry in entries)
-        self._uncounted_bytes = num_removed = 0
-        if self._used_bytes <= limit_bytes:
-            return 0
-        for entry in entries:
-            if self._used_bytes <= target_bytes:
-                break
-            _remove(entry.path)
-            self._used_bytes -= entry.size_bytes
-            num_removed += 1
-        return num_removed
+        entries = sorted(self.entries(), reverse=True)
+        before = len(entries)
+        self._used_bytes, self._uncounted_bytes = sum(entry.size_bytes for entry in entries), 0
+        if self._used_bytes > limit_bytes:
+            while entries and self._used_bytes > target_bytes:
+                oldest = entries.pop()
+                _remove(oldest.path)
+                self._used_bytes -= oldest.size_bytes
+        return before - len(entries)
 
     def _path(self, key: bytes) -> str:
+        # A text, not a Path: a hit must be quick.
         name = key.hex()
         return f"{self._layout}{os.sep}{name[:2]}{os.sep}{name[2:]}"
-
-    def _has(self, key: bytes, size: int) -> bool:
-        with contextlib.suppress(OSError):
-            state = Path(self._path(key)).lstat()
-            return stat.S_ISREG(state.st_mode) and state.st_size == size
-        return False
 
     def _put(self, path: Path, pieces: Sequence[bytes | memoryview]) -> None:
         for folder in (self.root, self._layout):  # someone may have removed them
             _make(folder)
-        handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=self._layout)  # never an existing file
+        handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=self._layout)
         temporary = Path(name)
         try:
             temporary.chmod(0o600)
@@ -183,7 +164,8 @@ class LatentFiles:
                 stream.writelines(pieces)
             now = time.time_ns()  # finer than the stamps that a file system gives
             os.utime(temporary, ns=(now, now))
-            # What is no folder, or a folder in the file's place, is not ours; a file or a link is replaced.
+            # What is no folder, or a folder in the file's place, is not ours. Where nothing is, another thread may
+            # make the folder meanwhile.
             with contextlib.suppress(FileNotFoundError):
                 if not stat.S_ISDIR(path.parent.lstat().st_mode):
                     _remove(path.parent)
@@ -196,7 +178,7 @@ class LatentFiles:
 
     def _make_room(self, incoming: int) -> None:
         """Evict where the estimated size, with what is to come, passes the limit."""
-        if self._uncounted_bytes * _RECOUNT_PART >= self.limit_bytes:
+        if self._uncounted_bytes * RECOUNT_PART >= self.limit_bytes:
             self._used_bytes, self._uncounted_bytes = self._estimate(), 0
         if self._used_bytes + incoming > self.limit_bytes:
             self.evict(self.limit_bytes - incoming, int(self.limit_bytes * EVICT_TO) - incoming)
@@ -208,9 +190,9 @@ class LatentFiles:
         shards = self._shards()
         num_entries = size = 0
         for num_shards, shard in enumerate(shards, start=1):
-            found = [entry.size_bytes for entry in _entries(shard)]
-            num_entries, size = num_entries + len(found), size + sum(found)
-            if num_entries > _SAMPLED_ENTRIES:
+            for entry in _entries(shard):
+                num_entries, size = num_entries + 1, size + entry.size_bytes
+            if num_entries > SAMPLED_ENTRIES:
                 return size * len(shards) // num_shards
         return size
 
@@ -236,8 +218,6 @@ def _claim(folder: Path, private: bool) -> None:
     state = folder.lstat()
     if not stat.S_ISDIR(state.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, "something else is in the folder's place", str(folder))
-    if sys.platform == "win32":  # modes say nothing there, and a profile is private
-        return
     if private and state.st_uid == os.geteuid() and state.st_mode & 0o077:
         folder.chmod(stat.S_IMODE(state.st_mode) & ~0o077)
         state = folder.lstat()

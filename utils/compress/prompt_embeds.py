@@ -9,12 +9,11 @@ Shape legend: T prompt rows, D decoder width. This module knows no model and no 
 from __future__ import annotations
 
 import io
-import json
 import stat
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -23,14 +22,12 @@ import torch
 from utils.errors import ConfigError, DatasetError, first_line
 from utils.files import atomic_path, is_stream, read_json, sha256_bytes, sha256_file, write_json
 
-Format = Literal["npy", "safetensors"]
 TENSOR_NAME = "prompt_embeds"
 SIDECAR_VERSION = 1
 
-_FORMAT_BY_SUFFIX: dict[str, Format] = {".npy": "npy", ".safetensors": "safetensors"}
+_FORMAT_BY_SUFFIX = {".npy": "npy", ".safetensors": "safetensors"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NPY_MAGIC = b"\x93NUMPY"
-_MAX_HEADER_BYTES = 1 << 20
 _PICKLE_MAGICS = (b"\x80", b"PK\x03\x04")  # a bare pickle; the zip that torch.save (and np.savez) write
 
 
@@ -81,7 +78,7 @@ def sidecar_path(path: str | Path) -> Path:
     return path.with_suffix(".json")
 
 
-def save_prompt_embeds(path: str | Path, embeds: PromptEmbeds, *, format: Format | None = None) -> None:
+def save_prompt_embeds(path: str | Path, embeds: PromptEmbeds, *, format: str | None = None) -> None:
     """Write an array file and its JSON sidecar, each atomically; into a pipe or device the array alone.
 
     The sidecar holds the array file's sha256, so that a reader can never take an old sidecar for a new array.
@@ -101,7 +98,12 @@ def save_prompt_embeds(path: str | Path, embeds: PromptEmbeds, *, format: Format
     _check_sidecar_place(path)
     values_TD = _checked(embeds.values_TD.detach().cpu(), "the values to save")
     _check_spans(embeds.spans, len(values_TD), "the spans to save")
-    data = _encode_npy(values_TD) if format == "npy" else safetensors.torch.save({TENSOR_NAME: values_TD.contiguous()})
+    if format == "npy":
+        buffer = io.BytesIO()
+        np.save(buffer, values_TD.to(torch.float32).contiguous().numpy(), allow_pickle=False)
+        data = buffer.getvalue()
+    else:
+        data = safetensors.torch.save({TENSOR_NAME: values_TD.contiguous()})
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
     if is_stream(path):
@@ -176,14 +178,14 @@ def decode_wire(blob: str) -> torch.Tensor:
     return torch.load(io.BytesIO(pybase64.b64decode(blob, validate=True)), weights_only=True)
 
 
-def _format_for(path: Path, format: str | None) -> Format:
+def _format_for(path: Path, format: str | None) -> str:
     by_suffix = _FORMAT_BY_SUFFIX.get(path.suffix)
     chosen = format or by_suffix
-    if chosen not in _FORMAT_BY_SUFFIX.values():
+    if chosen is None or chosen not in _FORMAT_BY_SUFFIX.values():
         raise ConfigError(f"{path}: no format in the name and none given: end it with .npy or .safetensors")
     if by_suffix and by_suffix != chosen:
         raise ConfigError(f"{path}: the name says {by_suffix}, the format asked for is {chosen}: make them agree")
-    return cast(Format, chosen)
+    return chosen
 
 
 def _check_sidecar_place(path: Path) -> None:
@@ -205,12 +207,6 @@ def _check_sidecar_place(path: Path) -> None:
         raise ConfigError(f"{file} is in the way: the sidecar of {path} goes there and it is none; choose another name")
 
 
-def _encode_npy(values_TD: torch.Tensor) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, values_TD.to(torch.float32).contiguous().numpy(), allow_pickle=False)
-    return buffer.getvalue()
-
-
 def _read(path: Path) -> torch.Tensor:
     """Read an array file's values; the content, not the name, tells the format.
 
@@ -223,7 +219,7 @@ def _read(path: Path) -> torch.Tensor:
             f"{path} is a pickle or a torch.save file, which may run code: save it as .npy or .safetensors"
         )
     try:
-        return _map_npy(path) if begin.startswith(_NPY_MAGIC) else _map_safetensors(path, begin)
+        return _map_npy(path) if begin.startswith(_NPY_MAGIC) else _map_safetensors(path)
     except DatasetError:
         raise
     except Exception as error:  # a hostile header makes its parsers raise almost anything
@@ -242,23 +238,11 @@ def _map_npy(path: Path) -> torch.Tensor:
     return torch.from_numpy(np.array(array, order="C"))
 
 
-def _map_safetensors(path: Path, begin: bytes) -> torch.Tensor:
-    length = int.from_bytes(begin, "little")
-    if not 0 < length <= min(_MAX_HEADER_BYTES, path.stat().st_size - 8):
-        raise ValueError(f"its header has {length} bytes, the file {path.stat().st_size}")
-    with path.open("rb") as stream:
-        stream.seek(8)
-        json.loads(stream.read(length), object_pairs_hook=_without_duplicates)
+def _map_safetensors(path: Path) -> torch.Tensor:
     with safetensors.safe_open(path, framework="pt") as tensors:
         if TENSOR_NAME not in tensors.keys():  # noqa: SIM118 - not a mapping
             raise DatasetError(f"{path} has no tensor {TENSOR_NAME!r}, it has {sorted(tensors.keys())[:5]}")
         return tensors.get_tensor(TENSOR_NAME)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(names := dict(pairs)) != len(pairs):
-        raise ValueError("its header has a name twice")
-    return names
 
 
 def _checked(values_TD: torch.Tensor, where: str) -> torch.Tensor:

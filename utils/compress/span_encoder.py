@@ -9,7 +9,8 @@ Without a cache every span is encoded. Shape legend: n latents of a span, D deco
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 
 import torch
 
@@ -17,6 +18,7 @@ from utils.compress.latent_cache import LatentCache, window_key
 from utils.model.code_llava_model import MemoryEncoder, MemoryUnit
 from utils.model.join import join_rows
 from utils.model.prompt import MemorySpan
+from utils.model.windows import micro_batches
 
 
 class EncodingStopped(Exception):
@@ -36,7 +38,7 @@ class SpanEncoder:
         self.memory_encoder = memory_encoder
         self.cache = cache
         self._fingerprint = fingerprint
-        self._namespaces: dict[int, bytes] = {}
+        self._dtype = memory_encoder.chunker.encoder.dtype
 
     def __call__(self, spans: Sequence[MemorySpan]) -> list[torch.Tensor]:
         """Latents [n, D] of each span."""
@@ -61,81 +63,61 @@ class SpanEncoder:
             EncodingStopped: `stopped` said so.
         """
         units_of_spans = [self.memory_encoder.units(span) for span in spans]
-        units = [unit for span_units in units_of_spans for unit in span_units]
-        salt_of_units = [
-            salt for salt, own in zip(salts or [b""] * len(spans), units_of_spans, strict=True) for _ in own
-        ]
         # Equal units of one salt are encoded once: equal text gives equal bits. Of several salts each has its own, so
         # that not even the time tells one owner what another has sent.
-        keys_of_units = [_salted(self._key(unit), salt) for unit, salt in zip(units, salt_of_units, strict=True)]
-        unit_of_key = dict(zip(keys_of_units, units, strict=True))
+        keys_of_spans = [
+            [_salted(self._key(unit), salt) for unit in units]
+            for units, salt in zip(units_of_spans, salts or [b""] * len(spans), strict=True)
+        ]
+        unit_of_key = dict(zip(chain(*keys_of_spans), chain(*units_of_spans), strict=True))
         latents = self._look_up(unit_of_key, salted=any(salts))
         cached = set(latents)
         missing = [key for key in unit_of_key if key not in latents]
+        groups: Iterable[Sequence[int]] = [range(len(missing))]
+        if stopped:
+            windows_of = [unit_of_key[key].windows for key in missing]
+            sizes = [(windows[0].chunk_size, sum(window.num_tokens for window in windows)) for windows in windows_of]
+            groups = micro_batches(sizes, self.memory_encoder.chunker.pass_tokens)
         whole: list[torch.Tensor] = []
-        for group in self._groups([unit_of_key[key] for key in missing]) if stopped else [range(len(missing))]:
+        for group in groups:
             if stopped and stopped():
                 raise EncodingStopped
             if not group:
                 continue
             keys = [missing[i] for i in group]
-            new_units = [unit_of_key[key] for key in keys]
-            fresh = self.memory_encoder.encode_units(new_units, to_cpu=True)
-            parts = fresh.split([unit.num_latents for unit in new_units])
+            units = [unit_of_key[key] for key in keys]
+            fresh = self.memory_encoder.encode_units(units, to_cpu=True)
+            parts = fresh.split([unit.num_latents for unit in units])
             if self.cache:
                 self.cache.put_many(keys, parts)
             latents |= zip(keys, parts, strict=True)
-            if keys == keys_of_units:
+            if keys == [*chain(*keys_of_spans)]:
                 # All is new and in its order: cut, not joined, so that a long span's latents are held once.
                 whole = list(fresh.split([sum(unit.num_latents for unit in own) for own in units_of_spans]))
         results = []
-        remaining = iter(keys_of_units)
-        for number, span_units in enumerate(units_of_spans):
-            here = [next(remaining) for _ in span_units]
-            cached_tokens = sum(u.num_tokens for u, key in zip(span_units, here, strict=True) if key in cached)
-            rows = whole[number] if whole else join_rows([latents[key] for key in here])
+        for number, (units, keys) in enumerate(zip(units_of_spans, keys_of_spans, strict=True)):
+            cached_tokens = sum(unit.num_tokens for unit, key in zip(units, keys, strict=True) if key in cached)
+            rows = whole[number] if whole else join_rows([latents[key] for key in keys])
             results.append((rows, cached_tokens))
         return results
 
     def _look_up(self, unit_of_key: dict[bytes, MemoryUnit], *, salted: bool) -> dict[bytes, torch.Tensor]:
         """What the cache has, under the keys themselves or, for salted keys, without the salt."""
+        latents: dict[bytes, torch.Tensor] = {}
         if not self.cache:
-            return {}
-        keys = list(unit_of_key)
-        found = self.cache.get_many(keys)
-        latents = {key: known for key, known in zip(keys, found, strict=True) if known is not None}
-        if salted:
-            keys = [key for key in keys if key not in latents]
-            found = self.cache.get_many([self._key(unit_of_key[key]) for key in keys])
+            return latents
+        for with_salt in (True, False) if salted else (True,):
+            keys = [key for key in unit_of_key if key not in latents]
+            found = self.cache.get_many([key if with_salt else self._key(unit_of_key[key]) for key in keys])
             latents |= {key: known for key, known in zip(keys, found, strict=True) if known is not None}
         return latents
-
-    def _groups(self, units: Sequence[MemoryUnit]) -> Iterator[Sequence[int]]:
-        """Indices of the units of each micro-batch, in the order in which the chunker itself would take them."""
-        sizes = [sum(window.num_tokens for window in unit.windows) for unit in units]
-        order = sorted(range(len(units)), key=lambda i: (units[i].windows[0].chunk_size, -sizes[i]))
-        group: list[int] = []
-        num_tokens = 0
-        for i in order:
-            if group and num_tokens + sizes[i] > self.memory_encoder.chunker.pass_tokens:
-                yield group
-                group, num_tokens = [], 0
-            group.append(i)
-            num_tokens += sizes[i]
-        if group:
-            yield group
 
     def _key(self, unit: MemoryUnit) -> bytes:
         first, last = unit.windows[0], unit.windows[-1]
         core = first.core if len(unit.windows) == 1 else [token for window in unit.windows for token in window.core]
-        return window_key(self._namespace(first.chunk_size), first.left, core, last.right)
-
-    def _namespace(self, chunk_size: int) -> bytes:
-        """Everything but the tokens that decides a latent's bits."""
-        if chunk_size not in self._namespaces:
-            dtype = self.memory_encoder.chunker.encoder.dtype
-            self._namespaces[chunk_size] = f"{self._fingerprint} {chunk_size} {dtype}".encode()
-        return self._namespaces[chunk_size]
+        # Everything but the tokens that decides a latent's bits.
+        namespace = f"{self._fingerprint} {first.chunk_size} {self._dtype}".encode()
+        return window_key(namespace, first.left, core, last.right)
 
 
 def _salted(key: bytes, salt: bytes) -> bytes:

@@ -1,33 +1,30 @@
 """Encode a whole corpus ahead of its use: a folder or a JSONL file → latents in shards, or in the latent cache.
 
     uv run python -m utils.corpus src --include "*.py" --output artifacts/corpus
-    uv run accelerate launch --multi-gpu --num-processes 2 -m utils.corpus src --output artifacts/c
+    uv run --extra ray python -m utils.corpus src --output artifacts/corpus --workers 2
 
-Killed at any moment, the same command goes on; run again over a changed corpus, it encodes what changed. Formats,
-order, exactness and limits: docs/corpus.md.
+Run the same command again to resume what was interrupted, or to encode what changed. Formats, order, exactness and
+limits: docs/corpus.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from utils.checkpoint.locate import find_checkpoint
 from utils.cli import EXIT_FAILED_ROWS, EXIT_OK, make_parser, print_json, run_command
 from utils.compress.latent_cache import default_cache_dir, parse_size
+from utils.corpus.index import SKIPPED_FILE
+from utils.corpus.source import MAX_TEXT_BYTES, FolderSource, JsonlSource, Source
 from utils.errors import ConfigError
-from utils.flags import add_checkpoint_flags
-
-if TYPE_CHECKING:
-    from utils.corpus.source import FolderSource, JsonlSource
-
-EXIT_TERMINATED = 128 + signal.SIGTERM
+from utils.flags import add_checkpoint_flags, encoder_settings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,8 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         examples="""\
   uv run python -m utils.corpus src --include "*.py" --output artifacts/corpus
   uv run python -m utils.corpus corpus.jsonl --text-field content --id-field path --to-cache
-  uv run accelerate launch --multi-gpu --num-processes 2 -m utils.corpus src --output artifacts/corpus
-  uv run --extra ray python -m utils.corpus src --output artifacts/corpus --engine ray --workers 2""",
+  uv run --extra ray python -m utils.corpus src --output artifacts/corpus --workers 2""",
         prog="python -m utils.corpus",
     )
     _add_corpus_flags(parser)
@@ -54,13 +50,13 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument("--prune", action="store_true", help="remove shards of which nothing is in the corpus any more")
     output.add_argument("--json", action="store_true", help="print one JSON object")
     work = parser.add_argument_group("work")
-    work.add_argument("--engine", choices=("processes", "ray"), default="processes", help="default processes")
-    work.add_argument("--threads", type=int, help="CPU threads of each process; default: its share of the cores")
+    work.add_argument("--workers", type=int, help="Ray Data workers; default: none, this process encodes")
+    work.add_argument("--ray-address", help="run on this Ray cluster; default with --workers: on this machine")
+    work.add_argument("--engine", choices=("ray",), help="ray: with Ray Data, one worker a GPU without --workers")
+    work.add_argument("--threads", type=int, help="CPU threads of each worker; default: its share of the cores")
     work.add_argument(
         "--compile", action="store_true", help="compile the encoder (CUDA: captured graphs): for hours, not for minutes"
     )
-    work.add_argument("--workers", type=int, help="with --engine ray: actors; default one a GPU, else one")
-    work.add_argument("--ray-address", help="with --engine ray: a running cluster; default: one on this machine")
     return parser
 
 
@@ -76,7 +72,11 @@ def _add_corpus_flags(parser: argparse.ArgumentParser) -> None:
     ids.add_argument("--id-field", help="JSONL: key of the unique id; default id")
     ids.add_argument("--line-ids", action="store_true", help="JSONL: the line's number is the id")
     group.add_argument(
-        "--max-text-size", type=parse_size, metavar="SIZE", help="largest file, or line of JSONL, to take; default 16M"
+        "--max-text-size",
+        type=parse_size,
+        default=MAX_TEXT_BYTES,
+        metavar="SIZE",
+        help="largest file or line of JSONL to take; default 16M",
     )
     group.add_argument(
         "--skip-unreadable", action="store_true", help="leave out, and list, what cannot be encoded; default: refuse"
@@ -89,51 +89,41 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    source = _source(args)
     for name in ("threads", "workers", "shard_size", "max_text_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if args.engine != "ray" and (args.workers or args.ray_address):
-        raise ConfigError("--workers and --ray-address are for --engine ray; start processes with accelerate launch")
     if args.cache_dir and not args.to_cache:
         raise ConfigError("--cache-dir is for --to-cache: shards do not use the latent cache")
     if args.prune and not args.output:
         raise ConfigError("--prune is for --output: the latent cache makes room by itself")
+    written = Path(args.output or args.cache_dir or default_cache_dir()).expanduser().absolute()
+    source = _source(args, written)
+    files = find_checkpoint(args.checkpoint, args.chunk_size)
+    files = replace(files, root=files.root.resolve())  # Ray's workers may stand in another folder
 
-    from utils.corpus.crew import Crew
-    from utils.corpus.output import SKIPPED_FILE
-    from utils.corpus.run import CorpusRun, follow, lead
+    from utils.corpus.encode import CorpusJob, encode_here
+    from utils.corpus.ray import encode_with_ray
+    from utils.corpus.run import encode_corpus
+    from utils.corpus.shards import CorpusOutput
 
-    # A folder below the corpus may be its output: `_source` leaves it out.
-    for written in (Path(args.output), Path(args.output) / SKIPPED_FILE) if args.output else ():
-        if written.exists() and written.samefile(Path(args.corpus).expanduser()):
-            raise ConfigError(f"--output {args.output} would write over the corpus itself: choose another folder")
-
-    run = CorpusRun(
+    job = CorpusJob(
         source=source,
-        checkpoint=args.checkpoint,
-        chunk_size=args.chunk_size,
-        output=args.output,
-        cache_dir=args.cache_dir,
-        device=args.device,
-        dtype=args.dtype,
-        attn_implementation=args.attn_implementation,
-        batch_tokens=args.batch_tokens,
-        compiled=args.compile,
+        files=files,
+        settings=encoder_settings(args, compiled=args.compile),
+        output=CorpusOutput.of(written, source, files, args.dtype) if args.output else None,
+        cache_dir=written if args.to_cache else None,
+        threads=args.threads,
+    )
+    engine = encode_here
+    if args.engine or args.workers or args.ray_address:
+        engine = partial(encode_with_ray, workers=args.workers, address=args.ray_address)
+    summary = encode_corpus(
+        job,
         shard_bytes=args.shard_size,
         skip_unreadable=args.skip_unreadable,
         prune=args.prune,
-        engine=args.engine,
-        threads=args.threads,
-        workers=args.workers,
-        ray_address=args.ray_address,
+        engine=engine,
     )
-    with _ended_well():
-        crew = Crew.joined()
-        if crew.rank:
-            follow(run, crew)
-            return EXIT_OK
-        summary = lead(run, crew)
     if args.json:
         print_json(summary)
     else:
@@ -141,45 +131,29 @@ def _run(args: argparse.Namespace) -> int:
     return EXIT_FAILED_ROWS if summary["missing"] else EXIT_OK
 
 
-@contextlib.contextmanager
-def _ended_well() -> Iterator[None]:
-    """SIGTERM ends the command as Ctrl-C does: temporary files are removed."""
-
-    def end(*_: object) -> None:
-        raise SystemExit(EXIT_TERMINATED)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _source(args: argparse.Namespace) -> FolderSource | JsonlSource:
-    from utils.corpus.source import MAX_TEXT_BYTES, FolderSource, JsonlSource
-
-    path = Path(args.corpus).expanduser()
-    limit = MAX_TEXT_BYTES if args.max_text_size is None else args.max_text_size
+def _source(args: argparse.Namespace, written: Path) -> Source:
+    """The corpus, without the folder that this run writes."""
+    path = Path(args.corpus).expanduser().absolute()
+    flag = "--output" if args.output else "--cache-dir"
     if path.is_dir():
         if args.text_field or args.id_field or args.line_ids:
             raise ConfigError(f"{path} is a folder: --text-field, --id-field and --line-ids are for JSONL files")
-        own = PurePath(os.path.realpath(args.output or args.cache_dir or default_cache_dir()))
-        root = PurePath(os.path.realpath(path))
-        if own == root and args.to_cache:
-            raise ConfigError(f"{path} is the latent cache's own folder: encode another, or give another --cache-dir")
+        own, root = PurePath(os.path.realpath(written)), PurePath(os.path.realpath(path))
+        if own == root:
+            raise ConfigError(f"{flag} {written} is the corpus itself: choose another folder")
         # What an earlier run wrote is no document of the next one.
-        left_out = (own.relative_to(root).as_posix(),) if own != root and own.is_relative_to(root) else ()
-        return FolderSource(str(path), tuple(args.include), tuple(args.exclude), left_out, limit)
+        left_out = (own.relative_to(root).as_posix(),) if own.is_relative_to(root) else ()
+        return FolderSource(str(path), tuple(args.include), tuple(args.exclude), left_out, args.max_text_size)
     if not path.exists():
         raise ConfigError(f"{path} does not exist: give a folder, or a .jsonl file")
     if path.suffix != ".jsonl":
         raise ConfigError(f"{path} is neither a folder nor a .jsonl file: put single files into a folder")
     if args.include or args.exclude:
         raise ConfigError(f"{path} is a file: --include and --exclude are for folders")
-    return JsonlSource(str(path), args.text_field or "text", None if args.line_ids else args.id_field or "id", limit)
+    if args.output and (written / SKIPPED_FILE).exists() and (written / SKIPPED_FILE).samefile(path):
+        raise ConfigError(f"{flag} {written} would write over the corpus itself: choose another folder")
+    id_field = None if args.line_ids else args.id_field or "id"
+    return JsonlSource(str(path), args.text_field or "text", id_field, args.max_text_size)
 
 
 def _for_a_person(summary: dict[str, Any]) -> str:
@@ -190,7 +164,7 @@ def _for_a_person(summary: dict[str, Any]) -> str:
         f"in         {summary.get('output') or summary['cache']}"
         + (f", {summary['shards']} shards and an index" if "shards" in summary else ""),
         f"this run   {summary['encoded_documents']} documents, {summary['encoded_tokens']} tokens encoded, "
-        f"{summary['tokens_per_second']} tokens/s, {summary['seconds']} s, processes: {summary['processes']}",
+        f"{summary['tokens_per_second']} tokens/s, {summary['seconds']} s",
     ]
     for name, words in (
         ("empty", "documents are empty and have no latents"),
@@ -203,5 +177,11 @@ def _for_a_person(summary: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _terminate(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 if __name__ == "__main__":
+    # As Ctrl-C does, so that temporary files are removed.
+    signal.signal(signal.SIGTERM, _terminate)
     raise SystemExit(main())

@@ -20,9 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from utils.checkpoint.layout import CheckpointFiles
-from utils.corpus.output import ABOUT_FILE, INDEX_FILE
-from utils.corpus.plan import explain_database, open_read_only
-from utils.corpus.shards import TENSOR_NAME
+from utils.corpus.index import INDEX_FILE, explain_database, open_read_only
+from utils.corpus.shards import ABOUT_FILE, TENSOR_NAME
 from utils.errors import ConfigError, DatasetError, shown_name
 from utils.files import read_json, sha256_bytes
 from utils.model.prompt import MemorySpan
@@ -70,13 +69,13 @@ class EncodedCorpus:
         """Open an output folder.
 
         Raises:
-            DatasetError: It is not one, or its run has not come to its end.
+            DatasetError: It is not one, or its run is not finished.
         """
         root = Path(path)
         if not (root / ABOUT_FILE).is_file():
             raise DatasetError(f"{root} is no encoded corpus: it has no {ABOUT_FILE}")
         if not (root / INDEX_FILE).is_file():
-            raise DatasetError(f"{root} has no {INDEX_FILE} yet: run its command again, it goes on where it ended")
+            raise DatasetError(f"{root} has no {INDEX_FILE} yet: run its command again to finish it")
         about = read_json(root / ABOUT_FILE)
         settings = about.get("settings") if isinstance(about, dict) else None
         if not isinstance(settings, dict) or not isinstance(settings.get("fingerprint"), str):

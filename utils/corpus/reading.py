@@ -2,7 +2,7 @@
 
 with open_regular(path) as stream:            # no pipe, socket or device, which could block or never end
     data = read_whole(stream, limit_bytes)    # however large the file is, or becomes meanwhile
-    for line in read_lines(stream, limit_bytes): …
+    for offset, line in read_lines(stream, limit_bytes): …
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,21 +24,6 @@ _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NO
 
 class UnusableTextError(DatasetError):
     """One document cannot be encoded; the message is the reason without the place."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """One line of a file.
-
-    Attributes:
-        number: From 1.
-        offset: Its first byte.
-        data: Its bytes with the line end; None: it is longer than the bound.
-    """
-
-    number: int
-    offset: int
-    data: bytes | None
 
 
 @contextlib.contextmanager
@@ -69,31 +53,31 @@ def read_whole(stream: BinaryIO, limit_bytes: int) -> bytes:
     """
     size = os.fstat(stream.fileno()).st_size
     if size > limit_bytes:
-        raise UnusableTextError(_too_long(f"has {size} bytes", limit_bytes))
+        raise UnusableTextError(too_long(f"has {size} bytes", limit_bytes))
     blocks, left = [], limit_bytes + 1
     while left > 0 and (block := stream.read(min(size + 1, _BLOCK_BYTES, left))):
         blocks.append(block)
         left -= len(block)
     if left <= 0:
-        raise UnusableTextError(_too_long("grew while it was read", limit_bytes))
+        raise UnusableTextError(too_long("grew while it was read", limit_bytes))
     return b"".join(blocks)
 
 
-def read_lines(stream: BinaryIO, limit_bytes: int) -> Iterator[Line]:
-    """All lines of a file; of a longer one than the limit no more than that is in memory."""
-    number = offset = 0
+def read_lines(stream: BinaryIO, limit_bytes: int) -> Iterator[tuple[int, bytes | None]]:
+    """The first byte's offset and the bytes, line end included, of each line; None in place of more than the limit."""
+    offset = 0
     while data := stream.readline(limit_bytes + 1):
-        number += 1
-        too_long = len(data) > limit_bytes and not data.endswith(b"\n")
-        yield Line(number=number, offset=offset, data=None if too_long else data)
-        if too_long:
+        if len(data) > limit_bytes and not data.endswith(b"\n"):
+            yield offset, None
             _pass_line(stream)
+        else:
+            yield offset, data
         offset = stream.tell()
 
 
-def long_line(limit_bytes: int) -> str:
-    """Why a line without data cannot be encoded."""
-    return _too_long("is longer", limit_bytes)
+def too_long(what: str, limit_bytes: int) -> str:
+    """Why a file or line with more bytes than the limit cannot be encoded."""
+    return f"{what}; a text may have {limit_bytes} bytes: raise --max-text-size"
 
 
 def _pass_line(stream: BinaryIO) -> None:
@@ -118,7 +102,3 @@ def _pass_hole(stream: BinaryIO) -> None:
 def _refuse_irregular(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise UnusableTextError("no regular file")
-
-
-def _too_long(what: str, limit_bytes: int) -> str:
-    return f"{what}; a text may have {limit_bytes} bytes: raise --max-text-size"

@@ -1,12 +1,15 @@
-"""Shards: the latents of many documents, end to end in one safetensors file that appears whole or not at all.
+"""The output folder and its shards: many documents' latents, end to end in files that appear whole or not at all.
 
-    with new_shard(folder, documents, about) as shard:
-        shard.add(document, latents_ND, num_tokens)
-    for document in shard_documents(folder / name): …
+    output = CorpusOutput(root=Path("out"), settings=settings)
+    with output.locked():                                     # corpus.json is this run's, or an error
+        output.begin()
+        with new_shard(output.root, documents, output.about) as shard:
+            shard.add(document, latents_ND, num_tokens)
+    for name, records in output.shards(): …
 
-The one tensor is `latents` [N, D]. The header's metadata names the documents and their rows, so that a shard explains
-itself and a run that was killed needs nothing else to go on. Rows are written as they come: a shard takes no memory.
-Shape legend: n latents of a document, N of a shard, D decoder width.
+A shard's one tensor is `latents` [N, D]. The header's metadata names the documents and their rows, so that a shard
+explains itself and a run that was killed needs nothing else to resume. Rows are written as they come: a shard takes no
+memory. Shape legend: n latents of a document, N of a shard, D decoder width.
 """
 
 from __future__ import annotations
@@ -15,24 +18,114 @@ import contextlib
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from utils.corpus.plan import FinishedDocument
-from utils.corpus.source import Document
-from utils.errors import DatasetError
-from utils.files import atomic_path, sha256_bytes
+from utils.checkpoint.layout import CheckpointFiles
+from utils.corpus.index import INDEX_FILE, SKIPPED_FILE, Record
+from utils.corpus.source import Document, Source
+from utils.errors import ConfigError, DatasetError
+from utils.files import atomic_path, provenance, read_json, sha256_bytes, write_json
+from utils.locks import remove_leftovers, sole_writer
 
+ABOUT_FILE = "corpus.json"
+VERSION = 1
+_SHARDS = "latents-*.safetensors"
 TENSOR_NAME = "latents"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # A number of this many digits stands for each one that is not known when the header's room is measured.
 _ANY_NUMBER = 10**15
 
-# (id, sha256, first row, rows, tokens) of a document
-Record: TypeAlias = tuple[str, str, int, int, int]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusOutput:
+    """An output folder.
+
+    Attributes:
+        root: The folder.
+        settings: What decides the documents and their latents, as JSON values; the folder keeps to them.
+    """
+
+    root: Path
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, root: Path, source: Source, files: CheckpointFiles, dtype: str) -> CorpusOutput:
+        """The folder of a corpus and a checkpoint, with the encoder in a dtype."""
+        settings = {
+            # Not which files are taken: more or fewer of them are the same corpus, grown or shrunk.
+            "corpus": source.place,
+            "fields": [getattr(source, name, None) for name in ("text_field", "id_field")],
+            "fingerprint": files.fingerprint,
+            "chunk_size": files.config.chunk_size,
+            "dtype": dtype,
+        }
+        return cls(root=root, settings=settings)
+
+    @property
+    def about(self) -> dict[str, str]:
+        """The metadata of every shard: a fingerprint of the settings, and the chunk size for people."""
+        text = json.dumps(self.settings, sort_keys=True)
+        return {"settings": sha256_bytes(text.encode()), "chunk_size": str(self.settings["chunk_size"])}
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Begin or continue the folder, and keep other runs out of it.
+
+        Raises:
+            ConfigError: It holds something else, was made with other settings, or another run writes it now.
+        """
+        _refuse_foreign(self.root)
+        with sole_writer(self.root) as held:
+            self._compare()
+            if held:
+                remove_leftovers(self.root, _SHARDS, ABOUT_FILE, INDEX_FILE, SKIPPED_FILE)
+            yield
+
+    def begin(self) -> None:
+        """Write the settings of a new run; from now on the folder is this corpus's."""
+        path = self.root / ABOUT_FILE
+        if not path.is_file():
+            write_json(path, {"version": VERSION, "settings": self.settings, "provenance": provenance()})
+
+    def shards(self) -> Iterator[tuple[str, list[Record]]]:
+        """The file name of each shard on disk, and its documents."""
+        about = self.about
+        for path in sorted(self.root.glob(_SHARDS)):
+            yield path.name, read_records(path, about)
+
+    def _compare(self) -> None:
+        """Refuse other settings than those of an earlier run."""
+        path = self.root / ABOUT_FILE
+        if not path.is_file():
+            return
+        known = read_json(path)
+        old = known.get("settings") if isinstance(known, dict) and known.get("version") == VERSION else None
+        if not isinstance(old, dict):
+            raise DatasetError(f"{path} is not this command's (version {VERSION}): give another --output")
+        new = json.loads(json.dumps(self.settings))
+        different = [f"{name} was {old.get(name)}, is {new.get(name)}" for name in new if old.get(name) != new[name]]
+        if different or set(old) != set(new):
+            raise ConfigError(
+                f"{self.root} was made with other settings: {'; '.join(different) or 'other keys'}: use those, or give "
+                "another --output"
+            )
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file: --output is a folder")
+    if folder.is_dir() and not (folder / ABOUT_FILE).is_file():
+        # A run that was killed before its first file leaves no more than its lock.
+        others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+        if others:
+            raise ConfigError(
+                f"{folder} holds other files ({others[0]}, {len(others)} in all): give an empty or new --output"
+            )
 
 
 class Shard:
@@ -116,8 +209,8 @@ def new_shard(folder: Path, documents: Sequence[Document], about: Mapping[str, s
         ) from None
 
 
-def shard_documents(path: Path, about: Mapping[str, str]) -> Iterator[FinishedDocument]:
-    """What a shard holds.
+def read_records(path: Path, about: Mapping[str, str]) -> list[Record]:
+    """The documents of a shard.
 
     Args:
         path: The shard.
@@ -136,10 +229,7 @@ def shard_documents(path: Path, about: Mapping[str, str]) -> Iterator[FinishedDo
     for key, value in about.items():
         if metadata.get(key) != value:
             raise DatasetError(f"{path} is of another run ({key} is {metadata.get(key)}, not {value}): remove it")
-    for id, sha256, first_row, rows, num_tokens in records:
-        yield FinishedDocument(
-            id=id, sha256=sha256, shard=path.name, first_row=first_row, num_latents=rows, num_tokens=num_tokens
-        )
+    return records
 
 
 def _record(values: Any, num_rows: int) -> Record:

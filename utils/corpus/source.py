@@ -4,7 +4,7 @@
     source = JsonlSource("corpus.jsonl", text_field="text", id_field="id")
     for found in source.scan():                               # Document or Problem, one at a time
         …
-    text = source.read(document)                              # again, later, in any process
+    text = source.read(document)                              # again, later, in any process: a source can be pickled
 
 A text is taken character for character, line ends included. What cannot be encoded is a `Problem` with its reason,
 never passed over: a file that is not UTF-8 or too long, a pipe, a link out of the folder, a line that is not JSON, ….
@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, TypeAlias
 
-from utils.corpus.reading import UnusableTextError, long_line, open_regular, read_lines, read_whole
+from utils.corpus.reading import UnusableTextError, open_regular, read_lines, read_whole, too_long
 from utils.errors import DatasetError, shown_name
-from utils.files import sha256_bytes
+from utils.files import parse_json, sha256_bytes
 from utils.model.markers import MARKERS
 
 # Of one file, or of one line: its tokens and latents are in memory together (16 MiB of code take some 3 GB).
@@ -41,9 +40,9 @@ class Document:
         id: Path in the folder (with `/`), or the line's id; unique in the corpus.
         sha256: Hex sha256 of the text as UTF-8.
         text_bytes: Length of the text as UTF-8.
-        offset: First byte of its line; 0 for a file.
-        size: Bytes of its line or file.
-        line: Number of its line, from 1; 0 for a file.
+        offset: First byte of its line.
+        size: Bytes of its line.
+        line: Number of its line, from 1; all three are 0 for a file.
     """
 
     id: str
@@ -65,31 +64,25 @@ class Problem:
         return f"{self.place}: {self.reason}"
 
 
-class Source(Protocol):
-    """A folder or a JSONL file."""
-
-    ordered_by: str  # the attribute of `Document` whose order is the corpus's
-
-    def scan(self) -> Iterator[Document | Problem]:
-        """Read everything once, in any order, holding one document at a time."""
-
+class _Source:
     def read(self, document: Document) -> str:
         """The text of a document.
 
         Raises:
             UnusableTextError: It is gone, or no longer what the scan found.
         """
+        id, text = self._load(document)
+        if id != document.id or sha256_bytes(text.encode()) != document.sha256:
+            raise UnusableTextError("changed since it was scanned")
+        return text
 
-    def to_json(self) -> dict[str, Any]:
-        """What `source_from_json` takes."""
-
-    @property
-    def place(self) -> str:
-        """The folder or file, absolute."""
+    def _load(self, document: Document) -> tuple[str, str]:
+        """What is in its place now: an id and a text."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class FolderSource:
+class FolderSource(_Source):
     """The files below a folder.
 
     Hidden files and folders (names that begin with a dot) and linked folders are not part of the corpus; linked files
@@ -108,10 +101,10 @@ class FolderSource:
     exclude: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     max_text_bytes: int = MAX_TEXT_BYTES
-    ordered_by = "id"
+    ordered_by: ClassVar = "id"  # the attribute of `Document` whose order is the corpus's
 
     def scan(self) -> Iterator[Document | Problem]:
-        """See `Source`."""
+        """Read everything once, in any order, holding one document at a time."""
         pending = [""]
         while pending:
             folder = pending.pop()
@@ -131,19 +124,9 @@ class FolderSource:
                     place=shown_name(folder or self.root), reason=f"the folder cannot be read ({error.strerror})"
                 )
 
-    def read(self, document: Document) -> str:
-        """See `Source`."""
-        text = self._text(document.id)
-        _check_unchanged(text, document)
-        return text
-
-    def to_json(self) -> dict[str, Any]:
-        """See `Source`."""
-        return {"kind": "folder", **asdict(self), "root": self.place}
-
     @property
     def place(self) -> str:
-        """See `Source`."""
+        """The folder, absolute."""
         return os.path.realpath(self.root)
 
     def _wanted(self, path: str) -> bool:
@@ -157,17 +140,27 @@ class FolderSource:
     def _examine(self, path: str) -> Document | Problem:
         try:
             path.encode()
+            data = self._text(path).encode()
         except UnicodeEncodeError:
             return Problem(place=shown_name(path), reason="its name is not UTF-8")
-        try:
-            data = self._text(path).encode()
         except UnusableTextError as error:
             return Problem(place=shown_name(path), reason=str(error))
-        return Document(id=path, sha256=sha256_bytes(data), text_bytes=len(data), size=len(data))
+        return Document(id=path, sha256=sha256_bytes(data), text_bytes=len(data))
+
+    def _load(self, document: Document) -> tuple[str, str]:
+        return document.id, self._text(document.id)
 
     def _text(self, path: str) -> str:
         with open_regular(self._target(path)) as stream:
-            return _decoded(read_whole(stream, self.max_text_bytes))
+            data = read_whole(stream, self.max_text_bytes)
+        if b"\0" in data:
+            raise UnusableTextError("binary (it holds a zero byte)")
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            raise UnusableTextError(f"not UTF-8 text (byte {error.start})") from None
+        _refuse_markers(text)
+        return text
 
     def _target(self, path: str) -> Path:
         """The file behind a path, which may be a link."""
@@ -189,7 +182,7 @@ class FolderSource:
 
 
 @dataclass(frozen=True)
-class JsonlSource:
+class JsonlSource(_Source):
     """The lines of a file of JSON objects; blank lines are passed over.
 
     Attributes:
@@ -203,41 +196,27 @@ class JsonlSource:
     text_field: str = "text"
     id_field: str | None = "id"
     max_text_bytes: int = MAX_TEXT_BYTES
-    ordered_by = "line"
+    ordered_by: ClassVar = "line"
 
     def scan(self) -> Iterator[Document | Problem]:
-        """See `Source`."""
+        """Read everything once, holding one line at a time.
+
+        Raises:
+            DatasetError: The file cannot be read.
+        """
         try:
             with open_regular(self.place) as stream:
-                for line in read_lines(stream, self.max_text_bytes):
-                    if line.data is None:
-                        yield Problem(place=f"line {line.number}", reason=long_line(self.max_text_bytes))
-                    elif line.data.strip():
-                        yield self._examine(line.data, line.number, line.offset)
+                for number, (offset, line) in enumerate(read_lines(stream, self.max_text_bytes), start=1):
+                    if line is None:
+                        yield Problem(place=f"line {number}", reason=too_long("is longer", self.max_text_bytes))
+                    elif line.strip():
+                        yield self._examine(line, number, offset)
         except UnusableTextError as error:
             raise DatasetError(f"{self.path}: {error}") from None
 
-    def read(self, document: Document) -> str:
-        """See `Source`."""
-        try:
-            with open_regular(self.place) as stream:
-                stream.seek(document.offset)
-                line = stream.read(document.size)
-        except UnusableTextError as error:
-            raise UnusableTextError(f"{self.path}: {error}") from None
-        id, text = self._parse(line, document.line)
-        if id != document.id:
-            raise UnusableTextError(f"{self.path} changed since it was scanned")
-        _check_unchanged(text, document)
-        return text
-
-    def to_json(self) -> dict[str, Any]:
-        """See `Source`."""
-        return {"kind": "jsonl", **asdict(self), "path": self.place}
-
     @property
     def place(self) -> str:
-        """See `Source`."""
+        """The file, absolute."""
         return os.path.realpath(self.path)
 
     def _examine(self, line: bytes, number: int, offset: int) -> Document | Problem:
@@ -246,22 +225,22 @@ class JsonlSource:
         except UnusableTextError as error:
             return Problem(place=f"line {number}", reason=str(error))
         data = text.encode()
-        return Document(
-            id=id, sha256=sha256_bytes(data), text_bytes=len(data), offset=offset, size=len(line), line=number
-        )
+        place = {"offset": offset, "size": len(line), "line": number}
+        return Document(id=id, sha256=sha256_bytes(data), text_bytes=len(data), **place)
+
+    def _load(self, document: Document) -> tuple[str, str]:
+        with open_regular(self.place) as stream:
+            stream.seek(document.offset)
+            return self._parse(stream.read(document.size), document.line)
 
     def _parse(self, line: bytes, number: int) -> tuple[str, str]:
+        """Id and text of a line."""
         try:
-            row = json.loads(line.rstrip(b"\r\n").decode())
+            row = parse_json(line.rstrip(b"\r\n").decode(), "")
         except UnicodeDecodeError as error:
             raise UnusableTextError(f"not UTF-8 (byte {error.start})") from None
-        except json.JSONDecodeError as error:
-            raise UnusableTextError(f"not JSON: {error.msg} (column {error.colno})") from None
-        except RecursionError:
-            raise UnusableTextError("not JSON: nested too deeply") from None
-        except ValueError:
-            # Python reads no whole number of more than some thousand digits.
-            raise UnusableTextError("not JSON that can be read: a number has too many digits") from None
+        except DatasetError as error:
+            raise UnusableTextError(str(error).strip()) from None
         except MemoryError:
             raise UnusableTextError("does not fit into memory") from None
         if not isinstance(row, dict):
@@ -271,26 +250,20 @@ class JsonlSource:
             raise UnusableTextError(_wrong_field(row, self.text_field, "a text", "--text-field"))
         id: Any = number if self.id_field is None else row.get(self.id_field)
         if not isinstance(id, str | int) or isinstance(id, bool) or id == "":
-            raise UnusableTextError(
-                _wrong_field(row, str(self.id_field), "a text or whole number", "--id-field or --line-ids")
-            )
-        for name, value in (("id", str(id)), ("text", text)):
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                raise UnusableTextError(f"the {name} holds half a character (a lone surrogate)") from None
-        if len(str(id).encode()) > _MAX_ID_BYTES or "\0" in str(id):
-            raise UnusableTextError(f"its id is longer than {_MAX_ID_BYTES} bytes, or holds a zero byte")
+            wanted = "a text or whole number"
+            raise UnusableTextError(_wrong_field(row, str(self.id_field), wanted, "--id-field or --line-ids"))
+        id = str(id)
+        try:
+            text.encode()
+            if len(id.encode()) > _MAX_ID_BYTES or "\0" in id:
+                raise UnusableTextError(f"its id is longer than {_MAX_ID_BYTES} bytes, or holds a zero byte")
+        except UnicodeEncodeError:
+            raise UnusableTextError("its text or id holds half a character (a lone surrogate)") from None
         _refuse_markers(text)
-        return str(id), text
+        return id, text
 
 
-def source_from_json(values: dict[str, Any]) -> FolderSource | JsonlSource:
-    """The source whose `to_json` this is."""
-    settings: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-    return FolderSource(**settings) if settings.pop("kind") == "folder" else JsonlSource(**settings)
+Source: TypeAlias = FolderSource | JsonlSource
 
 
 def _is_folder(entry: os.DirEntry[str], linked: bool) -> bool:
@@ -302,27 +275,11 @@ def _is_folder(entry: os.DirEntry[str], linked: bool) -> bool:
         return False
 
 
-def _decoded(data: bytes) -> str:
-    if b"\0" in data:
-        raise UnusableTextError("binary (it holds a zero byte)")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise UnusableTextError(f"not UTF-8 text (byte {error.start})") from None
-    _refuse_markers(text)
-    return text
-
-
 def _refuse_markers(text: str) -> None:
     # A prompt could never hold this text as memory, and its latents would be of no use.
     for marker in MARKERS:
         if marker in text:
             raise UnusableTextError(f"holds the marker {marker}, which a memory cannot")
-
-
-def _check_unchanged(text: str, document: Document) -> None:
-    if sha256_bytes(text.encode()) != document.sha256:
-        raise UnusableTextError("changed since it was scanned")
 
 
 def _wrong_field(row: dict[str, Any], field: str, wanted: str, flag: str) -> str:

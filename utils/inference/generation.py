@@ -1,7 +1,7 @@
-"""Answers from a decoder in this process: batches, sampling, stop strings, streaming; the one generate loop.
+"""Answers from a decoder in this process: loading, batches, sampling, stop strings, streaming; the one generate loop.
 
     generator = Generator(decoder, tokenizer)
-    completions = generator.complete(rows, Sampling(max_tokens=64))             # rows: one [T, D] tensor a prompt
+    completions = generator.complete(rows, Sampling(max_tokens=64))         # rows: one [T, D] tensor a prompt
 
 Stop strings are looked for in the text, not with transformers' `StopStringCriteria`, which first compares each string
 with each token of the vocabulary: 0.9 s for one string, 42 s for 32 of 32 characters, with 49k tokens.
@@ -11,20 +11,44 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from utils.checkpoint.pair import end_tokens
+from utils.checkpoint.locate import find_checkpoint
+from utils.checkpoint.pair import end_tokens, load_pair
+from utils.checkpoint.settings import EncoderSettings
 from utils.client.completion import Completion, Sampling
+from utils.compress.latent_cache import LatentCache
+from utils.compress.span_encoder import SpanEncoder
 from utils.errors import PromptError
 from utils.inference.text_pieces import TextPieces
+from utils.model.code_llava_model import CodeLLaVAModel
 from utils.model.generate import continue_rows
 from utils.model.limits import check_prompt_fits
+from utils.model.processor import Processor
+from utils.model.prompt import MemoryLimit
 
 # Below it the largest logit is drawn anyway, and others may pass what a float can hold; vLLM's bound, too.
 _LEAST_TEMPERATURE = 1e-5
+
+
+def open_pair(
+    checkpoint: str | Path | None,
+    chunk_size: int | None,
+    settings: EncoderSettings,
+    cache: LatentCache | None,
+    **limit: Any,
+) -> tuple[CodeLLaVAModel, Processor]:
+    """What `utils.inference.inference.load_model` loads; `limit` are `MemoryLimit`'s fields."""
+    files = find_checkpoint(checkpoint, chunk_size)
+    model, tokenizers = load_pair(files, settings)
+    if cache is not None:
+        model.cached_encoder = SpanEncoder(model.memory_encoder, files.fingerprint, cache)
+    processor = Processor(tokenizers=tokenizers, chunk_size=files.config.chunk_size, limit=MemoryLimit(**limit))
+    return model, processor
 
 
 class Generator:

@@ -3,14 +3,13 @@
     model, tokenizer, processor = load_model("checkpoints/my-pair", chunk_size=8)
     text = generate_text(model, tokenizer, processor, code="def f(): return 3", prompt="What does f return?")
 
-As a command: `python -m utils.inference.inference --test_data examples.json`. The sampling settings are those of the
-published Code-LLaVA command.
+As a command: `python -m utils.inference.inference --memory FILE --text QUESTION`, or `--test_data examples.json`. The
+sampling settings are those of the published Code-LLaVA command.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,14 @@ from utils.cli import EXIT_OK, make_parser, print_json, run_command
 from utils.client.completion import Sampling
 from utils.errors import ConfigError, DatasetError
 from utils.files import read_json
-from utils.flags import add_cache_flags, add_checkpoint_flags, add_memory_limit_flags, open_cache
+from utils.flags import (
+    add_cache_flags,
+    add_checkpoint_flags,
+    add_memory_files_flag,
+    add_memory_limit_flags,
+    open_cache,
+    read_memory_files,
+)
 from utils.model.markers import MEMORY, wrap
 
 if TYPE_CHECKING:
@@ -34,23 +40,8 @@ if TYPE_CHECKING:
     from utils.model.code_llava_model import CodeLLaVAModel
     from utils.model.processor import Processor
 
-logger = logging.getLogger(__name__)
-
-# Answered without --test-data, so that the command shows what it does on any machine.
-_STORE = (
-    "import os\n\nMAX_RETRIES = 40\n\n\ndef open_store(path, create=True):\n    # the access code is 48213\n"
-    '    if not path:\n        raise ValueError("path")\n    return Store(os.path.abspath(path))\n'
-)
-BUILT_IN_EXAMPLES = tuple(
-    # Memory first, as in most of the embedded checkpoint's training.
-    {"code": _STORE, "prompt": f"{MEMORY}\n{question}"}
-    for question in (
-        "What are the parameters of `open_store`?",
-        "What value is assigned to `MAX_RETRIES`?",
-        "What is the access code?",
-        "What does the function `open_store` return?",
-    )
-)
+# Answered where no other prompts are named. Its memory comes first, as in most of the embedded checkpoint's training.
+TEST_DATA = Path(__file__).with_name("test_data.json")
 
 
 def load_model(
@@ -85,21 +76,14 @@ def load_model(
         CheckpointError: The checkpoint is missing, incomplete or inconsistent.
         ConfigError: It cannot serve the chunk size, or the device is not there.
     """
-    from utils.checkpoint.locate import find_checkpoint
-    from utils.checkpoint.pair import load_pair
-    from utils.compress.span_encoder import SpanEncoder
-    from utils.model.processor import Processor
-    from utils.model.prompt import MemoryLimit
+    from utils.inference.generation import open_pair  # late, as torch is: `--help` needs neither
 
-    files = find_checkpoint(checkpoint_path, chunk_size)
     settings = EncoderSettings(
         device=device, dtype=dtype or "auto", attn_implementation=attn_implementation, batch_tokens=batch_tokens
     )
-    model, tokenizers = load_pair(files, settings)
-    if cache is not None:
-        model.cached_encoder = SpanEncoder(model.memory_encoder, files.fingerprint, cache)
-    limit = MemoryLimit(max_tokens=max_code_length, truncate=truncate_memory)
-    return model, tokenizers.decoder, Processor(tokenizers=tokenizers, chunk_size=files.config.chunk_size, limit=limit)
+    limit = {"max_tokens": max_code_length, "truncate": truncate_memory}
+    model, processor = open_pair(checkpoint_path, chunk_size, settings, cache, **limit)
+    return model, processor.tokenizers.decoder, processor
 
 
 def generate_text(
@@ -173,22 +157,29 @@ def build_parser() -> argparse.ArgumentParser:
         "Answer prompts about code from a checkpoint: the code is compressed, the decoder generates.",
         examples="""\
   uv run python -m utils.inference.inference
+  uv run python -m utils.inference.inference --memory docs/sample/store.py --text "What does the function load return?"
   uv run python -m utils.inference.inference --test-data examples.json --num-examples 4 --temperature 0 --json
   uv run python -m utils.inference.inference --checkpoint latent-context/0.6b-4b-LCLM-16x --device cuda""",
         prog="python -m utils.inference.inference",
     )
-    add_checkpoint_flags(parser, path_flags=("--checkpoint", "--model-path"))
+    add_checkpoint_flags(parser)
     add_memory_limit_flags(parser)
     add_cache_flags(parser)
-    data = parser.add_argument_group("data")
-    data.add_argument("--test-data", "--test_data", help='JSON {"examples": [{"code", "prompt"}]}; built-in examples')
-    data.add_argument("--num-examples", "--num_examples", type=int, help="first N examples; default all")
+    data = parser.add_argument_group("prompts")
+    one = data.add_mutually_exclusive_group()
+    one.add_argument("--text", nargs="+", metavar="QUESTION", help="each a prompt of its own about the --memory files")
+    one.add_argument(
+        "--test-data", "--test_data", default=str(TEST_DATA),
+        help='JSON {"examples": [{"code", "prompt"}]}; default utils/inference/test_data.json',
+    )  # fmt: skip
+    add_memory_files_flag(data)
+    data.add_argument("--num-examples", "--num_examples", type=int, help="first N prompts; default all")
     generation = parser.add_argument_group("generation")
     generation.add_argument("--max-tokens", "--max_tokens", type=int, default=512, help="new tokens; default 512")
     generation.add_argument("--temperature", type=float, default=0.7, help="0 is greedy; default 0.7")
     generation.add_argument("--seed", type=int, default=0, help="of the sampling; default 0")
     generation.add_argument("--batch-size", type=int, default=4, help="prompts generated together; default 4")
-    parser.add_argument("--json", action="store_true", help="one JSON object an example on stdout")
+    parser.add_argument("--json", action="store_true", help="one JSON object a prompt on stdout")
     return parser
 
 
@@ -204,13 +195,23 @@ def _run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if args.temperature < 0:
         raise ConfigError(f"--temperature must not be negative, got {args.temperature}")
-    examples = read_test_data(args.test_data) if args.test_data else list(BUILT_IN_EXAMPLES)
-    for result in _answers(args, examples[: args.num_examples]):
+    for result in _answers(args, _chats(args)[: args.num_examples]):
         _print_result(result, args.json)
     return EXIT_OK
 
 
-def _answers(args: argparse.Namespace, examples: Sequence[dict[str, str]]) -> Iterator[dict[str, Any]]:
+def _chats(args: argparse.Namespace) -> list[tuple[str, list[dict[str, str]]]]:
+    """What each prompt asks, and its chat."""
+    if args.text:
+        memory = read_memory_files(args.memory)
+        return [(question, [{"role": "user", "content": memory + question}]) for question in args.text]
+    if args.memory:
+        raise ConfigError("--memory needs --text: what shall be answered about the files?")
+    examples = read_test_data(args.test_data)
+    return [(example["prompt"], build_messages(example["code"], example["prompt"])) for example in examples]
+
+
+def _answers(args: argparse.Namespace, chats: Sequence[tuple[str, list[dict[str, str]]]]) -> Iterator[dict[str, Any]]:
     import torch
 
     from utils.inference.generation import Generator, batches_by_length
@@ -227,12 +228,12 @@ def _answers(args: argparse.Namespace, examples: Sequence[dict[str, str]]) -> It
         cache=open_cache(args),
     )
     # All prompts are parsed before the first is answered: a bad one is reported at once.
-    prompts = [processor.parse_chat(build_messages(e["code"], e["prompt"])) for e in examples]
+    prompts = [processor.parse_chat(messages) for _, messages in chats]
     model.check_room(prompts, args.max_tokens)
     generator = Generator(model.decoder, tokenizer)
     sampling = published_sampling(args.max_tokens, args.temperature)
     torch.manual_seed(args.seed)
-    # Batches are of similar lengths, results come in the order of the examples.
+    # Batches are of similar lengths, results come in the order of the prompts.
     waiting: dict[int, dict[str, Any]] = {}
     turn = 0
     with tqdm(total=len(prompts), unit="prompt", disable=len(prompts) <= args.batch_size) as bar:
@@ -245,7 +246,7 @@ def _answers(args: argparse.Namespace, examples: Sequence[dict[str, str]]) -> It
                 prompt = prompts[index]
                 waiting[index] = {
                     "index": index,
-                    "prompt": examples[index]["prompt"],
+                    "prompt": chats[index][0],
                     "text": completion.text,
                     "finish_reason": completion.finish_reason,
                     "memory_tokens": prompt.memory_tokens,
@@ -267,10 +268,10 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    counts = f"{result['memory_tokens']} memory tokens → {result['num_latents']} latents ({result['ratio']}×)"
+    counts = f"{result['memory_tokens']} memory tokens → {result['num_latents']} latents, ratio {result['ratio']}"
     sys.stdout.write(
-        f"--- example {result['index']}: {counts}, {result['completion_tokens']} new tokens, {result['seconds']} s\n"
         f"{result['prompt']}\n> {result['text']}\n"
+        f"  ({counts}; {result['completion_tokens']} new tokens, {result['seconds']} s)\n"
     )
     sys.stdout.flush()
 

@@ -29,7 +29,7 @@ from utils.model.limits import free_device_bytes
 from utils.model.packed_attention import Segments, supports_packed_attention, use_packed_attention
 from utils.model.pooling import POOLINGS, Pooling
 from utils.model.transfer import to_device
-from utils.model.windows import Window
+from utils.model.windows import Window, micro_batches
 
 # Tokens of one encoder pass. Enough to keep matrix products at full speed, small enough to keep memory flat.
 _CPU_TOKENS, _MOST_CUDA_TOKENS, _LEAST_CUDA_TOKENS = 4096, 65536, 1024
@@ -42,15 +42,15 @@ class CodeChunker(nn.Module):
         encoder: A Hugging Face encoder or decoder-only model without its head.
         config: How the checkpoint compresses.
         pad_token_id: The encoder tokenizer's pad token, the marker that eos pooling appends.
-        packed: Run on packed rows; None: wherever the encoder can.
+        packed: Run on packed rows where the encoder can.
         batch_tokens: Tokens of one encoder pass; None: chosen by device.
         compiled: Run full micro-batches, which all have one shape, through `torch.compile`: on CUDA as captured graphs.
             The first of them takes up to a minute, so it pays for long work only.
         tokenizer: The encoder's tokenizer, kept for callers that hold text rather than tokens.
 
     Raises:
-        ConfigError: eos pooling without a pad token, windows longer than the encoder's positions, packed rows on an
-            encoder that cannot run them, micro-batches of less than one token.
+        ConfigError: eos pooling without a pad token, windows longer than the encoder's positions, micro-batches of
+            less than one token, compiling without packed rows.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class CodeChunker(nn.Module):
         config: CompressionConfig,
         *,
         pad_token_id: int | None = None,
-        packed: bool | None = None,
+        packed: bool = True,
         batch_tokens: int | None = None,
         compiled: bool = False,
         tokenizer: Any = None,
@@ -73,9 +73,7 @@ class CodeChunker(nn.Module):
             )
         if batch_tokens is not None and batch_tokens < 1:
             raise ConfigError(f"--batch-tokens must be at least 1, got {batch_tokens}")
-        if packed and not supports_packed_attention(encoder):
-            raise ConfigError(f"{type(encoder).__name__} cannot run packed rows; leave packed=None")
-        self.packed = supports_packed_attention(encoder) if packed is None else packed
+        self.packed = packed and supports_packed_attention(encoder)
         if compiled and not self.packed:
             raise ConfigError(f"only packed rows are compiled, and {type(encoder).__name__} does not run them here")
         self.encoder = encoder
@@ -122,7 +120,8 @@ class CodeChunker(nn.Module):
         Yields:
             The indices of the windows of a micro-batch, and their pooled vectors end to end, [N, E].
         """
-        for indices in self._micro_batches(windows):
+        sizes = [(window.chunk_size, window.num_tokens) for window in windows]
+        for indices in micro_batches(sizes, self.pass_tokens):
             batch = [windows[i] for i in indices]
             rows = [self._encoder_tokens(window) for window in batch]
             yield indices, self._pool(batch, self._hidden_states(rows))
@@ -149,23 +148,6 @@ class CodeChunker(nn.Module):
     def _compiled_encoder(self) -> Any:
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"
         return torch.compile(self.encoder, mode=mode, dynamic=False)
-
-    def _micro_batches(self, windows: Sequence[Window]) -> Iterator[list[int]]:
-        limit = self.pass_tokens
-        # Equal lengths side by side share one attention call; equal chunk sizes share one pooling. The longest first:
-        # they fill whole micro-batches of one shape, and memory that does not suffice shows at once.
-        order = sorted(range(len(windows)), key=lambda i: (windows[i].chunk_size, -windows[i].num_tokens))
-        batch: list[int] = []
-        tokens = 0
-        for i in order:
-            size = windows[i].num_tokens
-            if batch and tokens + size > limit:
-                yield batch
-                batch, tokens = [], 0
-            batch.append(i)
-            tokens += size
-        if batch:
-            yield batch
 
     def _encoder_tokens(self, window: Window) -> np.ndarray:
         marks = [self.pad_token_id] * window.num_latents if self.pooling.reads_marks else []

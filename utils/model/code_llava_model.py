@@ -21,7 +21,6 @@ from utils.model.code_chunker import CodeChunker
 from utils.model.config import CompressionConfig
 from utils.model.generate import continue_rows
 from utils.model.limits import check_prompt_fits, explain_out_of_memory
-from utils.model.processor import ModelInputs
 from utils.model.prompt import MemoryPrompt, MemorySpan
 from utils.model.splice import splice_latents
 from utils.model.transfer import to_device
@@ -175,32 +174,6 @@ class CodeLLaVAModel(nn.Module):
         """Prompt embeddings of many prompts, their spans encoded together."""
         latents = iter(self.encode_memory([span for prompt in prompts for span in prompt.spans]))
         return [self._splice(prompt, [next(latents) for _ in prompt.spans]) for prompt in prompts]
-
-    def forward(self, inputs: ModelInputs) -> Any:
-        """Next-token loss and logits of a batch of prompts with targets.
-
-        Args:
-            inputs: From `Processor.collate`; padded, with labels where a loss is wanted.
-
-        Returns:
-            The decoder's output: `loss` if there are labels, and `logits` [B, T, vocabulary].
-        """
-        embeds = self.embed_prompts(inputs.prompts)
-        longest = inputs.attention_mask.shape[1]
-        rows = []
-        for embed, mask in zip(embeds, inputs.attention_mask, strict=True):
-            filler = embed.new_zeros(longest - embed.shape[0], embed.shape[1])
-            padded_left = embed.shape[0] < longest and not bool(mask[0])
-            rows.append(torch.cat([filler, embed] if padded_left else [embed, filler]))
-        device = self.device
-        labels = None if inputs.labels is None else inputs.labels.to(device)
-        return self.decoder(
-            inputs_embeds=torch.stack(rows),
-            attention_mask=inputs.attention_mask.to(device),
-            position_ids=inputs.position_ids.to(device),
-            labels=labels,
-            use_cache=False,
-        )
 
     @torch.inference_mode()
     def generate(

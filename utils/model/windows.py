@@ -1,7 +1,8 @@
-"""Spans cut into windows: what the encoder sees at once."""
+"""Spans cut into windows: what the encoder sees at once, and how many of them together."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from utils.model.config import CompressionConfig
@@ -54,3 +55,26 @@ def plan_windows(token_ids: TokenIds, config: CompressionConfig) -> list[Window]
         )
         for at in range(0, len(token_ids), size)
     ]
+
+
+def micro_batches(sizes: Sequence[tuple[int, int]], limit: int) -> Iterator[list[int]]:
+    """Group what is encoded into passes of at most `limit` tokens; a longer one has a pass of its own.
+
+    Args:
+        sizes: Chunk size and tokens of each window, or of what is kept together.
+        limit: Tokens of one pass.
+
+    Yields:
+        Indices. Equal chunk sizes stand side by side, for they share one pooling; then the longest first: they fill
+        whole passes of one shape, and memory that does not suffice shows at once.
+    """
+    batch: list[int] = []
+    tokens = 0
+    for i in sorted(range(len(sizes)), key=lambda i: (sizes[i][0], -sizes[i][1])):
+        if batch and tokens + sizes[i][1] > limit:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(i)
+        tokens += sizes[i][1]
+    if batch:
+        yield batch

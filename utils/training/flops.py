@@ -55,37 +55,30 @@ class TransformerCost:
 
     @classmethod
     def of(cls, model: Any) -> TransformerCost:
-        """Read the sizes of a Hugging Face model; one on the `meta` device will do."""
-        config = model.config
+        """Read the sizes of a Hugging Face model, which may be on the `meta` device, or of an adapter."""
         head = getattr(model, "get_output_embeddings", lambda: None)()
+        parameters = list(model.parameters())
+        if isinstance(model, Adapter):  # a plain MLP has no layers with attention
+            layers: list[Any] = list(model.attention_layers) if model.has_attention else []
+            num_layers, config = len(layers), layers[0].decoder_layer.self_attn.config if layers else None
+        else:
+            num_layers, config = model.config.num_hidden_layers, model.config
+        heads = config.num_attention_heads if config else 0
+        size = (getattr(config, "head_dim", None) or config.hidden_size // heads) if config else 0
         return cls(
             matrix_weights=sum(parameter.numel() for parameter in layer_matrices(model)),
             head_weights=0 if head is None else head.weight.numel(),
-            num_layers=config.num_hidden_layers,
-            **_attention_sizes(config),
-            **_bytes(model),
-        )
-
-    @classmethod
-    def of_adapter(cls, adapter: Adapter) -> TransformerCost:
-        """Read the sizes of an adapter; plain MLPs have no layers with attention."""
-        layers: list[Any] = list(adapter.attention_layers) if adapter.has_attention else []
-        sizes = _attention_sizes(layers[0].decoder_layer.self_attn.config) if layers else {}
-        return cls(
-            matrix_weights=sum(parameter.numel() for parameter in layer_matrices(adapter)),
-            num_layers=len(layers),
-            attention_width=sizes.get("attention_width", 0),
-            kv_width=sizes.get("kv_width", 0),
-            **_bytes(adapter),
+            num_layers=num_layers,
+            attention_width=heads * size,
+            kv_width=(getattr(config, "num_key_value_heads", None) or heads) * size,
+            weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+            element_size=parameters[0].element_size(),
         )
 
     def forward_flops(self, lengths: Iterable[int], *, causal: bool, logits: int = 0) -> int:
-        """Operations of one pass over sequences that do not see each other.
+        """Operations of one pass over sequences of these lengths, which do not see each other.
 
-        Args:
-            lengths: Rows of each sequence.
-            causal: Whether a row sees only the rows before it and itself.
-            logits: Rows that go through the head.
+        `causal`: whether a row sees only those before it and itself; `logits`: rows that go through the head.
         """
         lengths = list(lengths)
         matrices = 2 * self.matrix_weights * sum(lengths)
@@ -94,14 +87,10 @@ class TransformerCost:
     def training_flops(
         self, lengths: Iterable[int], *, causal: bool, learning_weights: int, recompute: bool = False, logits: int = 0
     ) -> int:
-        """Operations of a forward and a backward pass through all layers, the head frozen.
+        """Operations of a forward and a backward pass through all layers, the head frozen; as `forward_flops`.
 
-        Args:
-            lengths: Rows of each sequence.
-            causal: Whether a row sees only the rows before it and itself.
-            learning_weights: Weights of matrices that get a gradient of their own.
-            recompute: Whether activations are computed again for the backward pass.
-            logits: Rows that go through the head.
+        `learning_weights`: weights of matrices that get a gradient of their own; `recompute`: whether activations are
+        computed again for the backward pass.
         """
         lengths = list(lengths)
         passes = 2 + recompute
@@ -141,7 +130,7 @@ class PairCost:
         """Read the sizes of a pair."""
         return cls(
             encoder=TransformerCost.of(memory_encoder.chunker.encoder),
-            adapter=TransformerCost.of_adapter(memory_encoder.adapter),
+            adapter=TransformerCost.of(memory_encoder.adapter),
             decoder=TransformerCost.of(decoder),
             config=memory_encoder.config,
             width=int(decoder.get_input_embeddings().weight.shape[1]),
@@ -155,12 +144,7 @@ class PairCost:
         return [window.num_tokens + marks * window.num_latents for window in windows]
 
     def encode_flops(self, span_lengths: Sequence[int], chunk_size: int | None = None) -> int:
-        """Operations that turn spans into latents: encoder windows, then adapter.
-
-        Args:
-            span_lengths: Encoder tokens of each span.
-            chunk_size: Encoder tokens per latent; None for the configuration's.
-        """
+        """Operations that turn spans of so many encoder tokens into latents: encoder windows, then adapter."""
         size = chunk_size or self.config.chunk_size
         latents = [num_latents(length, size) for length in span_lengths]
         windows = self.window_lengths(span_lengths, chunk_size)
@@ -190,13 +174,9 @@ class PairCost:
         encoding = 0 if cached else self.encode_flops(span_lengths, chunk_size)
         return full / (encoding + short)
 
-    def latent_bytes(self, num_rows: int) -> int:
-        """Bytes of latents, or of any prompt rows, in the decoder's dtype."""
-        return num_rows * self.width * self.decoder.element_size
-
     def wire_bytes(self, num_rows: int) -> int:
-        """Characters of rows as base64, without `torch.save`'s header of a kilobyte or two."""
-        return 4 * math.ceil(self.latent_bytes(num_rows) / 3)
+        """Characters of latents or other prompt rows as base64, without `torch.save`'s header of a kilobyte or two."""
+        return 4 * math.ceil(num_rows * self.width * self.decoder.element_size / 3)
 
 
 def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -206,18 +186,3 @@ def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
     outside |= set() if head is None else {id(head.weight)}
     named = {id(p): p for name, p in model.named_parameters() if "pooler." not in name and p.ndim >= 2}
     return [parameter for key, parameter in named.items() if key not in outside]
-
-
-def _attention_sizes(config: Any) -> dict[str, int]:
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    return {"attention_width": heads * size, "kv_width": groups * size}
-
-
-def _bytes(model: nn.Module) -> dict[str, int]:
-    parameters = list(model.parameters())
-    return {
-        "weight_bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
-        "element_size": parameters[0].element_size(),
-    }

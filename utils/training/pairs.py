@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from utils.checkpoint.default.assemble import assemble_default_checkpoint
-from utils.checkpoint.load import check_report, resize_table, without_progress_bars
+from utils.checkpoint.load import check_report, resize_table
 from utils.checkpoint.locate import find_checkpoint
 from utils.checkpoint.pair import end_tokens, load_pair
 from utils.model.adapter import Adapter
@@ -18,7 +18,7 @@ from utils.model.code_llava_model import CodeLLaVAModel, MemoryEncoder
 from utils.model.config import CompressionConfig
 from utils.model.markers import MARKERS
 from utils.model.prompt import PromptTokenizers
-from utils.pretrained import fetch, read_model, read_tokenizer
+from utils.pretrained import fetch, read_model, read_tokenizer, without_progress_bars
 from utils.training.config import PairConfig
 from utils.training.toy import build_toy_pair
 

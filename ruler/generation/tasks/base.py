@@ -199,18 +199,16 @@ class TaskGenerator:
 
     def fit(self, streams: Streams, count: Callable[[Sample], int]) -> int:
         """The size that a run of samples starts with: calibrate, then bisect, drawing a probe each time."""
-        first = self.probe(streams, self.calibration_size or self.step)
-        low, best = self.step, self.step
-        if first is None:  # larger than the budget already: nothing larger needs to be looked at
-            return best
-        high = self.largest_size(count(first) / (self.calibration_size or self.step))
+        calibrating = self.calibration_size or self.step
+        first = self.probe(streams, calibrating)
+        low = best = self.step
+        # Larger than the budget already: nothing larger needs to be looked at.
+        high = self.largest_size(count(first) / calibrating) if first else 0
+        room = self.max_tokens - self.extra_tokens - self.task.tokens_to_generate
         while low <= high:
             middle = (low + high) // 2
             probe = self.probe(streams, middle)
-            total = self.max_tokens + 1
-            if probe is not None:
-                total = count(probe) + self.extra_tokens + self.task.tokens_to_generate
-            if total <= self.max_tokens:
+            if probe and count(probe) <= room:
                 best, low = middle, middle + 1
             else:
                 high = middle - 1

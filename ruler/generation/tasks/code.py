@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from random import Random
+from typing import NamedTuple
 
 from ruler.generation.code_files import CodeFile, CodeFiles
 from ruler.generation.tasks.base import NOISE_SENTENCES, Sample, SampleFailed, Streams, TaskGenerator
@@ -22,8 +24,7 @@ _NOUNS = ("quota", "ledger", "beacon", "lattice", "harbor", "cipher", "margin", 
 _NUM_DECOYS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class _Function:
+class _Function(NamedTuple):
     """A planted function."""
 
     name: str
@@ -81,9 +82,7 @@ class CodeTask(TaskGenerator):
         others = [excerpt for excerpt in excerpts if excerpt is not target]
         for decoy in functions[1:]:
             # A function of the asked name may stand in another file only.
-            same_name = decoy.name == functions[0].name
-            choices = others if same_name else excerpts
-            if choices:
+            if choices := others if decoy.name == functions[0].name else excerpts:
                 self._plant(random.choice(choices), decoy, random)
         pieces = [piece for excerpt in excerpts for piece in excerpt.pieces()]
         while pieces and not pieces[-1].strip():
@@ -105,10 +104,7 @@ class CodeTask(TaskGenerator):
 
     def _draw_functions(self, random: Random) -> list[_Function]:
         """The wanted function and its decoys; for `lookup` the first decoy has its name."""
-        names = random.sample(
-            [f"{verb}_{adjective}_{noun}" for verb in _VERBS for adjective in _ADJECTIVES for noun in _NOUNS],
-            1 + _NUM_DECOYS,
-        )
+        names = random.sample(["_".join(words) for words in product(_VERBS, _ADJECTIVES, _NOUNS)], 1 + _NUM_DECOYS)
         if self._kind == "lookup":
             names[1] = names[0]
         constants = random.sample(range(10**6, 10**7), len(names))

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from ruler.generation.essay import Essay
 from ruler.generation.tasks.base import NOISE, NOISE_SENTENCES, Prompt, Sample, Streams, TaskGenerator
@@ -23,14 +24,15 @@ _NEEDLE = ("One of the special magic {} for", " {} is:", " {}.")
 _SINGULAR = (("Some", "A"), ("are all", "is"), ("are", "is"), ("answers", "answer"))
 
 
-@dataclass(frozen=True, slots=True)
-class _Draw:
+_Needles = list[tuple[str, str]]  # (key, value), in the order they are hidden
+
+
+class _Draw(NamedTuple):
     """What the streams decided about one sample."""
 
     keys: list[str]
-    values: list[list[str]]
-    needles: list[tuple[str, str]]  # (key, value), in the order they are hidden
-    hay: list[tuple[str, str]] = field(default_factory=list)
+    values: list[list[str]]  # of each key
+    needles: _Needles
 
 
 @dataclass
@@ -65,18 +67,15 @@ class Niah(TaskGenerator):
 
     def probe(self, streams: Streams, size: int) -> Sample | None:
         if self.essay and self.essay.surely_longer(size, self.max_tokens):
-            needles = self._draw_needles(streams)
-            streams.random.sample(DEPTHS, len(needles.needles))
+            self._draw_needles(streams)
+            streams.random.sample(DEPTHS, self.num_depths)
             streams.random.sample(range(self._num_keys), self._num_queries)
             return None
         return self.sample(streams, size, 0)
 
     def sample(self, streams: Streams, size: int, number: int, depths: Sequence[float] | None = None) -> Sample:
         draw = self._draw_needles(streams)
-        if self.essay:
-            context = self._in_essay(streams, draw, size, depths)
-        else:
-            context = self._in_lines(streams, draw, size, depths)
+        context = (self._in_essay if self.essay else self._in_lines)(streams, draw.needles, size, depths)
         asked = streams.random.sample(range(self._num_keys), self._num_queries)
         keys = [draw.keys[index] for index in asked]
         query = ", ".join(keys[:-1]) + ", and " + keys[-1] if len(keys) > 1 else keys[0]
@@ -97,13 +96,11 @@ class Niah(TaskGenerator):
         return 1 if self._haystack == "essay" else self.num_depths
 
     def _draw_needles(self, streams: Streams) -> _Draw:
-        keys, values, needles = [], [], []
+        keys, values = [], []
         for _ in range(self._num_keys):
-            key = self._draw_word(streams, self.task.params["key"])
-            of_key = [self._draw_word(streams, self._needle_values) for _ in range(self._num_values)]
-            keys.append(key)
-            values.append(of_key)
-            needles += [(key, value) for value in of_key]
+            keys.append(self._draw_word(streams, self.task.params["key"]))
+            values.append([self._draw_word(streams, self._needle_values) for _ in range(self._num_values)])
+        needles = [(key, value) for key, of_key in zip(keys, values, strict=True) for value in of_key]
         return _Draw(keys, values, streams.shuffled(needles))
 
     def _draw_word(self, streams: Streams, kind: str) -> str:
@@ -118,22 +115,22 @@ class Niah(TaskGenerator):
         first, middle, last = _NEEDLE
         return [before + first.format(self._needle_values), middle.format(key), last.format(value) + behind]
 
-    def _in_essay(self, streams: Streams, draw: _Draw, size: int, depths: Sequence[float] | None) -> list[str]:
+    def _in_essay(self, streams: Streams, needles: _Needles, size: int, depths: Sequence[float] | None) -> list[str]:
         """Sentences and needles joined by spaces; an empty stretch of sentences still has its space."""
         assert self.essay is not None
         sentences = self.essay.sentence_pieces(size)
         if depths is None:
-            depths = [percent / 100 for percent in streams.random.sample(DEPTHS, len(draw.needles))]
+            depths = [percent / 100 for percent in streams.random.sample(DEPTHS, len(needles))]
         places = sorted(int(len(sentences) * depth) for depth in depths)
         pieces: list[str] = []
-        for start, stop, needle in zip([0, *places], places, draw.needles, strict=False):
+        for start, stop, needle in zip([0, *places], places, needles, strict=False):
             pieces += sentences[start:stop] or [" "]
             pieces += self._needle(*needle, before=" ")
         pieces += sentences[places[-1] :] or [" "]
         # Each piece brought the space before it; the first has none.
         return [piece for piece in (pieces[0][1:], *pieces[1:]) if piece]
 
-    def _in_lines(self, streams: Streams, draw: _Draw, size: int, depths: Sequence[float] | None) -> list[str]:
+    def _in_lines(self, streams: Streams, needles: _Needles, size: int, depths: Sequence[float] | None) -> list[str]:
         """Needles between lines of noise or of other needles."""
         if self._haystack == "noise":
             lines = [[NOISE + "\n"]] * size
@@ -143,11 +140,8 @@ class Niah(TaskGenerator):
             for _ in range(size):
                 key = self._draw_word(streams, key_kind)
                 lines.append(self._needle(key, self._draw_word(streams, self._needle_values), behind="\n"))
-        if depths is None:
-            places = sorted(streams.random.sample(range(size), len(draw.needles)), reverse=True)
-        else:
-            places = sorted((int(size * depth) for depth in depths), reverse=True)
-        for place, needle in zip(places, draw.needles, strict=True):
+        places = streams.random.sample(range(size), len(needles)) if depths is None else [int(size * d) for d in depths]
+        for place, needle in zip(sorted(places, reverse=True), needles, strict=True):
             lines.insert(place, self._needle(*needle, behind="\n"))
         *rest, last = lines
         # Lines are joined by line ends: the last has none.

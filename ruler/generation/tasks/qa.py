@@ -17,7 +17,7 @@ from utils.errors import DatasetError
 _NUM_FILLERS = 4  # documents; the first that does not fit whole may be followed by shorter ones
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Question:
     """One question.
 
@@ -52,12 +52,7 @@ def read_squad(data: dict[str, Any]) -> QuestionSet:
         for own, paragraph in zip(of_article, article["paragraphs"], strict=True):
             related = [index for index in of_article if index != own]
             questions += [
-                Question(
-                    text=item["question"],
-                    answers=[answer["text"] for answer in item["answers"]],
-                    gold=[own],
-                    related=related,
-                )
+                Question(item["question"], [answer["text"] for answer in item["answers"]], [own], related)
                 for item in paragraph["qas"]
                 if not item["is_impossible"]
             ]
@@ -73,11 +68,7 @@ def read_hotpotqa(data: list[dict[str, Any]]) -> QuestionSet:
     documents = sorted({document(*entry) for item in data for entry in item["context"]})
     number = {text: index for index, text in enumerate(documents)}
     questions = [
-        Question(
-            text=item["question"],
-            answers=[item["answer"]],
-            gold=[number[document(*entry)] for entry in item["context"]],
-        )
+        Question(item["question"], [item["answer"]], [number[document(*entry)] for entry in item["context"]])
         for item in data
     ]
     return QuestionSet(questions, documents)
@@ -146,24 +137,22 @@ class QuestionAnswering(TaskGenerator):
 
     def _spread(self, streams: Streams, question: Question, size: int, depths: Sequence[float]) -> list[int]:
         """The question's documents at the wanted depths; no document twice unless all are used."""
-        chosen = self._choose(streams, question, size)
-        others = [index for index in chosen if index not in question.gold]
+        others = [index for index in self._choose(streams, question, size) if index not in question.gold]
         streams.random.shuffle(others)
-        rank = list(range(len(question.gold)))
-        streams.random.shuffle(rank)
-        places = sorted(int((len(others) + 1) * depth) for depth in depths[: len(rank)])
-        for shift, (place, gold) in enumerate(zip(places, rank, strict=True)):
-            others.insert(place + shift, question.gold[gold])
+        gold = list(question.gold)
+        streams.random.shuffle(gold)
+        places = sorted(int((len(others) + 1) * depth) for depth in depths[: len(gold)])
+        for shift, (place, index) in enumerate(zip(places, gold, strict=True)):
+            others.insert(place + shift, index)
         return others
 
     def filler(self, streams: Streams, sample: Sample) -> list[str]:
         """The beginning of a few more documents, word by word; none that is there already."""
         asked = "".join(sample.context)
         unused = [text for text in self.source.documents if text not in asked] or self.source.documents
-        place = sum(piece.endswith(":\n") for piece in sample.context)
-        filler = []
-        for text in streams.random.sample(unused, min(_NUM_FILLERS, len(unused))):
-            place += 1
+        number = sum(piece.endswith(":\n") for piece in sample.context) + 1
+        filler: list[str] = []
+        for place, text in enumerate(streams.random.sample(unused, min(_NUM_FILLERS, len(unused))), start=number):
             first, *words = text.split(" ")
             filler += [f"\n\nDocument {place}:\n{first}", *(f" {word}" for word in words)]
         return filler

@@ -29,7 +29,6 @@ from ruler.generation.templates import chat_template
 from utils.errors import DatasetError
 
 _EXAMPLE_MAX_TOKENS = 500
-_EXAMPLE_STEP = 5
 _EXAMPLE_VALUE = "12345"
 
 
@@ -44,10 +43,8 @@ class VariableTracking(TaskGenerator):
         self._num_names: int = params["num_hops"] + 1
         self.num_depths = self._num_names
         self._example = ""
-        if self.is_example:
-            self.step = _EXAMPLE_STEP
-        else:
-            self.step = 5 if self.max_tokens < 4096 else 10
+        # The example's budget is a small one.
+        self.step = 5 if self.max_tokens < 4096 else 10
 
     def begin(self, streams: Streams, counter: PieceCounter) -> None:
         """Make the solved example: a small sample of the same task, without chat template."""
@@ -60,8 +57,7 @@ class VariableTracking(TaskGenerator):
         size = maker.fit(streams, lambda sample: counter.count(sample.pieces))
         for sample in maker.attempts(streams, size, 0):
             text = "".join(sample.pieces)
-            if self.one_line:
-                text = one_line(text)
+            text = one_line(text) if self.one_line else text
             if counter.count([text]) <= _EXAMPLE_MAX_TOKENS:
                 break
         else:
@@ -118,11 +114,8 @@ class VariableTracking(TaskGenerator):
         chain = [f"VAR {names[0]} = {value}"]
         chain += [f"VAR {name} = VAR {source} " for source, name in pairwise(names)]
         lines = [NOISE] * size
-        if depths is None:
-            places = sorted(streams.random.sample(range(size), len(chain)))
-        else:
-            places = sorted(int(size * depth) for depth in depths)
-        for shift, (place, line) in enumerate(zip(places, chain, strict=True)):
+        places = streams.random.sample(range(size), len(chain)) if depths is None else [int(size * d) for d in depths]
+        for shift, (place, line) in enumerate(zip(sorted(places), chain, strict=True)):
             lines.insert(place + shift, line)
         return Sample(
             head=[self.prompt.before(), self.prompt.head()],

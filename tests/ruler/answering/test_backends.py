@@ -12,10 +12,9 @@ from safetensors.torch import load_file, save_file
 from ruler.answering.backends import decoder_folder, open_backend
 from ruler.answering.predict import PredictJob, predict
 from ruler.answering.protocol import BackendSettings, Question, RowRefusedError
-from ruler.answering.runner import RetryPolicy
 from tests.ruler.conftest import make_rows
 from tests.support.fake_server import answer_to, by_prompt, faulty, rows_of, running
-from utils.client.completion import Sampling
+from utils.client.completion import RetryPolicy, Sampling
 from utils.errors import CheckpointError, ConfigError, DatasetError
 from utils.inference.inference import load_model
 

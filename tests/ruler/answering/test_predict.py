@@ -8,16 +8,18 @@ import random
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from ruler.__main__ import main
 from ruler.answering.predict import PredictJob, predict
+from ruler.answering.predictions import DataRow, PredictionFile, prediction_row, read_predictions
 from ruler.answering.protocol import BackendSettings
-from ruler.answering.runner import RetryPolicy
 from tests.support import fake_server
 from tests.support.fake_server import FAULTS, answer_to, by_prompt, faulty, prompt_of, refuse, running
-from utils.errors import DatasetError, ServerError
+from utils.client.completion import RetryPolicy
+from utils.errors import ConfigError, DatasetError, ServerError
 
 FAST = RetryPolicy(attempts=30, first_wait_s=0.001, longest_wait_s=0.02)
 REFUSAL = {"error": {"message": "this server says no"}}
@@ -195,26 +197,20 @@ def test_other_settings_are_refused_and_named(job):
             predict(job, settings(server, model="other"))
 
 
-def test_two_processes_do_not_write_one_file(job):
-    from ruler.answering.predictions import PredictionFile
-
-    with running(by_prompt) as server:
+def test_two_runs_do_not_write_one_file(job):
+    with running(by_prompt) as server, ThreadPoolExecutor() as other_run:
         predict(job, settings(server))
         path = job.output_dir / "1024/niah_single_1.jsonl"
-        with PredictionFile(path, _rows(job)), pytest.raises(DatasetError, match="another process"):
-            predict(job, settings(server))
+        with PredictionFile(path, _rows(job)), pytest.raises(ConfigError, match="another run"):
+            other_run.submit(predict, job, settings(server)).result()
 
 
 def _rows(job):
-    from ruler.answering.predictions import DataRow
-
     data = read(job.data_dir / "1024/niah_single_1/validation.jsonl")
     return [DataRow(number=number, fields=row) for number, row in enumerate(data)]
 
 
 def test_text_that_is_no_utf8_survives(job):
-    from ruler.answering.predictions import PredictionFile, prediction_row, read_predictions
-
     rows = _rows(job)
     path = job.output_dir / "x.jsonl"
     with PredictionFile(path, rows) as file:

@@ -8,19 +8,19 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ruler.generation.counting import PieceCounter
-from ruler.generation.tokenizers import HuggingFaceTokenizer
+from ruler.generation.tokenizers import TextTokenizer, from_hugging_face
 
 VOCABULARY = ["a", "b", "c", ".", "\n", " ", "Ġ", "Ċ", "aa", "ab", ".Ċ", "Ġa", "Ġab", "ĊĊ", " a", "b a", ". ", ".\n"]
 MERGES = [("a", "a"), ("a", "b"), (".", "Ċ"), ("Ġ", "a"), ("Ġ", "ab"), ("Ċ", "Ċ"), ("b", " a"), (" ", "a"), (".", " ")]
 MERGES += [(".", "\n")]
 
 
-def tokenizer(splitter: pre_tokenizers.PreTokenizer | None) -> HuggingFaceTokenizer:
+def tokenizer(splitter: pre_tokenizers.PreTokenizer | None) -> TextTokenizer:
     model = models.BPE(vocab={token: number for number, token in enumerate(VOCABULARY)}, merges=MERGES)
     backend = Tokenizer(model)
     if splitter:
         backend.pre_tokenizer = splitter
-    return HuggingFaceTokenizer(backend, "toy", "")
+    return from_hugging_face(backend, "toy", "")
 
 
 SPLITTERS = {
@@ -53,9 +53,8 @@ def test_a_tokenizer_that_does_not_split_words_is_never_added_up() -> None:
     assert PieceCounter(tokenizer(SPLITTERS["byte-level"])).adds_up
 
 
-def test_a_full_memory_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ruler.generation.counting._MAX_REMEMBERED", 3)
+def test_a_full_memory_is_emptied() -> None:
     toy = tokenizer(SPLITTERS["byte-level"])
-    counter = PieceCounter(toy)
+    counter = PieceCounter(toy, max_remembered=3)
     for text in (["a", " b", " ab"], [" ab", " a", " aa", " c"], ["a", " ab"], []):
         assert counter.count(text) == toy.count(["".join(text)])[0]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from ruler.generation.counting import PieceCounter
-from ruler.generation.generate import Recipe, _row_maker, _rows, generate_rows
+from ruler.generation.generate import generate_rows
+from ruler.generation.tokenizers import load_tokenizer
 from ruler.registry import RULER_13, get_task
 from tests.support.ruler_recipes import PACKED, recipe
 
@@ -36,25 +37,21 @@ def test_fields_stand_in_the_references_order(task: str) -> None:
     assert row["index"] == 0
 
 
-def whole_rows(wanted: Recipe) -> list[dict[str, Any]]:
-    """The rows as the plain way of counting gives them: every text in one go."""
-    return list(_rows(wanted, _row_maker(wanted, whole=True), 0, wanted.num_samples))
-
-
 @pytest.mark.parametrize(
-    ("max_seq_length", "template", "one_line"), [(1300, "vicuna-chat", False), (2500, "chatglm-chat", True)]
+    ("max_seq_length", "template", "one_line"),
+    [(1300, "vicuna-chat", False), pytest.param(2500, "chatglm-chat", True, marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("task", RULER_13)
 def test_counting_in_parts_changes_nothing(task: str, max_seq_length: int, template: str, one_line: bool) -> None:
     if task == "qa_2":
         max_seq_length *= 2  # ten documents of its own
     wanted = recipe(task, max_seq_length, num_samples=2, seed=5, template=template, remove_newline_tab=one_line)
-    assert list(generate_rows(wanted)) == whole_rows(wanted)
+    assert list(generate_rows(wanted)) == list(generate_rows(wanted, whole=True))
 
 
 def test_parts_that_do_not_add_up_are_noticed(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     wanted = recipe("niah_single_1", 700, num_samples=2)
-    expected = whole_rows(wanted)
+    expected = list(generate_rows(wanted, whole=True))
     right = PieceCounter.count
     # A tokenizer whose counts of parts are wrong by one: the first row is counted whole as well, and gives it away.
     monkeypatch.setattr(PieceCounter, "count", lambda self, pieces: right(self, pieces) + (1 if self.adds_up else 0))
@@ -76,8 +73,6 @@ def test_context_offsets_enclose_the_context(task: str, one_line: bool) -> None:
 
 
 def test_position_of_the_answer_is_counted_in_tokens() -> None:
-    from ruler.generation.tokenizers import load_tokenizer
-
     wanted = recipe("niah_multikey_1")
     tokenizer = load_tokenizer("hf", wanted.tokenizer)
     for row in generate_rows(wanted):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ruler.generation.generate import generate_rows
-from ruler.generation.tokenizers import TiktokenTokenizer, load_tokenizer
+from ruler.generation.tokenizers import from_tiktoken, load_tokenizer
 from tests.support.ruler_recipes import recipe, reference_folder
 from utils.errors import ConfigError
 
@@ -66,7 +66,7 @@ def test_tiktoken() -> None:
     tiktoken = pytest.importorskip("tiktoken")
     ranks = {bytes([number]): number for number in range(256)} | {b"ab": 256, b" a": 257}
     encoding = tiktoken.Encoding("toy", pat_str=r" ?\w+|\s+|.", mergeable_ranks=ranks, special_tokens={"<|end|>": 258})
-    tokenizer = TiktokenTokenizer(encoding)
+    tokenizer = from_tiktoken(encoding)
     assert tokenizer.count(["ab a", "<|end|>", ""]) == [2, 7, 0]
     with pytest.raises(ConfigError, match="unknown tiktoken encoding 'nope'"):
         load_tokenizer("openai", "nope")

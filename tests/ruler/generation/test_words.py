@@ -43,6 +43,5 @@ def test_own_lists_are_named_unknown(tmp_path: Path, caplog: pytest.LogCaptureFi
         (tmp_path / file).write_text("one\ntwo\n")
     assert load_word_lists(tmp_path).provenance["wonderwords"] == "unknown"
     assert "2 nouns with hash" in caplog.text
-    (tmp_path / FILES["verbs"]).unlink()
-    with pytest.raises(DatasetError, match=r"verblist\.txt does not exist"):
-        load_word_lists(tmp_path)
+    with pytest.raises(DatasetError, match=r"nounlist\.txt does not exist"):
+        load_word_lists(tmp_path / "none")

@@ -10,7 +10,7 @@ import pytest
 
 from ruler.__main__ import main
 from ruler.scoring.figures import needle_depth_by_length, score_by_length, score_by_ratio, tasks_by_length
-from ruler.scoring.report import write_report
+from ruler.scoring.report import comparison_notes, write_report
 from ruler.scoring.score import score_run
 from utils.errors import ConfigError
 
@@ -44,10 +44,10 @@ def runs(tmp_path):
 @pytest.mark.slow
 def test_all_files_are_written_and_agree(runs, tmp_path, capsys):
     out = tmp_path / "report"
-    assert main(["report", *map(str, runs), "--output-dir", str(out), "--title", "Ours"]) == 0
+    assert main(["report", *map(str, runs), "--output", str(out)]) == 0
     assert capsys.readouterr().out.strip() == str(out / "report.md")
     text = (out / "report.md").read_text()
-    assert text.startswith("# Ours\n")
+    assert text.startswith("# RULER report\n")
     assert "| text | 100.0" in text
     assert "| memory | 50.0" in text
     assert "## Code tasks, 1024 tokens" in text
@@ -73,7 +73,7 @@ def test_incomplete_and_different_rows_are_noted(tmp_path):
     other = write_run(tmp_path / "other", 4, tasks=("vt",), sha="b")
     path = other / "1024/vt.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
-    notes = write_report([one, other], tmp_path / "report")["notes"]
+    notes = comparison_notes([score_run(one), score_run(other)])
     assert notes[0] == "other, vt at 1024: only 3 of 4 rows are answered."
     assert notes[1] == "The runs answered different rows, so do not compare: vt at 1024, vt at 2048."
 
@@ -91,8 +91,9 @@ def test_figures_show_the_data(runs):
 
 
 def test_pictures_without_data_are_left_out(tmp_path):
-    run = write_run(tmp_path / "only", 1, lengths=(1024,), tasks=("vt",))
-    assert write_report([run], tmp_path / "report")["pictures"] == ["score_by_length.png", "tasks_by_length.png"]
+    scored = [score_run(write_run(tmp_path / "only", 1, lengths=(1024,), tasks=("vt",)))]
+    assert needle_depth_by_length(scored) is None
+    assert score_by_ratio(scored) is None
 
 
 def test_runs_of_one_name_are_refused(tmp_path):

@@ -22,13 +22,13 @@ from tests.support.states import State, Trap, assert_is, parameters
 from tests.support.tiny import make_model, tokenizers
 from utils.checkpoint.convert.__main__ import main
 from utils.checkpoint.convert.conversion import Conversion, convert
-from utils.checkpoint.convert.merge import StateOptions
 from utils.checkpoint.convert.names import pair_names
 from utils.checkpoint.convert.states import find_state
 from utils.checkpoint.layout import CODE_LLAVA, LAYOUTS, LCLM
 from utils.checkpoint.locate import find_checkpoint
 from utils.checkpoint.lora import is_peft_folder
 from utils.checkpoint.save import save_checkpoint
+from utils.checkpoint.settings import StateOptions
 from utils.errors import CheckpointError
 from utils.files import PROJECT_ROOT
 from utils.inference.inference import load_model
@@ -48,10 +48,16 @@ def trained() -> CodeLLaVAModel:
     return model
 
 
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pristine") / "base"
+    save_checkpoint(folder, make_model(CONFIG), tokenizers())
+    return folder
+
+
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
-    save_checkpoint(tmp_path / "base", make_model(CONFIG), tokenizers())
-    return tmp_path / "base"
+def base(pristine: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(pristine, tmp_path / "base")
 
 
 @pytest.fixture
@@ -107,7 +113,7 @@ def test_a_checkpoint_with_bin_parts_becomes_safetensors(base: Path, tmp_path: P
     for file in set(places.values()):
         torch.save({n: states["embedder"][n] for n in names if places[n] == file}, base / "embedder" / file)
     (base / "embedder" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
-    with pytest.raises(CheckpointError, match=r"weights are pickled .*: python -m utils\.checkpoint\.convert"):
+    with pytest.raises(CheckpointError, match=r"pickled.*utils\.checkpoint\.convert"):
         find_checkpoint(base)
     convert(base, tmp_path / "new")
     assert_is(tmp_path / "new", before)
@@ -117,8 +123,15 @@ def test_a_checkpoint_with_bin_parts_becomes_safetensors(base: Path, tmp_path: P
 # States
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "model._fsdp_wrapped_module."])
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    ("file", "prefix"),
+    [
+        ("model.safetensors", ""),
+        ("pytorch_model.bin", "module."),
+        ("model.safetensors", "_orig_mod.module."),
+        ("pytorch_model.bin", "model._fsdp_wrapped_module."),
+    ],
+)
 def test_one_file(file: str, prefix: str, base: Path, trained: CodeLLaVAModel, tmp_path: Path) -> None:
     state = {prefix + name: p for name, p in parameters(trained).items()}
     (save_file if file.endswith("s") else torch.save)(state, tmp_path / file)
@@ -253,12 +266,12 @@ def test_a_lora_folder_is_merged(suffix: str, base: Path, tmp_path: Path) -> Non
 def test_lora_without_its_scale(put: Callable[..., Conversion], trained: CodeLLaVAModel) -> None:
     layer = "decoder.model.layers.0.self_attn.q_proj"
     state = parameters(trained) | {f"{layer}.lora_A.weight": torch.ones(2, 32)}
-    with pytest.raises(CheckpointError, match=r"LoRA weights of the decoder .* pass --decoder-lora-alpha"):
+    with pytest.raises(CheckpointError, match="--decoder-lora-alpha"):
         put(state)
-    with pytest.raises(CheckpointError, match=r"q_proj.lora_A.default.weight has no lora_B beside it"):
+    with pytest.raises(CheckpointError, match=r"q_proj.lora_A.default.weight.*lora_B"):
         put(state, lora_alpha={"decoder": 2})
     state[f"{layer}.lora_B.weight"] = state.pop(f"{layer}.lora_A.weight")
-    with pytest.raises(CheckpointError, match=r"1 tensors have no place in the pair: .*lora_B"):
+    with pytest.raises(CheckpointError, match=r"1 tensors.*lora_B"):
         put(state, lora_alpha={"decoder": 2})
 
 
@@ -289,7 +302,7 @@ def test_left_over_and_missing_are_counted_and_named(
     base: Path, put: Callable[..., Conversion], trained: CodeLLaVAModel, tmp_path: Path
 ) -> None:
     state = parameters(trained)
-    with pytest.raises(CheckpointError, match=r"5 tensors have no place in the pair: reward.0, reward.1, reward.2, …$"):
+    with pytest.raises(CheckpointError, match=r"5 tensors.*: reward.0, reward.1, reward.2, …$"):
         put(state | {f"reward.{i}": torch.zeros(1) for i in range(5)})
     kept = {name: tensor for name, tensor in state.items() if ".mlp." not in name}
     lost = sorted(set(state) - set(kept))
@@ -304,7 +317,7 @@ def test_left_over_and_missing_are_counted_and_named(
 
 def test_tied_tensors_must_be_equal(put: Callable[..., Conversion], trained: CodeLLaVAModel) -> None:
     table = trained.decoder.get_input_embeddings().weight.detach()
-    with pytest.raises(CheckpointError, match=r"are one tensor in the base's configuration, but differ in the state"):
+    with pytest.raises(CheckpointError, match=r"lm_head.*tie_word_embeddings"):
         put(parameters(trained) | {"decoder.lm_head.weight": table + 1})
     assert_is(put(parameters(trained) | {"decoder.lm_head.weight": table.clone()}).output, parameters(trained))
 
@@ -341,26 +354,24 @@ def test_objects_beside_the_tensors_stay_pickled(
     assert_is(convert(folder, tmp_path / "new", base=base).output, parameters(trained))
     assert not (tmp_path / "sprung").exists()
     next(folder.glob("*.distcp")).unlink()
-    with pytest.raises(CheckpointError, match=r"no whole torch\.distributed checkpoint .*\.distcp"):
+    with pytest.raises(CheckpointError, match=r"\.distcp"):
         convert(folder, tmp_path / "half", base=base)
 
 
 def test_a_state_needs_its_base(base: Path, trained: CodeLLaVAModel, tmp_path: Path) -> None:
     save_file(parameters(trained), tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"is a safetensors state: tensors without .* Pass --base"):
+    with pytest.raises(CheckpointError, match=r"safetensors state.*--base"):
         convert(tmp_path / "model.safetensors", tmp_path / "new")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(
-        CheckpointError, match=r"empty: no model state found: expected deepspeed, fsdp, .*, got nothing"
-    ):
+    with pytest.raises(CheckpointError, match=r"empty.*deepspeed, fsdp, .*nothing"):
         convert(empty, tmp_path / "new", base=base)
 
 
 def test_several_formats_side_by_side(trained: CodeLLaVAModel, tmp_path: Path) -> None:
     save_file(parameters(trained), tmp_path / "model.safetensors")
     torch.save(parameters(trained), tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"several formats \(safetensors and bin\): choose one with --format"):
+    with pytest.raises(CheckpointError, match=r"safetensors and bin.*--format"):
         find_state(tmp_path)
     assert find_state(tmp_path, "bin").path == tmp_path / "pytorch_model.bin"
     with pytest.raises(CheckpointError, match="expected fsdp, got only safetensors and bin"):
@@ -387,9 +398,7 @@ def test_deepspeed_is_asked_for(base: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "deepspeed.utils.zero_to_fp32", None)
     (tmp_path / "zero" / "global_step1").mkdir(parents=True)
     (tmp_path / "zero" / "latest").write_text("global_step1")
-    with pytest.raises(
-        CheckpointError, match=r"is a DeepSpeed checkpoint, .* not installed: `uv pip install deepspeed`"
-    ):
+    with pytest.raises(CheckpointError, match="uv pip install deepspeed"):
         convert(tmp_path / "zero", tmp_path / "new", base=base)
 
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from tests.support.processes import run_python
 from tests.support.states import Trap, assert_is, parameters
 from utils.checkpoint.convert.conversion import convert
-from utils.checkpoint.convert.merge import StateOptions
 from utils.checkpoint.convert.states import find_state, read_state
 from utils.checkpoint.save import save_checkpoint
+from utils.checkpoint.settings import StateOptions
 from utils.errors import CheckpointError
 from utils.files import PROJECT_ROOT
 from utils.inference.inference import load_model
@@ -80,7 +80,7 @@ def check_state(folder: Path, kind: str, toy_base: Path, tmp_path: Path) -> None
     options = StateOptions(lora_alpha={"decoder": 8}, frozen_from_base=kind == "zero1")
     if kind == "zero1":
         # DeepSpeed's own function leaves frozen parameters out of stage 1.
-        with pytest.raises(CheckpointError, match=r"30 tensors of the pair are missing: .*; pass --frozen-from-base"):
+        with pytest.raises(CheckpointError, match=r"30 tensors.*--frozen-from-base"):
             convert(folder / kind, tmp_path / kind, base=toy_base, options=StateOptions(lora_alpha={"decoder": 8}))
     result = convert(folder / kind, tmp_path / kind, base=toy_base, options=options)
     assert result.lora_layers == 21
@@ -99,7 +99,7 @@ def test_fsdp_shards_of_two_processes(toy_base: Path, tmp_path: Path) -> None:
     assert_is(tmp_path / "own", parameters(load_model(tmp_path / "new" / "dcp", device="cpu")[0]))
     # A half copied folder.
     next((folder / "dcp").glob("__1_*")).unlink()
-    with pytest.raises(CheckpointError, match=r"no whole torch\.distributed checkpoint .*__1_"):
+    with pytest.raises(CheckpointError, match="__1_"):
         read_state(find_state(folder / "dcp"))
     table = folder / "dcp" / ".metadata"
     table.write_bytes(table.read_bytes()[:-100])
@@ -120,7 +120,7 @@ def test_zero_of_two_processes(toy_base: Path, tmp_path: Path, monkeypatch: pyte
     # DeepSpeed would unpickle anything; here it does not.
     monkeypatch.setenv("TRAP", str(tmp_path / "sprung"))
     torch.save({"module": Trap()}, folder / "zero3" / "global_step1" / "zero_pp_rank_0_mp_rank_00_model_states.pt")
-    with pytest.raises(CheckpointError, match=r"no whole ZeRO checkpoint .* Weights only load failed"):
+    with pytest.raises(CheckpointError, match=r"ZeRO.*Weights only"):
         read_state(find_state(folder / "zero3"))
     assert not (tmp_path / "sprung").exists()
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ

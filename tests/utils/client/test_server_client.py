@@ -16,9 +16,8 @@ pytest.importorskip("openai")
 pytest.importorskip("orjson")
 
 from tests.support import fake_server
-from tests.support.fake_server import FakeServer, answer, drop, event, refuse, rows_of, silence, stream
-from utils.client import server_client as vllm_client
-from utils.client.completion import Completion
+from tests.support.fake_server import FakeServer, Handler, answer, drop, event, refuse, rows_of, silence, stream
+from utils.client.completion import Completion, RetryPolicy
 from utils.client.connection import RequestError
 from utils.client.server_client import VllmClient
 from utils.errors import ConfigError, DatasetError, ServerError
@@ -27,14 +26,14 @@ ROWS = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
-    monkeypatch.setattr(vllm_client, "_FIRST_DELAY_S", 0.01)
+def server() -> Iterator[FakeServer]:
     with fake_server.running() as running:
         yield running
 
 
 def use(server: FakeServer | str, action: Callable[[VllmClient], Awaitable[Any]], **settings: Any) -> Any:
-    """Run one action with a client."""
+    """Run one action with a client that waits little."""
+    settings.setdefault("retry", RetryPolicy(first_wait_s=0.01))
 
     async def run() -> Any:
         async with VllmClient(server if isinstance(server, str) else server.url, **settings) as client:
@@ -101,7 +100,7 @@ def test_keys_travel_as_bearer(server: FakeServer, monkeypatch: pytest.MonkeyPat
     assert set(server.keys_seen) == {"Bearer from-environment"}
 
 
-@pytest.mark.parametrize("fault", [refuse(429, {}), refuse(503, b"busy"), refuse(500, {}), drop])
+@pytest.mark.parametrize("fault", [refuse(429, {}), refuse(409, {}), refuse(503, b"busy"), refuse(500, {}), drop])
 def test_what_another_try_may_cure_is_tried_again(server: FakeServer, fault: Any) -> None:
     server.script = [fault, fault, answer("at last")]
     assert use(server, lambda client: client.complete("x")).text == "at last"
@@ -115,10 +114,36 @@ def test_retry_after_is_obeyed(server: FakeServer) -> None:
     assert time.monotonic() - started >= 0.3
 
 
+def test_a_wait_is_bounded_whatever_the_server_asks_for(server: FakeServer) -> None:
+    server.script = [refuse(503, {}, **{"Retry-After": "3600"})]
+    started = time.monotonic()
+    use(server, lambda client: client.complete("x"), retry=RetryPolicy(longest_wait_s=0.1))
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("fault", [silence(0.5), refuse(200, b"<html>"), refuse(200, {"choices": "?"})])
+def test_what_is_no_answer_is_asked_again_on_demand(server: FakeServer, fault: Any) -> None:
+    server.script = [fault, fault]
+    policy = RetryPolicy(first_wait_s=0.01, unanswered=True)
+    assert use(server, lambda client: client.complete("x"), retry=policy, timeout_s=0.2).text == "fine"
+    assert len(server.requests) == 3
+
+
+def test_a_list_of_models_is_asked_for_again(server: FakeServer) -> None:
+    refusals = [refuse(503, {}), refuse(503, {})]
+
+    def models(handler: Handler) -> None:
+        server.models_action = models if refusals else None
+        refusals.pop()(handler)
+
+    server.models_action = models
+    assert use(server, lambda client: client.preflight()).name == "tiny"
+
+
 def test_tries_end(server: FakeServer) -> None:
     server.script = [refuse(503, {"error": {"message": "loading"}})] * 9
     with pytest.raises(RequestError, match="answered 503: loading") as caught:
-        use(server, lambda client: client.complete("x"), max_retries=2)
+        use(server, lambda client: client.complete("x"), retry=RetryPolicy(attempts=3, first_wait_s=0.01))
     assert caught.value.status == 503
     assert len(server.requests) == 3
 
@@ -142,7 +167,7 @@ def test_a_refusal_is_shown_as_the_server_said_it_and_not_repeated(server: FakeS
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_silent_server_times_out_and_is_not_asked_again(server: FakeServer, streamed: bool) -> None:
-    server.script = [stream("a", then=silence(1.5)) if streamed else silence(1.5)]
+    server.script = [stream("a", then=silence(0.6)) if streamed else silence(0.6)]
     on_text = (lambda text: None) if streamed else None
     with pytest.raises(RequestError, match=r"0\.3 s: raise --timeout"):
         use(server, lambda client: client.complete("x", on_text=on_text), timeout_s=0.3)

@@ -81,7 +81,7 @@ def test_chunk_sizes_in_one_prompt(checkpoints: dict[str, Path]) -> None:
 def test_a_prompt_without_room(checkpoints: dict[str, Path]) -> None:
     compressor = Compressor.load(checkpoints["lclm"], settings=ON_CPU)
     long = compressor.parse_raw("x" * 513)
-    with pytest.raises(PromptError, match="prompt 1 needs 513 rows, but the decoder has 512 positions"):
+    with pytest.raises(PromptError, match=r"prompt 1.* 513 .* 512 "):
         compressor.compress([compressor.parse_raw("x"), long])
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from general import processor_v2
+from utils.checkpoint.convert.conversion import convert
 from utils.checkpoint.layout import CODE_LLAVA, LCLM
 from utils.checkpoint.locate import find_checkpoint
-from utils.checkpoint.save import save_checkpoint
-from utils.checkpoint.settings import ON_CPU, EncoderSettings
+from utils.checkpoint.settings import EncoderSettings
 from utils.compress.compressor import Compressor
 from utils.inference.inference import load_model
 
@@ -69,10 +69,11 @@ def test_compressor(case: str, attention: str | None) -> None:
     together = compressor.compress(list(parsed.values()))
     for (name, prompt), embeds in zip(parsed.items(), together, strict=True):
         assert_close(embeds.values_TD, expected_embeds(case, name))
-        assert_close(compressor.compress([prompt])[0].values_TD, expected_embeds(case, name))
+        if attention is None:
+            assert_close(compressor.compress([prompt])[0].values_TD, expected_embeds(case, name))
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("attention", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ATTENTION[1:])])
 @pytest.mark.parametrize("case", CASES)
 def test_model_embeds_and_greedy_ids(case: str, attention: str | None) -> None:
     prompts, size = read_case(case)
@@ -111,22 +112,14 @@ def test_published_functions(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_layouts_convert_into_each_other_and_back(case: str, tmp_path: Path) -> None:
+def test_the_other_layout_gives_the_same(case: str, tmp_path: Path) -> None:
     prompts, size = read_case(case)
-    source, at = GOLDEN / case, tmp_path
-    for number, layout in enumerate((LCLM, CODE_LLAVA, LCLM)):
-        model, _, processor = load_model(source, device="cpu", chunk_size=size if number == 0 else None)
-        source = at / f"{number}-{layout.name}"
-        save_checkpoint(source, model, processor.tokenizers, layout)
-        files = find_checkpoint(source)
-        assert files.layout is layout
-        # Stored as bfloat16, computed as float32: the copy says everything that decides a latent.
-        copy = Compressor.load(source, settings=EncoderSettings(device="cpu", dtype="float32"))
-        for name, row in prompts.items():
-            prompt = parse(copy, name, row["text"])
-            assert prompt.input_ids == row.get("input_ids", prompt.input_ids)
-            assert_close(copy.compress([prompt])[0].values_TD, expected_embeds(case, name))
-    first, last = (Compressor.load(tmp_path / name, settings=ON_CPU) for name in ("0-lclm", "2-lclm"))
-    before, after = first.memory_encoder.state_dict(), last.memory_encoder.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
+    other = CODE_LLAVA if find_checkpoint(GOLDEN / case, size).layout is LCLM else LCLM
+    convert(GOLDEN / case, tmp_path / "other", layout=other, chunk_size=size)
+    assert find_checkpoint(tmp_path / "other").layout is other
+    # Stored as bfloat16, computed as float32: the copy says everything that decides a latent.
+    copy = Compressor.load(tmp_path / "other", settings=EncoderSettings(device="cpu", dtype="float32"))
+    parsed = {name: parse(copy, name, row["text"]) for name, row in prompts.items()}
+    for (name, prompt), embeds in zip(parsed.items(), copy.compress(list(parsed.values())), strict=True):
+        assert prompt.input_ids == prompts[name].get("input_ids", prompt.input_ids)
+        assert_close(embeds.values_TD, expected_embeds(case, name))

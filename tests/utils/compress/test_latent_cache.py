@@ -18,10 +18,9 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.processes import run_python
 from utils.compress import latent_cache, latent_files
 from utils.compress.latent_cache import LatentCache, parse_size, window_key
 from utils.errors import ConfigError
@@ -116,6 +115,7 @@ def test_one_process_may_open_a_cache_twice(tmp_path: Path) -> None:
     second.close()
 
 
+@settings(max_examples=30)
 @given(parts=st.tuples(IDS, IDS, IDS), others=st.tuples(IDS, IDS, IDS), namespace=st.binary(max_size=3))
 def test_keys_differ_when_any_part_differs(parts: tuple, others: tuple, namespace: bytes) -> None:
     key = window_key(namespace, *parts)
@@ -162,14 +162,14 @@ def test_a_hit_writes_a_time_stamp_once_a_minute_at_most(cache: LatentCache, tmp
 
 
 def test_the_size_stays_below_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latent_files, "_SAMPLED_ENTRIES", 20)
-    limit = 40 * ENTRY
+    monkeypatch.setattr(latent_files, "SAMPLED_ENTRIES", 20)
+    limit = 20 * ENTRY
     caches = [LatentCache.open(tmp_path, size_limit_bytes=limit) for _ in range(2)]
-    for start in range(0, 400, 8):
-        put(caches[start // 8 % 2], *range(start, start + 8), num_latents=128)
+    for start in range(0, 80, 4):
+        put(caches[start // 4 % 2], *range(start, start + 4), num_latents=128)
         assert caches[0].stats().size_bytes <= 1.25 * limit  # the other one's writes are met a little later
     assert 0.5 * limit < caches[0].stats().size_bytes
-    assert all(rows is not None for rows in get(caches[0], *range(392, 400)))
+    assert all(rows is not None for rows in get(caches[0], *range(76, 80)))
 
 
 def test_more_than_the_limit_at_once_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -272,7 +272,7 @@ def test_verify_finds_and_removes_what_is_corrupt(cache: LatentCache, tmp_path: 
 
 def test_garbage_anywhere_is_no_wrong_row_and_no_crash(tmp_path: Path) -> None:
     random = Random(0)
-    for _ in range(60):
+    for _ in range(20):
         with LatentCache.open(tmp_path) as cache:
             put(cache, *range(5))
             for file in random.sample(entry_files(tmp_path), 3):
@@ -366,7 +366,6 @@ def test_only_the_user_may_read_it_whatever_the_umask(tmp_path: Path, mask: int,
     folder = tmp_path / "cache"
     if exists:
         (folder / "v3").mkdir(parents=True)
-        (folder / "lock").touch()
         (folder / "plans").mkdir(mode=0o700)  # of a corpus that is encoded into it
         for path in (folder, folder / "v3"):
             path.chmod(0o755)
@@ -377,7 +376,6 @@ def test_only_the_user_may_read_it_whatever_the_umask(tmp_path: Path, mask: int,
             assert all(rows is not None for rows in get(cache, *range(10)))
     finally:
         os.umask(old)
-    (folder / "lock").unlink(missing_ok=True)
     assert modes(folder) == {(True, 0o700), (False, 0o600)}
 
 
@@ -391,10 +389,7 @@ def test_a_folder_with_other_things_keeps_its_mode(tmp_path: Path) -> None:
     assert modes(tmp_path / "v3") == {(True, 0o700), (False, 0o600)}
 
 
-def test_leftovers_of_killed_writers_and_earlier_versions_go(
-    cache: LatentCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
+def test_leftovers_of_killed_writers_and_earlier_versions_go(cache: LatentCache, tmp_path: Path) -> None:
     put(cache, 1)
     (entry,) = entry_files(tmp_path)
     layout = entry.parents[1]
@@ -408,7 +403,6 @@ def test_leftovers_of_killed_writers_and_earlier_versions_go(
     with LatentCache.open(tmp_path / "cache"):
         pass
     assert entry_files(tmp_path) == [entry, young]
-    assert len(caplog.records) == 1
     os.utime(young, (0, 0))
     cache.prune()
     assert entry_files(tmp_path) == [entry]
@@ -479,7 +473,7 @@ def test_a_forked_child_and_its_parent_both_go_on(cache: LatentCache) -> None:
 def _hammer(path: str, seed: int) -> None:
     logging.disable()
     with LatentCache.open(path, size_limit_bytes=100 * PAGE) as cache:
-        for round_number in range(300):
+        for round_number in range(100):
             use(cache, (seed * 7 + round_number) % 140)
             if seed == 0 and round_number % 20 == 10:
                 cache.clear() if round_number > 20 else cache.prune(10 * PAGE)
@@ -518,7 +512,7 @@ def test_command(cache: LatentCache, tmp_path: Path, capsys: pytest.CaptureFixtu
 
     put(cache, 1, 2, 3, num_latents=128)
     code, shown = run("show")
-    assert (code, shown["num_entries"], shown["size_bytes"], shown["file_bytes"]) == (0, 3, 3 * ENTRY, 3 * ENTRY)
+    assert (code, shown["num_entries"], shown["size_bytes"]) == (0, 3, 3 * ENTRY)
     flip(entry_files(tmp_path)[1])
     code, verified = run("verify")
     assert (code, verified["checked"], verified["corrupt"], verified["num_entries"]) == (3, 3, 1, 2)
@@ -527,12 +521,8 @@ def test_command(cache: LatentCache, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cache.stats().num_entries == 0
 
 
-def test_command_from_a_shell(cache: LatentCache, tmp_path: Path) -> None:
-    put(cache, 1)  # this process has the cache open
-    command = ["-m", "utils.compress.latent_cache"]
-    shown = run_python(*command, "show", "--cache-dir", tmp_path / "cache")
-    assert shown.returncode == 0
-    assert "num entries  1\n" in shown.stdout
-    wrong = run_python(*command, "prune", "--max-size", "much")
-    assert wrong.returncode == 2
-    assert "'much' is not a size" in wrong.stderr
+def test_wrong_sizes_are_usage_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        latent_cache.main(["prune", "--max-size", "much"])
+    assert "'much'" in capsys.readouterr().err
+    assert latent_cache.main(["show", "--cache-dir", str(tmp_path), "--max-size", "1G"]) == 1

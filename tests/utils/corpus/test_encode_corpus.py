@@ -1,39 +1,33 @@
-"""The command that encodes a corpus: what it writes, that it goes on, and what it refuses."""
+"""The command that encodes a corpus: what it writes, that it resumes, and what it refuses."""
 
 from __future__ import annotations
 
-import dataclasses
-import io
+import itertools
 import json
 import re
 import resource
 import sqlite3
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import filelock
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
 
-from utils.checkpoint.locate import find_checkpoint
 from utils.checkpoint.settings import ON_CPU, EncoderSettings
 from utils.compress.compressor import Compressor
 from utils.compress.latent_cache import LatentCache
 from utils.compress.latent_files import LatentFiles
+from utils.compress.span_encoder import SpanEncoder
 from utils.corpus import __main__ as encode_corpus
+from utils.corpus import encode as corpus_encode
 from utils.corpus import run as corpus_run
-from utils.corpus.crew import Crew, WorkCounts
-from utils.corpus.encoder import CorpusWorker, in_background
-from utils.corpus.plan import CorpusPlan
-from utils.corpus.ray import _Encoder
+from utils.corpus.encode import CorpusJob, CorpusWorker
 from utils.corpus.reader import EncodedCorpus
-from utils.corpus.shards import new_shard, shard_documents
-from utils.corpus.source import Document, FolderSource
+from utils.corpus.shards import CorpusOutput, new_shard
+from utils.corpus.source import Document
 from utils.errors import ConfigError, DatasetError
 
 TEXTS = {
@@ -135,15 +129,15 @@ def test_shards_are_plain_safetensors_in_the_encoders_dtype(
 
 def test_a_shard_of_texts_without_tokens(tmp_path: Path) -> None:
     document = Document(id='a "quoted" é', sha256="0" * 64, text_bytes=3)
-    with new_shard(tmp_path, [document], {"settings": "s"}) as shard:
+    output = CorpusOutput(root=tmp_path, settings={"chunk_size": 4})
+    with new_shard(tmp_path, [document], output.about) as shard:
         shard.add(document, None, 0)
     (path,) = tmp_path.iterdir()
-    (found,) = shard_documents(path, {"settings": "s"})
-    assert (found.id, found.shard, found.num_latents, found.num_tokens) == (document.id, path.name, 0, 0)
+    assert list(output.shards()) == [(path.name, [(document.id, document.sha256, 0, 0, 0)])]
     with pytest.raises(DatasetError, match="is of another run"):
-        list(shard_documents(path, {"settings": "t"}))
+        list(CorpusOutput(root=tmp_path, settings={"chunk_size": 8}).shards())
     path.unlink()
-    with new_shard(tmp_path, [document], {"settings": "s"}):
+    with new_shard(tmp_path, [document], output.about):
         pass  # every document vanished
     assert list(tmp_path.iterdir()) == []
 
@@ -169,20 +163,19 @@ def test_a_span_takes_its_latents_from_the_corpus(
             encoded.check(Compressor.load(checkpoints["code-llava"], settings=ON_CPU).files)
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(
+def test_a_killed_run_resumes_to_the_same_bytes(
     encode: Encode, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = encode(corpus, "--output", str(tmp_path / "whole"))
-    steps = CorpusWorker.encode
+    encode_spans, calls = SpanEncoder.encode, itertools.count()
 
-    def interrupted(self: CorpusWorker, parcels: Iterator[int]) -> Iterator[WorkCounts]:
-        for number, counts in enumerate(steps(self, parcels)):
-            yield counts
-            if number == 2:
-                raise KeyboardInterrupt
+    def interrupted(self: SpanEncoder, *arguments: Any) -> Any:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return encode_spans(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(CorpusWorker, "encode", interrupted)
+        patch.setattr(SpanEncoder, "encode", interrupted)
         encode(corpus, code=130)
     out = tmp_path / "out"
     left = shards(out)
@@ -192,7 +185,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         EncodedCorpus.open(out)
     # What SIGKILL leaves behind.
     (out / ".latents-0.safetensors.x.tmp").write_bytes(b"half")
-    (out / ".plan.sqlite").write_bytes(b"half")
+    (out / ".index.sqlite.y.tmp").write_bytes(b"half")
     resumed = encode(corpus)
     assert shards(out) == shards(tmp_path / "whole")
     assert left.items() <= shards(out).items()
@@ -207,7 +200,7 @@ def test_a_finished_run_is_recognised(
     first = encode(corpus)
     index = tmp_path / "out" / "index.sqlite"
     written = index.stat().st_mtime_ns
-    monkeypatch.setattr(corpus_run, "CorpusWorker", None)  # a model that is not even loaded
+    monkeypatch.setattr(corpus_encode, "CorpusWorker", None)  # a model that is not even loaded
     again = encode(corpus)
     assert index.stat().st_mtime_ns == written
     assert (first["was_complete"], again["was_complete"]) == (False, True)
@@ -240,15 +233,13 @@ def test_only_what_changed_is_encoded(encode: Encode, corpus: Path, tmp_path: Pa
 def test_what_changes_meanwhile_is_left_out_and_comes_next_time(
     encode: Encode, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = corpus_run._work
-
-    def changed(*arguments: Any) -> WorkCounts:
+    def changed(job: CorpusJob) -> CorpusWorker:
         (corpus / "a.py").write_text("other")
         (corpus / "c.py").unlink()
-        return work(*arguments)
+        return CorpusWorker(job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus_run, "_work", changed)
+        patch.setattr(corpus_encode, "CorpusWorker", changed)
         summary = encode(corpus, code=3)
     assert summary.items() >= {"missing": 2, "documents": 4}.items()
     summary = encode(corpus)
@@ -294,7 +285,6 @@ def test_unusable_corpora_are_refused_before_any_work(encode: Encode, tmp_path: 
     assert "does not exist" in encode(tmp_path / "nowhere", code=1)["error"]
     assert "neither a folder nor a .jsonl file" in encode(corpus / "good.py", code=1)["error"]
     assert "the corpus itself" in encode(corpus, "--output", str(corpus), code=1)["error"]
-    assert "--workers and --ray-address are for" in encode(corpus, "--workers", "2", code=1)["error"]
     assert "--shard-size must be at least 1" in encode(corpus, "--shard-size", "0", code=1)["error"]
 
 
@@ -336,36 +326,6 @@ def test_what_the_command_writes_into_the_corpus_is_no_document(encode: Encode, 
             summary = encode(corpus, flag, str(folder), *more)
             assert summary.items() >= {"documents": 6, "problems": 0}.items()
     assert "--cache-dir" in encode(corpus, "--to-cache", "--cache-dir", str(corpus), code=1)["error"]
-
-
-def test_plans_of_dead_runs_are_removed(
-    encode: Encode, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    seen: list[Path] = []
-    work = corpus_run._work
-
-    def observed(job: Any, *arguments: Any) -> WorkCounts:
-        seen.append(Path(job.plan))
-        assert not Path(job.plan).parent.stat().st_mode & 0o077
-        return work(job, *arguments)
-
-    monkeypatch.setattr(corpus_run, "_work", observed)
-    flags = ("--to-cache", "--cache-dir", str(tmp_path / "cache"))
-    encode(corpus, *flags)
-    (plan,) = seen
-    assert not plan.parent.exists()
-    # A run that was killed, and one that is at work.
-    dead, alive = plan.parent, plan.parent.with_name(plan.parent.name + "2")
-    for folder in (dead, alive):
-        folder.mkdir()
-        (folder / plan.name).write_bytes(b"ids")
-    with filelock.FileLock(alive / ".lock"):
-        encode(corpus, *flags)
-        assert (alive / plan.name).is_file()
-    assert not dead.exists()
-    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["corpus.json", "index.sqlite", "shard"])
@@ -429,74 +389,6 @@ def test_a_full_disk_keeps_the_shards_before(encode: Encode, tmp_path: Path) -> 
     assert "cannot be written (File too large): the shards before it are kept; make room" in error
     assert not list((tmp_path / "out").glob(".*.tmp"))
     assert encode(corpus)["documents"] == 2
-
-
-def test_processes_share_parcels_and_counts() -> None:
-    store = torch.distributed.HashStore()
-    crews = [Crew(store, rank, 2) for rank in range(2)]
-    claims = [crew.claims(5) for crew in crews]
-    taken = [next(claims[0]), next(claims[1]), next(claims[1]), next(claims[0]), next(claims[1])]
-    assert sorted(taken) == [0, 1, 2, 3, 4]
-    assert [list(rest) for rest in claims] == [[], []]
-    crews[0].add(WorkCounts(tokens=5, documents=1))
-    crews[1].add(WorkCounts(tokens=7))
-    assert crews[0].totals() == crews[1].totals() == WorkCounts(tokens=12, documents=1)
-    crews[1].leave()
-    assert crews[0].is_working
-    crews[0].leave()
-    assert not crews[0].is_working
-
-
-def test_a_ray_worker_hands_errors_over_as_values(checkpoints: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
-    wanted = corpus_run.CorpusRun(source=FolderSource(str(corpus)), device="cpu", cache_dir=str(tmp_path / "cache"))
-    with CorpusPlan.create(tmp_path / "plan") as plan:
-        plan.scan(wanted.source)
-        num_parcels, _ = plan.cut(1 << 20)
-        job = corpus_run._job(wanted, find_checkpoint(checkpoints["lclm"]), plan, num_parcels, None)
-        batch = {"parcel": np.array([0])}
-        done = _Encoder(job, 1)(batch)
-        assert (done["problem"].tolist(), done["documents"].tolist()) == ([""], [5])
-        failed = _Encoder(dataclasses.replace(job, cache_dir="/proc/no"), 1)(batch)
-        assert failed["problem"][0].startswith("the latent cache /proc/no cannot be used")
-
-
-def test_progress_is_in_bytes_and_tokens() -> None:
-    screen = io.StringIO()
-    with tqdm(total=100, unit="B", unit_scale=True, file=screen, ascii=True, mininterval=0) as bar:
-        show = corpus_run._shower(bar, corpus_run.CorpusRun(source=FolderSource("."), output="out"))
-        show(WorkCounts(text_bytes=25, tokens=10))
-        show(WorkCounts(text_bytes=50, tokens=20))
-        bar.refresh()
-    assert "50.0/100" in screen.getvalue()
-    assert re.search(r"<\d\d:\d\d.*, \d+ tokens/s", screen.getvalue())
-
-
-def test_accelerate_that_starts_one_process_is_told(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
-    assert Crew.joined().size == 1
-    assert "pass it --multi-gpu" in caplog.text
-
-
-def test_items_are_made_ahead_but_not_far() -> None:
-    made: list[int] = []
-
-    def items() -> Iterator[int]:
-        for number in range(100):
-            made.append(number)
-            yield number
-            if number == 7:
-                raise ValueError("no more")
-
-    with in_background(items(), depth=2) as ahead:
-        assert next(ahead) == 0
-        # Two wait, and one more is held by the thread that made it.
-        assert len(made) <= 5
-        with pytest.raises(ValueError, match="no more"):
-            list(ahead)
-    with in_background(iter(range(10**9)), depth=1) as endless:
-        assert next(endless) == 0
 
 
 def test_an_output_that_is_the_corpus_is_refused(

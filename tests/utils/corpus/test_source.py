@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.corpus.plan import CorpusPlan
 from utils.corpus.reading import UnusableTextError
-from utils.corpus.source import Document, FolderSource, JsonlSource, Problem, source_from_json
+from utils.corpus.source import Document, FolderSource, JsonlSource, Problem
 from utils.errors import DatasetError
 
 LIMIT = 1000
@@ -174,14 +173,6 @@ def test_what_vanishes_or_turns_into_something_else(root: Path) -> None:
             source.read(document)
 
 
-def test_the_source_travels(root: Path) -> None:
-    for source in (
-        FolderSource(str(root), ("*.py",), ("a",), ("own",), 7),
-        JsonlSource(str(root / "c.jsonl"), "body", None, 7),
-    ):
-        assert source_from_json(json.loads(json.dumps(source.to_json()))) == source
-
-
 def lines(path: Path, data: bytes, limit: int = LIMIT) -> tuple[list[str], dict[str, str]]:
     path.write_bytes(data)
     source = JsonlSource(str(path), max_text_bytes=limit)
@@ -258,9 +249,7 @@ def test_lines_that_change_meanwhile(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     path.write_bytes(row("a") + b"\n" + row("b") + b"\n")
     source = JsonlSource(str(path))
-    with CorpusPlan.create(tmp_path / "plan") as plan:
-        plan.scan(source)
-        documents = [document for document, _ in plan.encoded()]
+    documents = [document for document in source.scan() if isinstance(document, Document)]
     for data in (b"", row("b") + b"\n" + row("a"), b"\0" * 100, row("a", "u") + b"\n" + row("b", "u")):
         path.write_bytes(data)
         for document in documents:

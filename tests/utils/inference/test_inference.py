@@ -10,9 +10,16 @@ from typing import Any
 import pytest
 
 from utils.errors import PromptError
-from utils.inference import inference
 from utils.inference.generation import Generator
-from utils.inference.inference import build_messages, generate_text, load_model, main, published_sampling
+from utils.inference.inference import (
+    TEST_DATA,
+    build_messages,
+    generate_text,
+    load_model,
+    main,
+    published_sampling,
+    read_test_data,
+)
 from utils.model.markers import MEMORY
 
 EXAMPLES = [
@@ -32,13 +39,6 @@ def flags(checkpoints: dict[str, Path], tmp_path: Path) -> list[str]:
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> list[dict[str, Any]]:
     assert main([*argv, "--json"]) == 0
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-
-def test_results_come_in_the_order_of_the_examples(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    together = run(capsys, *flags, "--temperature", "0", "--batch-size", "2")
-    alone = run(capsys, *flags, "--temperature", "0", "--batch-size", "1")
-    assert [result["index"] for result in together] == [0, 1, 2]
-    assert [result["text"] for result in together] == [result["text"] for result in alone]
 
 
 def test_published_signatures() -> None:
@@ -115,12 +115,31 @@ def test_a_seed_repeats_its_samples(flags: list[str], capsys: pytest.CaptureFixt
 def test_for_a_person(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*flags, "--temperature", "0"]) == 0
     out = capsys.readouterr().out
-    assert "--- example 1: 6 memory tokens → 2 latents (3.0×)" in out
+    assert "What is x?\n> " in out
+    assert "6 memory tokens → 2 latents, ratio 3.0" in out
 
 
-def test_built_in_examples(checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_prompts_the_test_data_is_answered(
+    checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = run(capsys, "--checkpoint", str(checkpoints["code-llava"]), "--device", "cpu", "--max-tokens", "2")
-    assert len(rows) == len(inference.BUILT_IN_EXAMPLES)
+    assert [row["prompt"] for row in rows] == [example["prompt"] for example in read_test_data(TEST_DATA)]
+
+
+def test_questions_about_files(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--checkpoint", str(checkpoints["lclm"]), "--device", "cpu", "--max-tokens", "6", "--temperature", "0"]
+    for name, text in (("a.py", "x = 2\n"), ("b.py", "y = 3\n")):
+        (tmp_path / name).write_text(text)
+    memory = ["--memory", str(tmp_path / "a.py"), str(tmp_path / "b.py")]
+    rows = run(capsys, *flags, *memory, "--text", "What is x?", "And y?")
+    assert [(row["prompt"], row["memory_tokens"]) for row in rows] == [("What is x?", 12), ("And y?", 12)]
+    # The same prompt as marked text.
+    marked = "".join(f"<|memory_start|>{text}<|memory_end|>\n" for text in ("x = 2\n", "y = 3\n")) + "And y?"
+    assert run(capsys, *flags, "--text", marked)[0]["text"] == rows[1]["text"]
+    assert main([*flags, *memory]) == 1
+    assert "--memory needs --text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

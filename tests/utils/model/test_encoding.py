@@ -204,7 +204,7 @@ def test_concat_fixes_the_chunk_size() -> None:
 def test_a_window_longer_than_the_encoders_positions(packed: bool) -> None:
     config = CompressionConfig(chunk_size=4, window=600)
     memory_encoder = make_memory_encoder(config, packed=packed)
-    with pytest.raises(ConfigError, match=r"a window of 600 tokens .* longer than the encoder's 512 positions"):
+    with pytest.raises(ConfigError, match=r" 600 .* 512 "):
         memory_encoder([make_span(600)])
     assert len(memory_encoder([make_span(512)])[0]) == 128
 
@@ -227,8 +227,8 @@ def test_packed_rows_where_the_model_has_none() -> None:
     encoder._supports_attention_backend = False
     config = make_config("mean", "causal")
     assert not CodeChunker(encoder, config).packed
-    with pytest.raises(ConfigError, match="Qwen3Model cannot run packed rows"):
-        CodeChunker(encoder, config, packed=True)
+    with pytest.raises(ConfigError, match="Qwen3Model"):
+        CodeChunker(encoder, config, compiled=True)
 
 
 @torch.inference_mode()
@@ -290,29 +290,23 @@ def test_positions_behind_the_padding_rows(packed: bool) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("family", ["qwen3", "bert"])
 @torch.inference_mode()
-def test_compiled_full_batches_give_the_same_latents(family: str) -> None:
+def test_compiled_full_batches_give_the_same_latents(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config("mean", "bidirectional" if family == "bert" else "causal")
     plain = make_memory_encoder(config, family)
     settings = {"batch_tokens": 3 * WINDOW, "pad_token_id": PAD}
     compiled = MemoryEncoder(CodeChunker(plain.chunker.encoder, config, compiled=True, **settings), plain.adapter)
     # Seven full windows and a short one: two batches of the compiled shape, one of another.
     spans = [make_span(7 * WINDOW + 5)]
-    shapes = []
-    encoder = compiled.chunker._compiled_encoder
+    shapes, compiling = [], torch.compile
 
-    def noting(**inputs: Any) -> Any:
-        shapes.append(inputs["input_ids"].shape[1])
-        return encoder(**inputs)
+    def noting(encoder: Any, **options: Any) -> Any:
+        run = compiling(encoder, **options)
+        return lambda **inputs: (shapes.append(inputs["input_ids"].shape[1]), run(**inputs))[1]
 
-    compiled.chunker.__dict__["_compiled_encoder"] = noting
+    monkeypatch.setattr(torch, "compile", noting)
     for got, expected in zip(compiled(spans), plain(spans), strict=True):
         torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=TOLERANCE)
     assert shapes == [3 * WINDOW, 3 * WINDOW]
-
-
-def test_only_packed_rows_are_compiled() -> None:
-    with pytest.raises(ConfigError, match="only packed rows are compiled"):
-        CodeChunker(make_encoder("qwen3"), make_config("mean", "causal"), packed=False, compiled=True)
 
 
 def test_passes_are_as_large_as_the_free_memory_allows() -> None:

@@ -237,11 +237,11 @@ def test_chunk_size_per_span() -> None:
 def test_the_limit_refuses_or_reports() -> None:
     text = write(["", ""], ["abcdef"])
     assert parse_raw_prompt(text, TOKENIZERS, 4, MemoryLimit(max_tokens=6)).spans[0].truncated_tokens == 0
-    with pytest.raises(PromptError, match="span 0 has 6 encoder tokens, more than the limit of 5"):
+    with pytest.raises(PromptError, match=r"span 0 has 6 .* 5"):
         parse_raw_prompt(text, TOKENIZERS, 4, MemoryLimit(max_tokens=5))
     span = parse_raw_prompt(text, TOKENIZERS, 4, MemoryLimit(max_tokens=4, truncate=True)).spans[0]
     assert (list(span.token_ids), span.truncated_tokens, span.num_latents) == (memory_ids("abcd"), 2, 1)
-    with pytest.raises(ConfigError, match="--max-memory-tokens must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="--max-memory-tokens"):
         MemoryLimit(max_tokens=0)
 
 

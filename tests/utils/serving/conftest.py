@@ -20,7 +20,14 @@ def compressor(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFa
         yield Compressor.load(checkpoints["lclm"], settings=ON_CPU, cache=cache)
 
 
-@pytest.fixture
-def backend() -> Iterator[FakeServer]:
+@pytest.fixture(scope="module")
+def server() -> Iterator[FakeServer]:
     with fake_server.running() as running:
         yield running
+
+
+@pytest.fixture
+def backend(server: FakeServer) -> FakeServer:
+    """The module's server, as new."""
+    server.forget(fake_server.answer("fine"))
+    return server

@@ -8,6 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytest.importorskip("fastapi")
+pytest.importorskip("orjson")
+
 from utils.errors import PromptError
 from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START, wrap
 from utils.serving.chat_parts import outline_chat

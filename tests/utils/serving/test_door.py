@@ -13,8 +13,9 @@ import pytest
 from tests.support import gateway_server
 from utils.compress.compressor import Compressor
 from utils.errors import ConfigError
-from utils.serving.door import DoorPolicy, is_loopback
-from utils.serving.page import PAGE_FILES
+from utils.serving.app import PAGE_FILES
+from utils.serving.door import DoorPolicy
+from utils.serving.settings import is_loopback
 
 PAGE = "http://localhost:3000"
 KEY = "front door"

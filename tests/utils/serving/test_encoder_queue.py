@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("fastapi")
 pytest.importorskip("orjson")
 
 from utils.compress.span_encoder import EncodingStopped

@@ -126,6 +126,7 @@ def test_a_backend_that_is_killed_in_a_stream_and_comes_back(compressor: Compres
                 assert len(second.requests) == 1
 
 
+@pytest.mark.slow
 def test_two_gateways_share_one_cache(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     with fake_server.running() as backend, LatentCache.open(tmp_path) as one, LatentCache.open(tmp_path) as two:
         reports, sent = [], []

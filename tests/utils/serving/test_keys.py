@@ -21,10 +21,10 @@ KEYS = ("alice's", "bob's", "é")
 chat_body = functools.partial(prompts.chat_body, max_tokens=1)
 
 
-@pytest.fixture
-def clients(compressor: Compressor, backend: FakeServer) -> Iterator[list[httpx.Client]]:
+@pytest.fixture(scope="module")
+def clients(compressor: Compressor, server: FakeServer) -> Iterator[list[httpx.Client]]:
     """One client a key."""
-    with gateway_server.running(compressor, backend.url, api_keys=KEYS) as url:
+    with gateway_server.running(compressor, server.url, api_keys=KEYS) as url:
         made = [client(url, key) for key in KEYS]
         yield made
         for each in made:

@@ -12,7 +12,7 @@ import pytest
 from tests.support import chromium, fake_server, gateway_server, local_gateway
 from tests.support.prompts import CODE
 from utils.compress.compressor import Compressor
-from utils.serving.page import PAGE_FILES
+from utils.serving.app import PAGE_FILES
 
 DONE = "document.querySelector('#status').innerText == 'Done.'"
 KEY = "front door"

@@ -156,6 +156,7 @@ def test_bytes_of_references_count(compressor: Compressor, backend: FakeServer) 
         assert "10000" in got.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_others_do_not_wait_for_long_bodies(gateway: httpx.Client) -> None:
     parts = [{"type": "text", "text": "y" * 28}] * 60_000 + [{"type": "text", "text": wrap("x")}]
     bodies = [chat_body(parts), chat_body("<" * 20_000_000 + wrap("x" * LONG.count("x")))]
@@ -224,18 +225,20 @@ def odd_body(draw: random.Random, chat: bool) -> bytes:
     return raw
 
 
+@pytest.mark.parametrize("count", [30, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("chat", [True, False])
-def test_no_body_makes_a_500(gateway: httpx.Client, chat: bool) -> None:
+def test_no_body_makes_a_500(gateway: httpx.Client, chat: bool, count: int) -> None:
     draw = random.Random(f"shapes {chat}")
     statuses = set()
-    for _ in range(60):
+    for _ in range(count):
         raw = odd_body(draw, chat)
         got = gateway.post(CHAT if chat else COMPLETIONS, content=raw, headers={"Content-Type": "application/json"})
         assert got.status_code < 500, (raw[:300], got.text)
         if got.status_code != 200:
             assert len(got.json()["error"]["message"]) < 1000
         statuses.add(got.status_code)
-    assert {200, 400} <= statuses
+    # A few bodies may all be bad ones.
+    assert statuses >= ({200, 400} if count == 100 else {400})
 
 
 @pytest.mark.parametrize("depth", [100, 300, 1000, 10_000])

@@ -100,7 +100,14 @@ def test_a_running_answer_ends_whole(running: Running) -> None:
     assert running.process.returncode == 0
 
 
-@pytest.mark.parametrize("path", ["/stream?pieces=900", "/thread", "/thread?left"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/stream?pieces=900",
+        pytest.param("/thread", marks=pytest.mark.slow),
+        pytest.param("/thread?left", marks=pytest.mark.slow),
+    ],
+)
 def test_a_long_answer_is_cut_and_a_thread_that_hangs_is_left(running: Running, path: str) -> None:
     with running.send(f"GET {path}{HEAD}"):
         time.sleep(0.3)

@@ -18,8 +18,8 @@ from utils.errors import ConfigError
 from utils.files import read_jsonl
 from utils.training.checkpoints import newest_checkpoint
 from utils.training.config import parse_config
-from utils.training.loop import Trainer, _check_shares
-from utils.training.sharding import shard
+from utils.training.loop import Trainer
+from utils.training.sharding import check_shares, shard
 
 Values = Callable[..., dict[str, Any]]
 LAUNCHER = "utils/training/configs/accelerate_{}.yaml"
@@ -122,4 +122,4 @@ def test_deepspeed_is_refused(run_values: Values, monkeypatch: pytest.MonkeyPatc
 
 def test_rows_must_be_shared_evenly(run_values: Values) -> None:
     with pytest.raises(ConfigError, match=r"stages\[0\].rows is 1, which 2 processes cannot share evenly"):
-        _check_shares(parse_config(run_values()), 2)
+        check_shares(parse_config(run_values()), 2)

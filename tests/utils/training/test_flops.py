@@ -131,5 +131,5 @@ def test_the_design_s_ideal_speedups(published_pair: PairCost, memory: int, idea
 
 
 def test_the_design_s_bytes(published_pair: PairCost) -> None:
-    assert published_pair.latent_bytes(1) / 16 == 320
+    assert published_pair.wire_bytes(3) == 4 * 2560 * 2
     assert published_pair.decoder.kv_cache_bytes(1) == 147456

@@ -14,9 +14,9 @@ from utils.checkpoint.save import save_checkpoint
 from utils.errors import CheckpointError, ConfigError, DatasetError
 from utils.files import PROJECT_ROOT
 from utils.inference.inference import load_model
-from utils.training import pack
+from utils.training import export
 from utils.training.config import TrainConfig, load_config
-from utils.training.export import export_pair
+from utils.training.export import export_pair, pack_run
 from utils.training.loop import Trainer
 from utils.training.pairs import starting_pair
 from utils.training.parts import lora_scales
@@ -35,9 +35,9 @@ def test_packed_and_merged_is_the_exported_pair(
         for parameter in trainer.trained.values():
             # Values that bfloat16 holds exactly, large enough to matter.
             parameter.add_(0.01 * torch.randn_like(parameter)).copy_(parameter.bfloat16())
-    trainer._save(None)
-    monkeypatch.setattr(pack, "MAX_FILE_BYTES", 200_000)
-    manifest = pack.pack_run(config, tmp_path / "trained", card="# card\n")
+    trainer.save(None)
+    monkeypatch.setattr(export, "MAX_FILE_BYTES", 200_000)
+    manifest = pack_run(config, tmp_path / "trained", card="# card\n")
     assert len(manifest["files"]) > 1
     assert max(path.stat().st_size for path in (tmp_path / "trained").iterdir()) <= 200_000
 
@@ -56,11 +56,11 @@ def test_packed_and_merged_is_the_exported_pair(
 def test_a_damaged_part_is_refused(run_config: Config, tmp_path: Path) -> None:
     config = run_config()
     Trainer(config, device="cpu").run(last_stage=0)
-    pack.pack_run(config, tmp_path / "trained")
+    pack_run(config, tmp_path / "trained")
     (tmp_path / "trained" / "part-00.safetensors").write_bytes(b"")
     (tmp_path / "trained" / "notes.txt").touch()
     with pytest.raises(OSError, match=r"notes\.txt"):  # `--target ~`
-        pack.pack_run(config, tmp_path / "trained")
+        pack_run(config, tmp_path / "trained")
     with pytest.raises(CheckpointError, match="missing or damaged"):
         TrainedPart.open(tmp_path / "trained").tensors()
 
@@ -70,16 +70,16 @@ def test_a_part_too_large_for_a_repository_is_refused(
 ) -> None:
     config = run_config()
     Trainer(config, device="cpu").run(last_stage=0)
-    monkeypatch.setattr(pack, "MAX_TOTAL_BYTES", 1000)
+    monkeypatch.setattr(export, "MAX_TOTAL_BYTES", 1000)
     with pytest.raises(CheckpointError, match="smaller LoRA rank"):
-        pack.pack_run(config, tmp_path / "trained")
+        pack_run(config, tmp_path / "trained")
 
 
 def _packed(run_config: Config, folder: Path) -> tuple[TrainConfig, TrainedPart]:
     """A finished run and its part."""
     config = run_config()
     Trainer(config, device="cpu").run()
-    pack.pack_run(config, folder)
+    pack_run(config, folder)
     return config, TrainedPart.open(folder)
 
 
@@ -98,7 +98,7 @@ def test_a_run_goes_on_from_a_packed_part(run_config: Config, tmp_path: Path) ->
     resumed.run()
     changed = [n for n, t in part.tensors().items() if not torch.equal(resumed.trained[n].bfloat16(), t)]
     assert any("lora_B" in name for name in changed)
-    manifest = pack.pack_run(further, tmp_path / "more")
+    manifest = pack_run(further, tmp_path / "more")
     assert manifest["run"]["global_step"] == config.total_steps
     before = manifest["run"]["started_from"]
     assert before["fingerprint"] == part.fingerprint

@@ -188,12 +188,12 @@ def test_a_tracker_that_is_not_there_is_an_error(run_config: Config) -> None:
 
 
 def test_training_that_diverges_ends_with_advice(run_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.training.loop._MAX_SKIPPED_IN_A_ROW", 2)
     monkeypatch.setattr(
         TrainedPair, "forward", lambda self, row, *kinds: next(self.memory_encoder.adapter.parameters()).sum() / 0
     )
+    stage = {"preset": "align", "steps": 100, "row_tokens": 128}
     with pytest.raises(ConfigError, match="lower the learning rates"):
-        Trainer(run_config(), device="cpu").run()
+        Trainer(run_config(stages=[stage]), device="cpu").run()
 
 
 @pytest.mark.slow
@@ -244,7 +244,7 @@ def test_the_exported_pair_computes_what_was_trained(run_config: Config, tmp_pat
     for name, parameter in trainer.trained.items():
         if "lora_B" in name or "delta" in name:
             torch.nn.init.normal_(parameter.data, std=0.05)
-    trainer._save(None)
+    trainer.save(None)
     row = trainer.packer(1).next_row()
     with torch.no_grad():
         expected = trainer.pair(row)

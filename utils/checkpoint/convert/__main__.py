@@ -7,7 +7,7 @@ import dataclasses
 import sys
 
 from utils.checkpoint.layout import LAYOUTS
-from utils.checkpoint.settings import DTYPE_NAMES
+from utils.checkpoint.settings import DTYPE_NAMES, StateOptions
 from utils.cli import EXIT_OK, make_parser, print_json, run_command
 
 
@@ -49,7 +49,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from utils.checkpoint.convert.conversion import convert
-    from utils.checkpoint.convert.merge import StateOptions
 
     alphas = {"encoder": args.encoder_lora_alpha, "decoder": args.decoder_lora_alpha}
     options = StateOptions(

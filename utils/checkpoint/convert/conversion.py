@@ -19,17 +19,17 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from utils.checkpoint.convert.merge import StateOptions, put_state
+from utils.checkpoint.convert.merge import put_state
 from utils.checkpoint.convert.states import BIN, StateFiles, find_state, read_state
 from utils.checkpoint.layout import LAYOUTS, Layout, newest_child
-from utils.checkpoint.load import without_progress_bars
 from utils.checkpoint.locate import find_checkpoint
 from utils.checkpoint.lora import ADAPTER_WEIGHTS
 from utils.checkpoint.pair import load_pair
 from utils.checkpoint.save import save_checkpoint
-from utils.checkpoint.settings import EncoderSettings
+from utils.checkpoint.settings import EncoderSettings, StateOptions
 from utils.errors import CheckpointError
 from utils.files import refuse_overwriting_inputs
+from utils.pretrained import without_progress_bars
 
 _BIN_PARTS = {
     "pytorch_model.bin": "model.safetensors",
@@ -101,7 +101,7 @@ def convert(
             options = options or StateOptions()
             found = find_state(source, options.format)
             counts = put_state(model, found, (tokenizers.markers.start, tokenizers.markers.end), options)
-            result = dataclasses.replace(result, source=str(found.path), format=found.format, **counts._asdict())
+            result = dataclasses.replace(result, source=str(found.path), format=found.format, **counts)
         with without_progress_bars():
             save_checkpoint(output, model, tokenizers, layout)
     return result
@@ -116,11 +116,10 @@ def _check_output(output: Path, source: str | Path, base: str | Path | None, ove
 
 def _check_is_checkpoint(source: str | Path) -> None:
     """A trainer's state cannot stand alone: say what it needs rather than which folders it lacks."""
-    path = Path(source)
-    folder = newest_child(path) or path if path.is_dir() else path
+    folder = newest_child(Path(source))
     if not folder.exists() or any((folder / layout.decoder).is_dir() for layout in LAYOUTS):
         return
-    found = find_state(path)
+    found = find_state(source)
     raise CheckpointError(
         f"{found.path} is a {found.format} state: tensors without configurations and tokenizers. Pass --base with the "
         "checkpoint that training started from"
@@ -130,9 +129,7 @@ def _check_is_checkpoint(source: str | Path) -> None:
 @contextlib.contextmanager
 def _with_safetensors(root: str | Path, output: Path) -> Iterator[str | Path]:
     """A checkpoint as it is, or a passing copy of it whose parts in `.bin` files have become safetensors."""
-    folder = Path(root)
-    if folder.is_dir():
-        folder = newest_child(folder) or folder
+    folder = newest_child(Path(root))
     old = [
         folder / part / name
         for layout in LAYOUTS

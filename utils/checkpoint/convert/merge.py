@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import find_tied_parameters
 
 from utils.checkpoint.convert.names import ENCODER, pair_names
 from utils.checkpoint.convert.states import StateFiles, read_state
+from utils.checkpoint.settings import StateOptions
 from utils.checkpoint.trained_state import MARKER_DELTA, merge_trained_state
 from utils.errors import CheckpointError
 from utils.model.code_llava_model import CodeLLaVAModel
@@ -25,32 +25,9 @@ _SHOWN = 3
 _LORA_A, _LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StateOptions:
-    """How a trainer's state is put into its base.
-
-    Attributes:
-        format: One of `utils.checkpoint.convert.states.FORMATS`, or "auto".
-        lora_alpha: LoRA alpha of each part ("encoder", "decoder") that has LoRA weights; the state does not say it.
-        frozen_from_base: Leave parameters that the state lacks as they are, where otherwise they are an error.
-    """
-
-    format: str = "auto"
-    lora_alpha: Mapping[str, float] = field(default_factory=dict)
-    frozen_from_base: bool = False
-
-
-class StateCounts(NamedTuple):
-    """Tensors read, layers that a LoRA pair was merged into, and parameters that the state lacks."""
-
-    tensors: int
-    lora_layers: int
-    from_base: int
-
-
 def put_state(
     model: CodeLLaVAModel, found: StateFiles, marker_ids: Sequence[int], options: StateOptions
-) -> StateCounts:
+) -> dict[str, Any]:
     """Read a trainer's state and write it into a pair, in the pair's own dtype; LoRA is merged.
 
     Args:
@@ -58,6 +35,9 @@ def put_state(
         found: Where the state is.
         marker_ids: Rows of the decoder's table that a state of our own trainer adds to.
         options: How to read it.
+
+    Returns:
+        What a `Conversion` counts: tensors read, layers with LoRA, and parameters that the state lacks.
 
     Raises:
         CheckpointError: Tensors are left over, missing or of another shape, or the LoRA scale is not known.
@@ -85,7 +65,7 @@ def put_state(
         _refuse("of the pair are missing", missing, found.path, advice)
     changed = {name: tensor for name, tensor in state.items() if name in places}
     merge_trained_state(model, changed, {f"{layer}.": scale for layer, scale in scales.items()}, marker_ids)
-    return StateCounts(tensors=len(raw), lora_layers=len(scales), from_base=len(missing))
+    return {"tensors": len(raw), "lora_layers": len(scales), "from_base": len(missing)}
 
 
 def _lora_scales(state: Mapping[str, torch.Tensor], alphas: Mapping[str, float], path: Path) -> dict[str, float]:

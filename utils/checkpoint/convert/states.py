@@ -10,7 +10,6 @@ Nothing is unpickled but tensors and the few plain classes that describe where t
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 import warnings
 import zipfile
@@ -28,11 +27,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from utils.checkpoint.convert.safe_metadata import SafeReader
 from utils.checkpoint.layout import newest_child
-from utils.checkpoint.weight_files import weight_files
+from utils.checkpoint.weight_files import read_index, weight_files
 from utils.errors import CheckpointError
-from utils.pretrained import loading, read_settings
-
-logger = logging.getLogger(__name__)
+from utils.pretrained import loading
 
 DEEPSPEED, FSDP, SAFETENSORS, BIN = FORMATS = ("deepspeed", "fsdp", "safetensors", "bin")
 _SUFFIXES = {".safetensors": SAFETENSORS, **dict.fromkeys((".bin", ".pt", ".pth"), BIN)}
@@ -75,8 +72,7 @@ def find_state(path: str | Path, wanted: str = "auto") -> StateFiles:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: give a trainer's checkpoint folder or its weight file")
     found = _states_in(path)
-    if not found and path.is_dir() and (newest := newest_child(path)) is not None:
-        logger.info("using the newest checkpoint of %s: %s", path, newest.name)
+    if not found and (newest := newest_child(path)) != path:
         return find_state(newest, wanted)
     chosen = [state for state in found if wanted in ("auto", state.format)]
     names = " and ".join(state.format for state in found)
@@ -129,14 +125,10 @@ def _read_bin(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix != ".json":
         return _tensors_in(path)
     state: dict[str, torch.Tensor] = {}
-    weight_map = read_settings(path).get("weight_map")
-    if not isinstance(weight_map, dict) or any(Path(str(name)).name != name for name in weight_map.values()):
-        raise CheckpointError(f"{path}: weight_map: expected tensor name → a file beside the index")
-    for name in sorted(set(weight_map.values())):
-        if not (path.parent / name).is_file():
-            raise CheckpointError(f"{path} names {name}, which is not there: the checkpoint is half copied")
-        state |= _tensors_in(path.parent / name)
-    if lacking := set(weight_map) - set(state):
+    places = read_index(path)
+    for file in sorted(set(places.values())):
+        state |= _tensors_in(file)
+    if lacking := places.keys() - state.keys():
         raise CheckpointError(f"{path} promises {min(lacking)}, which is in none of its files")
     return state
 

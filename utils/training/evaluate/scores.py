@@ -1,25 +1,10 @@
-"""Scores of one answer, and intervals around means of many."""
+"""Scores of one answer."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import fmean
 
 import numpy as np
-
-from utils.intervals import bootstrap, wilson
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
-    """A mean with its 95 % interval over `count` examples."""
-
-    mean: float
-    low: float
-    high: float
-    count: int
 
 
 def is_exact(answer: str, wanted: str) -> bool:
@@ -44,15 +29,3 @@ def edit_similarity(answer: str, wanted: str) -> float:
         best = np.minimum(row[1:] + 1, row[:-1] + (b != character))
         row = np.minimum.accumulate(np.concatenate([[number], best]) - steps) + steps
     return 1.0 - int(row[-1]) / max(len(a), len(b))
-
-
-def share(values: Sequence[bool]) -> Interval:
-    """Share of what is true, with Wilson's interval."""
-    low, high = wilson(sum(values), len(values))
-    return Interval(mean=fmean(values), low=low, high=high, count=len(values))
-
-
-def mean(values: Sequence[float], seed: int = 0) -> Interval:
-    """Mean of values, with a bootstrap interval."""
-    low, high = bootstrap(values, seed)
-    return Interval(mean=fmean(values), low=low, high=high, count=len(values))

@@ -1,112 +1,66 @@
-"""What a corpus holds, what of it is refused, and how it is cut into parcels; no model here."""
+"""What a corpus holds, what of it is refused, and how it is cut into shards; no model here."""
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from utils.corpus.plan import MAX_DOCUMENTS, CorpusPlan, FinishedDocument, parcel_documents
-from utils.corpus.source import (
-    Document,
-    FolderSource,
-    JsonlSource,
-    Problem,
-    UnusableTextError,
-    source_from_json,
-)
+from utils.corpus.index import MAX_DOCUMENTS, cut, new_index
+from utils.corpus.source import Document, FolderSource, JsonlSource, Problem, UnusableTextError
 
 
-class Listed:
-    """A source whose scan is a list."""
-
-    ordered_by = "line"
-
-    def __init__(self, documents: Iterator[Document]) -> None:
-        self.documents = documents
-
-    def scan(self) -> Iterator[Document]:
-        return self.documents
-
-    def read(self, document: Document) -> str:
-        raise NotImplementedError
-
-    def to_json(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    @property
-    def place(self) -> str:
-        raise NotImplementedError
+def documents(sizes: Iterable[int]) -> Iterator[Document]:
+    return (Document(id=f"d{i}", sha256=f"h{i}", text_bytes=n, line=i) for i, n in enumerate(sizes))
 
 
-def listed(sizes: list[int]) -> Listed:
-    return Listed(Document(id=f"d{i}", sha256=f"h{i}", text_bytes=n, line=i) for i, n in enumerate(sizes))
-
-
-def cut(path: Path, sizes: list[int], finished: set[int], limit: int) -> list[list[int]]:
-    """The parcels, as numbers of documents, in the order of their first."""
-    with CorpusPlan.create(path) as plan:
-        plan.scan(listed(sizes))
-        plan.add_finished(
-            FinishedDocument(id=f"d{i}", sha256=f"h{i}", shard="s", first_row=0, num_latents=1, num_tokens=1)
-            for i in finished
-        )
-        count, text_bytes = plan.cut(limit)
-        parcels = [[d.line for d in parcel_documents(path, number)] for number in range(count)]
-    loads = [sum(sizes[i] for i in parcel) for parcel in parcels]
-    assert loads == sorted(loads, reverse=True)
-    assert sum(loads) == text_bytes
-    return sorted(parcels)
+def shards(sizes: list[int], stored: set[int], limit: int) -> list[list[int]]:
+    """The missing shards, as numbers of documents."""
+    found = cut(((document, document.line in stored) for document in documents(sizes)), limit)
+    return [[document.line for document in shard] for shard in found]
 
 
 @hypothesis.given(
-    sizes=st.lists(st.integers(0, 12), max_size=40), finished=st.sets(st.integers(0, 39)), limit=st.integers(1, 30)
+    sizes=st.lists(st.integers(1, 12), max_size=40), stored=st.sets(st.integers(0, 39)), limit=st.integers(1, 30)
 )
 @hypothesis.settings(max_examples=50)
-def test_parcels_hold_what_is_new_once_and_begin_where_they_would(
-    sizes: list[int], finished: set[int], limit: int, tmp_path_factory: pytest.TempPathFactory
+def test_shards_hold_what_is_missing_once_and_begin_where_they_would(
+    sizes: list[int], stored: set[int], limit: int
 ) -> None:
-    path = tmp_path_factory.mktemp("plan") / "plan.sqlite"
-    done = {i for i in finished if i < len(sizes)}
-    whole = cut(path, sizes, set(), limit)
-    parcels = cut(path, sizes, done, limit)
-    assert sorted(i for parcel in parcels for i in parcel) == [
-        i for i in range(len(sizes)) if i not in done and sizes[i]
-    ]
-    for parcel in parcels:
-        assert parcel == sorted(parcel)
-        assert sum(sizes[i] for i in parcel) <= limit or len(parcel) == 1
-    # A parcel of which nothing is finished is the same one: its documents are batched together again.
-    for parcel in whole:
-        if not done & set(parcel) and not done & set(range(parcel[0], parcel[-1])):
-            assert parcel in parcels or any(sizes[i] == 0 for i in done)
+    missing = shards(sizes, stored, limit)
+    assert sorted(i for shard in missing for i in shard) == [i for i in range(len(sizes)) if i not in stored]
+    for shard in missing:
+        assert shard == sorted(shard)
+        assert sum(sizes[i] for i in shard) <= limit or len(shard) == 1
+    # A shard of which nothing is stored is the same one: its documents are batched together again.
+    assert all(shard in missing for shard in shards(sizes, set(), limit) if not stored & set(shard))
 
 
-def test_a_parcel_has_room_for_so_many_documents(tmp_path: Path) -> None:
-    parcels = cut(tmp_path / "plan", [1] * (MAX_DOCUMENTS + 3), set(), 1 << 20)
-    assert [len(parcel) for parcel in parcels] == [MAX_DOCUMENTS, 3]
+def test_a_shard_has_room_for_so_many_documents() -> None:
+    assert [len(shard) for shard in shards([1] * (MAX_DOCUMENTS + 3), set(), 1 << 20)] == [MAX_DOCUMENTS, 3]
 
 
 def test_memory_is_flat(tmp_path: Path) -> None:
     def peak(count: int) -> int:
+        path = tmp_path / f"{count}.jsonl"
+        path.write_text('{"text": "x"}\n' * count)
         tracemalloc.start()
-        with CorpusPlan.create(tmp_path / "plan") as plan:
-            plan.scan(listed([100] * count))
-            plan.cut(10_000)
-            assert sum(1 for _ in plan.encoded()) == count
+        with new_index(JsonlSource(str(path), id_field=None)) as index:
+            index.scan()
+            assert sum(len(shard) for shard in index.missing_shards(100)) == count
+            index.write(tmp_path / "index.sqlite", 4)
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return most
 
-    # The sizes list of this test itself is 8 bytes a document.
-    assert peak(20_000) < peak(2_000) + 18_000 * 8 + 200_000
+    # A list of so many documents would take 1.5 MB.
+    assert peak(4_000) < peak(400) + 200_000
 
 
 def test_a_folder(tmp_path: Path) -> None:
@@ -119,7 +73,7 @@ def test_a_folder(tmp_path: Path) -> None:
     source = FolderSource(str(tmp_path), include=("*.py",), exclude=("linked*",))
     found = {x.id: x for x in source.scan() if isinstance(x, Document)}
     assert sorted(found) == ["a/z.py", "b.py", "e.py"]
-    again = source_from_json(json.loads(json.dumps(source.to_json())))
+    again = pickle.loads(pickle.dumps(source))
     assert {name: again.read(document) for name, document in found.items()} == {n: files[n] for n in found}
     assert {x.id for x in FolderSource(str(tmp_path)).scan() if isinstance(x, Document)} == {
         "a/n.txt", "a/z.py", "b.py", "e.py", "linked.py",
@@ -167,22 +121,23 @@ def test_lines_and_what_they_cannot_give(tmp_path: Path) -> None:
     ]
     path.write_bytes(b"\n".join(lines))
     source = JsonlSource(str(path))
-    with CorpusPlan.create(tmp_path / "plan") as plan:
-        plan.scan(source)
-        assert [(d.id, source.read(d)) for d, _ in plan.encoded()] == [("a", "one\r\n"), ("7", "two")]
-        assert plan.num_duplicates == 1
-        problems = [str(problem) for problem in plan.problems()]
+    with new_index(source) as index:
+        index.scan()
+        (shard,) = index.missing_shards(100)
+        assert [(document.id, source.read(document)) for document in shard] == [("a", "one\r\n"), ("7", "two")]
+        assert index.num_duplicates == 1
+        problems = [str(problem) for problem in index.problems()]
     assert problems == [
-        "line 4: not JSON: Expecting value (column 21)",
+        "line 4: not JSON: Expecting value: line 1 column 21 (char 20)",
         "line 5: expected a JSON object, got list",
         "line 6: no key 'text', it has 'id': name it with --text-field",
         "line 7: 'text' must be a text, got int",
         "line 8: no key 'id', it has 'text': name it with --id-field or --line-ids",
         "line 9: 'id' must be a text or whole number, got bool",
-        "line 10: the text holds half a character (a lone surrogate)",
+        "line 10: its text or id holds half a character (a lone surrogate)",
         "line 11: not UTF-8 (byte 21)",
         "line 12: its id 'a' is line 1's already",
-        "line 13: not JSON: nested too deeply",
+        "line 13: not JSON that can be read: nested too deeply",
     ]
     numbered = [x for x in JsonlSource(str(path), id_field=None).scan() if isinstance(x, Document)]
     assert [x.id for x in numbered] == ["1", "3", "8", "9", "12"]

@@ -1,4 +1,8 @@
-"""The conversation task: several questions about one memory."""
+"""Ask for several things, one after another, about stretches of one to three files with a few notes in them.
+
+The memory is encoded and read once for all its questions: a step of training holds several times the answers that the
+single-question tasks give it.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +10,35 @@ from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
 
-from utils.training.data.examples import Example, Material
-from utils.training.data.excerpts import draw_file, excerpt_around, excerpt_range
-from utils.training.data.lookups import QUESTIONS, Fact, can_be_asked, facts_of, names_defined
+from utils.training.data.examples import Example, TaskSources
+from utils.training.data.excerpts import excerpt_around, excerpt_range
+from utils.training.data.lookups import QUESTIONS, Fact, can_be_asked, find_facts, names_defined
 from utils.training.data.notes import draw_note, draw_note_names, indent_at
 from utils.training.data.sources import SourceFile
 
 
-def conversation(material: Material) -> Example | None:
-    """Ask for several things, one after another, about stretches of one to three files with a few notes in them.
-
-    The memory is encoded and read once for all its questions: a step of training holds several times the answers that
-    the single-question tasks give it.
-    """
-    random = material.random
+def draw(sources: TaskSources) -> Example | None:
+    """One example."""
+    random = sources.random
     num_files = random.choices((1, 2, 3), weights=(5, 3, 2))[0]
-    files = [draw_file(random, material.files) for _ in range(num_files)]
+    files = [sources.draw_file()[0] for _ in range(num_files)]
     if len({file.path for file in files}) < num_files:
         return None
-    budget = material.size.draw_chars(random) // num_files
+    budget = sources.draw_chars() // num_files
     parts = [draw_part(random, file, budget) for file in files]
     lines = Counter(line.strip() for part in parts for line in part.lines)
     # A line that another file has too has two next lines.
-    said = [(part, fact) for part in parts for fact in part.facts if lines[fact.subject[0]] <= 1]
-    once = Counter((fact.kind, fact.subject) for _, fact in said)
+    said = [(part, fact) for part in parts for fact in part.facts if lines[fact.about[0]] <= 1]
+    once = Counter((fact.kind, fact.about) for _, fact in said)
     by_kind: dict[str, list[tuple[Part, Fact]]] = {}
     for part, fact in said:
-        if once[fact.kind, fact.subject] == 1:
+        if once[fact.kind, fact.about] == 1:
             by_kind.setdefault(fact.kind, []).append((part, fact))
     asked: list[tuple[str, str]] = []
     for kind in random.sample(sorted(by_kind), min(len(by_kind), 4)):
         part, fact = random.choice(by_kind[kind])
         part.keep_together(fact)
-        asked.append((random.choice(QUESTIONS[kind]).format(*fact.subject), fact.answer))
+        asked.append((random.choice(QUESTIONS[kind]).format(*fact.about), fact.answer))
     if num_files > 1:
         names = Counter(name for part in parts for name in part.names)
         homes = [(name, part.file.path) for part in parts for name in part.names if names[name] == 1]
@@ -56,7 +56,6 @@ def conversation(material: Material) -> Example | None:
     if num_files > 1:
         texts = [f"# file: {part.file.path}\n{text}" for part, text in zip(parts, texts, strict=True)]
     return Example(
-        task="conversation",
         memory="\n".join(texts),
         question=question,
         answer=answer,
@@ -100,8 +99,7 @@ class Part:
 
 def draw_part(random: Random, file: SourceFile, num_chars: int) -> Part:
     """A stretch of a file about something that can be asked, where there is such."""
-    lines = file.text.splitlines(keepends=True)
-    facts = facts_of(file.text)
+    lines, facts = file.lines, find_facts(file.text)
     answered = [fact for fact in facts if fact.answer]
     around = random.choice(answered) if answered else None
     if around is not None and sum(map(len, lines[around.first : around.last + 1])) <= num_chars:

@@ -1,4 +1,4 @@
-"""The token caches of a run: examples made where they are missing, tokenised where the cache is not current."""
+"""A folder of examples and their token caches: made where they are missing, tokenised where that is not current."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ from utils.locks import remove_leftovers, sole_writer
 from utils.model.code_llava_model import CodeLLaVAModel
 from utils.model.processor import Processor
 from utils.training.config import DataConfig, TrainConfig
-from utils.training.data.build import REPORT_FILE, build_examples
+from utils.training.data.build import REPORT_FILE, build_examples, recipe_of
 from utils.training.data.cache import TokenCache
 from utils.training.data.chat import replayed_answers
-from utils.training.data.excerpts import SizeRange
 
 logger = logging.getLogger(__name__)
-
-_RECIPE_KEYS = ("source", "seed", "max_files", "package_weights", "question_first")
 
 
 def open_caches(
@@ -53,51 +50,32 @@ def open_caches(
 
 
 def tokenize_folder(folder: Path, processor: Processor, *, wait: bool = False) -> dict[str, TokenCache]:
-    """Open the cache beside each JSONL file of a folder, made anew where it is not current.
-
-    Args:
-        folder: Where the files are.
-        processor: Tokenizers.
-        wait: Wait for another process that makes data in the folder; by default that is an error.
-    """
+    """Open the cache beside each JSONL file of a folder, made anew where it is not current; `wait` as above."""
     paths = sorted(folder.glob("*.jsonl"))
     for path in paths:
         if not path.is_file():  # a pipe would be waited for
             raise DatasetError(f"{path} is no file: remove it, or give it another name")
-    if all(_is_current(path, processor) for path in paths):
-        return {path.stem: TokenCache.open(_cache_of(path)) for path in paths}
-    with sole_writer(folder, wait=wait) as held:
-        if held:
-            remove_leftovers(folder, "*.tokens")
-        for path in paths:
-            # Another process may have made some while this one waited.
-            if not _is_current(path, processor):
-                TokenCache.build(_cache_of(path), path, read_jsonl(path), processor)
-    return {path.stem: TokenCache.open(_cache_of(path)) for path in paths}
-
-
-def _cache_of(path: Path) -> Path:
-    return path.with_suffix(".tokens")
-
-
-def _is_current(path: Path, processor: Processor) -> bool:
-    return TokenCache.is_current(_cache_of(path), path, processor)
+    caches = {path: path.with_suffix(".tokens") for path in paths}
+    if not all(TokenCache.is_current(cache, path, processor) for path, cache in caches.items()):
+        with sole_writer(folder, wait=wait) as held:
+            if held:
+                remove_leftovers(folder, "*.tokens")
+            for path, cache in caches.items():
+                # Another process may have made some while this one waited.
+                if not TokenCache.is_current(cache, path, processor):
+                    TokenCache.build(cache, path, read_jsonl(path), processor)
+    return {path.stem: TokenCache.open(cache) for path, cache in caches.items()}
 
 
 def _build_missing(folder: Path, data: DataConfig, model: CodeLLaVAModel, processor: Processor, wait: bool) -> None:
-    drawn = {key: getattr(data, key) for key in _RECIPE_KEYS}
-    recipe = drawn | {"tasks": data.tasks, "memory_tokens": list(data.memory_tokens)}
+    recipe = recipe_of(data) | {"tasks": data.tasks}
     if _is_built(folder, recipe):
         return
     with sole_writer(folder, wait=wait):
         # Another process may have built them while this one waited.
-        if _is_built(folder, recipe):
-            return
-        logger.info("building the training examples in %s (once)", folder)
-        shortest, longest = data.memory_tokens
-        size = SizeRange(shortest=shortest, longest=longest, chars_per_token=data.chars_per_token)
-        answers = replayed_answers(data.tasks, data.seed, model, processor)
-        build_examples(folder, data.tasks, size=size, answers=answers, **drawn)
+        if not _is_built(folder, recipe):
+            logger.info("building the training examples in %s (once)", folder)
+            build_examples(data, replayed_answers(data, model, processor))
 
 
 def _is_built(folder: Path, recipe: Mapping[str, Any]) -> bool:

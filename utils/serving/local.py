@@ -1,7 +1,9 @@
-"""The local decoder in the place of a server: an httpx transport, so that `Upstream` talks to it as to any backend.
+"""The checkpoint's decoder in the place of a server: prompts and latents as they are, one request at a time.
 
-It answers `/v1/models`, `/v1/chat/completions` and `/v1/completions`, streamed or whole, one request at a time and in
-the order they came. The fields it honours are in `utils/serving/local_request.py`; any other is refused.
+    backend = LocalBackend.load(files)
+    answer = await backend.ask(request)           # in the API's shape, streamed or whole
+
+The fields that it honours are in `utils/serving/local_request.py`; any other is refused.
 """
 
 from __future__ import annotations
@@ -16,90 +18,98 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import orjson
+import torch
 
+from utils.checkpoint.layout import CheckpointFiles
+from utils.checkpoint.load import load_decoder, load_tokenizers
+from utils.checkpoint.settings import AUTOMATIC, EncoderSettings
 from utils.client.completion import Completion
 from utils.errors import CodeLlavaError, PromptError
+from utils.inference.generation import Generator
+from utils.model.splice import splice_latents
 from utils.serving.api_error import ApiError, error_body
-from utils.serving.json_body import read_object
-from utils.serving.local_decoder import LocalDecoder
+from utils.serving.backend import EVENT_STREAM, Answer
+from utils.serving.compress_request import CHAT, CompressedRequest
 from utils.serving.local_request import LocalRequest
-from utils.serving.off_loop import OffLoop
 
 logger = logging.getLogger(__name__)
 
-# Never looked up: requests to it end in the transport.
-LOCAL_URL = "http://local"
 
-
-class LocalBackend(httpx.AsyncBaseTransport):
-    """One decoder and its line of requests.
+class LocalBackend:
+    """One decoder and its line of requests; see `Backend`.
 
     Args:
-        decoder: Answers.
+        generator: Answers; its tokenizer is used by no one else.
+        name: What requests call the model.
         max_waiting: Requests that may wait; more are told to come back.
     """
 
-    def __init__(self, decoder: LocalDecoder, max_waiting: int = 256) -> None:
-        self._decoder = decoder
+    is_local = True
+
+    def __init__(self, generator: Generator, name: str, max_waiting: int = 256) -> None:
+        self._generator = generator
+        self._name = name
         self._max_waiting = max_waiting
         self._running: set[_Run] = set()
         # Its one thread is the line, and keeps the tokenizer to itself.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
-        self._reader = OffLoop("reader")
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Answer one request; errors have the API's shape."""
-        try:
-            if request.url.path.endswith("/models"):
-                return _json(self._models())
-            content = await request.aread()
-            wanted = await self._reader.run_if_long(len(content), lambda: self._read(request.url.path, content))
-            return await self._answer(wanted)
-        except ApiError as error:
-            return _json(error.body(), error.status, error.headers)
-        except PromptError as error:
-            return _json(error_body(str(error), 400), 400)
-        except CodeLlavaError as error:
-            return _json(error_body(str(error), 500), 500)
+    @classmethod
+    def load(
+        cls, files: CheckpointFiles, settings: EncoderSettings = AUTOMATIC, max_waiting: int = 256
+    ) -> LocalBackend:
+        """Load a checkpoint's decoder.
 
-    async def aclose(self) -> None:
-        """End what runs at its next token, and the thread."""
-        for run in self._running:
-            run.cancelled.set()
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        self._reader.close()
+        Raises:
+            CheckpointError: The decoder cannot be read.
+        """
+        generator = Generator(load_decoder(files, settings).eval(), load_tokenizers(files).decoder)
+        return cls(generator, files.root.name, max_waiting)
 
-    def _read(self, path: str, content: bytes) -> LocalRequest:
-        return LocalRequest.read(path, read_object(content), self._decoder.name)
+    async def models(self) -> Answer:
+        """The one model."""
+        entry = {
+            "id": self._name,
+            "object": "model",
+            "owned_by": "local",
+            "max_model_len": self._generator.max_rows,
+        }
+        return Answer(content=orjson.dumps({"object": "list", "data": [entry]}))
 
-    async def _answer(self, wanted: LocalRequest) -> httpx.Response:
+    async def ask(self, request: CompressedRequest) -> Answer:
+        """Wait in line, then answer.
+
+        Raises:
+            PromptError: The prompt has no room for an answer, or ids that the decoder does not have.
+            ApiError: 400 or 404, fields that are not honoured; 429, too many requests wait; 500, the decoder failed.
+        """
+        wanted = LocalRequest.read(request.body, request.path == CHAT, self._name)
         if len(self._running) > self._max_waiting:
             raise ApiError(429, f"{len(self._running)} requests wait: try again later", headers={"Retry-After": "1"})
-        run = _Run(wanted)
+        run = _Run(request, wanted)
         self._running.add(run)
-        self._thread.submit(run.work, self._decoder).add_done_callback(
+        self._thread.submit(run.work, self._generator).add_done_callback(
             lambda _: run.call_soon(self._running.discard, run)
         )
         try:
-            prompt_tokens = await run.next_event()
-            shape = _Shape(wanted, self._decoder.name, prompt_tokens)
+            shape = _Shape(wanted, self._name, prompt_tokens=await run.next_event())
             if wanted.stream:
-                return httpx.Response(200, headers={"Content-Type": "text/event-stream"}, stream=_Events(run, shape))
+                return Answer(content=_events(run, shape), media_type=EVENT_STREAM)
             texts = []
             while isinstance(event := await run.next_event(), str):
                 texts.append(event)
-            return _json(shape.whole("".join(texts), event))
+            return Answer(content=orjson.dumps(shape.whole("".join(texts), event)))
         except BaseException:
             # The client has gone, or the prompt was refused.
             run.cancelled.set()
             raise
 
-    def _models(self) -> dict[str, Any]:
-        decoder = self._decoder
-        entry = {"id": decoder.name, "object": "model", "owned_by": "local", "max_model_len": decoder.max_model_len}
-        return {"object": "list", "data": [entry]}
+    async def close(self) -> None:
+        """End what runs at its next token, and the thread."""
+        for run in self._running:
+            run.cancelled.set()
+        self._thread.shutdown(wait=True, cancel_futures=True)
 
 
 class _Run:
@@ -108,30 +118,38 @@ class _Run:
     The events are the number of prompt rows, pieces of text, and the `Completion`; an exception in place of any.
     """
 
-    def __init__(self, wanted: LocalRequest) -> None:
+    def __init__(self, request: CompressedRequest, wanted: LocalRequest) -> None:
         self.cancelled = threading.Event()
-        self._wanted = wanted
+        (self._prompt,) = request.prompts
+        self._latents = [span.latents_ND for span in request.spans]
+        self._sampling = wanted.sampling
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Any] = asyncio.Queue()
 
-    def work(self, decoder: LocalDecoder) -> None:
+    def work(self, generator: Generator) -> None:
         """What the thread does."""
         if self.cancelled.is_set():
             return
         try:
-            rows_TD = self._wanted.rows(decoder)
+            with torch.inference_mode():
+                rows_TD = generator.embed(self._prompt.input_ids)
+                places = [(span.start, span.stop) for span in self._prompt.spans]
+                rows_TD = splice_latents(rows_TD, self._latents, places)
             # Before a stream has begun, while a refusal still has a status.
-            decoder.check_room(len(rows_TD), self._wanted.sampling)
+            generator.check_room(len(rows_TD), self._sampling)
             self._tell(len(rows_TD))
-            self._tell(decoder.answer(rows_TD, self._wanted.sampling, self._tell, self.cancelled))
+            (answer,) = generator.complete([rows_TD], self._sampling, on_text=self._tell, cancelled=self.cancelled)
+            self._tell(answer)
         except Exception as error:  # whatever it is, it belongs to this request and not to the thread
             self._tell(error)
 
     async def next_event(self) -> Any:
-        """The next event; exceptions of the thread are raised here."""
+        """The next event; exceptions of the thread are raised here, in the API's words."""
         event = await self._events.get()
-        if isinstance(event, ApiError | CodeLlavaError):
+        if isinstance(event, PromptError):
             raise event
+        if isinstance(event, CodeLlavaError):
+            raise ApiError(500, str(event))
         if isinstance(event, Exception):
             logger.error("the local decoder failed", exc_info=event)
             raise ApiError(500, f"the local decoder failed ({type(event).__name__}); the log says why")
@@ -146,29 +164,23 @@ class _Run:
         self.call_soon(self._events.put_nowait, event)
 
 
-class _Events(httpx.AsyncByteStream):
-    """A streamed answer as server-sent events; closing it early cancels the run."""
+async def _events(run: _Run, shape: _Shape) -> AsyncIterator[bytes]:
+    """A streamed answer as server-sent events; leaving early cancels the run."""
+    try:
+        yield _event(shape.piece("", first=True))
+        while isinstance(event := await run.next_event(), str):
+            yield _event(shape.piece(event))
+        for piece in shape.ending(event):
+            yield _event(piece)
+        yield b"data: [DONE]\n\n"
+    except (ApiError, PromptError) as error:
+        yield _event(error_body(str(error), getattr(error, "status", 400)))
+    finally:
+        run.cancelled.set()
 
-    def __init__(self, run: _Run, shape: _Shape) -> None:
-        self._run = run
-        self._shape = shape
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        try:
-            yield _event(self._shape.piece("", first=True))
-            while isinstance(event := await self._run.next_event(), str):
-                yield _event(self._shape.piece(event))
-            for piece in self._shape.ending(event):
-                yield _event(piece)
-            yield b"data: [DONE]\n\n"
-        except (ApiError, CodeLlavaError) as error:
-            yield _event(error_body(str(error), getattr(error, "status", 500)))
-        finally:
-            self._run.cancelled.set()
-
-    async def aclose(self) -> None:
-        """Cancel the run."""
-        self._run.cancelled.set()
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(value) + b"\n\n"
 
 
 class _Shape:
@@ -210,12 +222,3 @@ class _Shape:
         new = answer.completion_tokens or 0
         total = self._prompt_tokens + new
         return {"prompt_tokens": self._prompt_tokens, "completion_tokens": new, "total_tokens": total}
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(value) + b"\n\n"
-
-
-def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> httpx.Response:
-    content = {"Content-Type": "application/json", **(headers or {})}
-    return httpx.Response(status, headers=content, content=orjson.dumps(value))

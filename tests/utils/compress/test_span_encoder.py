@@ -50,6 +50,24 @@ def test_equal_spans_are_encoded_once(checkpoints: dict[str, Path]) -> None:
     assert len(encode.call_args.args[0]) == len(model.memory_encoder.units(spans[0]))
 
 
+def test_the_latents_of_a_long_span_are_held_once(checkpoints: dict[str, Path]) -> None:
+    model, _, processor = load_model(checkpoints["lclm"], "cpu", dtype="float32")
+    made: list[torch.Tensor] = []
+    encode_units = model.memory_encoder.encode_units
+
+    def noting(units: Sequence[MemoryUnit], **settings: Any) -> torch.Tensor:
+        made.append(encode_units(units, **settings))
+        return made[-1]
+
+    text = " ".join(f"x{number} = {number}" for number in range(50))
+    (span,) = processor.parse_raw(f"<|memory_start|>{text}<|memory_end|>").spans
+    assert len(model.memory_encoder.units(span)) > 1
+    with mock.patch.object(model.memory_encoder, "encode_units", noting):
+        (latents,) = SpanEncoder(model.memory_encoder)([span])
+    assert latents.data_ptr() == made[0].data_ptr()
+    assert latents.nbytes == made[0].untyped_storage().nbytes()
+
+
 def cached(encoder: SpanEncoder, spans: Sequence[MemorySpan], *salts: bytes) -> list[int]:
     return [count for _, count in encoder.encode(spans, salts)]
 

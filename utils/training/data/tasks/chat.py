@@ -9,7 +9,6 @@ CHAT = "chat"
 
 
 def draw(sources: TaskSources) -> Example | None:
-    """One example."""
     random = sources.random
     if not sources.answers:
         raise ConfigError("task chat repeats what a decoder says: it is built for a decoder, not for evaluation")

@@ -7,7 +7,6 @@ from utils.training.data.excerpts import excerpt_range
 
 
 def draw(sources: TaskSources) -> Example | None:
-    """One example."""
     random = sources.random
     num_chars = sources.draw_chars()
     file, lines = sources.draw_file()

@@ -18,7 +18,6 @@ from utils.training.data.sources import SourceFile
 
 
 def draw(sources: TaskSources) -> Example | None:
-    """One example."""
     random = sources.random
     num_files = random.choices((1, 2, 3), weights=(5, 3, 2))[0]
     files = [sources.draw_file()[0] for _ in range(num_files)]

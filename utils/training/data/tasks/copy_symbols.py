@@ -8,7 +8,6 @@ from utils.training.data.examples import Example, TaskSources
 
 
 def draw(sources: TaskSources) -> Example | None:
-    """One example."""
     num_chars = sources.draw_chars()
     text = "".join(sources.random.choices(string.ascii_lowercase[:16], k=num_chars))
     return Example(memory=text, question="r", answer=text)

@@ -7,7 +7,6 @@ from utils.training.data.notes import NOUNS
 
 
 def draw(sources: TaskSources) -> Example | None:
-    """One example."""
     random = sources.random
     num_words = max(4, sources.draw_chars() // 8)
     vocabulary = random.sample(NOUNS, min(len(NOUNS), random.randint(3, 8)))

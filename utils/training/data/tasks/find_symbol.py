@@ -8,7 +8,6 @@ from utils.training.data.examples import Example, TaskSources
 
 
 def draw(sources: TaskSources) -> Example | None:
-    """One example."""
     random = sources.random
     num_pairs = max(1, min(16, sources.draw_chars() // 2))
     letters = random.sample(string.ascii_lowercase[:16], num_pairs)

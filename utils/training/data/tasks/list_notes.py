@@ -9,7 +9,6 @@ _QUESTIONS = ("List all notes and their numbers, in order.", "Which numbers do t
 
 
 def draw(sources: TaskSources) -> Example | None:
-    """One example."""
     random = sources.random
     file, code = sources.draw_code()
     lines = code.splitlines()

@@ -8,7 +8,6 @@ from utils.training.data.lookups import QUESTIONS, can_be_asked, find_facts
 
 
 def draw(sources: TaskSources) -> Example | None:
-    """One example."""
     random = sources.random
     file, lines = sources.draw_file()
     facts = find_facts(file.text)

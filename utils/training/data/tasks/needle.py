@@ -7,7 +7,6 @@ from utils.training.data.notes import draw_note, draw_note_names, indent_at
 
 
 def draw(sources: TaskSources) -> Example | None:
-    """One example."""
     random = sources.random
     file, code = sources.draw_code()
     lines = code.splitlines()

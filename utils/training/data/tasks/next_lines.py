@@ -7,7 +7,6 @@ from utils.training.data.lookups import is_askable
 
 
 def draw(sources: TaskSources) -> Example | None:
-    """One example."""
     random = sources.random
     file, code = sources.draw_code()
     lines = code.strip("\n").splitlines()

@@ -8,7 +8,6 @@ _QUESTIONS = ("Repeat the code, character for character.", "Write out the code a
 
 
 def draw(sources: TaskSources) -> Example | None:
-    """One example."""
     file, code = sources.draw_code()
     code = code.strip("\n")
     if len(code) < 16:

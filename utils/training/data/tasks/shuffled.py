@@ -11,7 +11,6 @@ _QUESTIONS = ("Repeat the words, line by line.", "Repeat it.")
 
 
 def draw(sources: TaskSources) -> Example | None:
-    """One example."""
     file, code = sources.draw_code()
     words = code.split()
     if len(words) < 8:

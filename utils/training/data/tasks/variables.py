@@ -9,7 +9,6 @@ from utils.training.data.examples import Example, TaskSources
 
 
 def draw(sources: TaskSources) -> Example | None:
-    """One example."""
     random = sources.random
     file, code = sources.draw_code()
     lines = code.splitlines()

@@ -9,7 +9,6 @@ from utils.training.data.sources import SourceFile
 
 
 def draw(sources: TaskSources) -> Example | None:
-    """One example."""
     random = sources.random
     num_files = random.randint(2, 4)
     budget = sources.draw_chars() // num_files

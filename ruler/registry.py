@@ -149,3 +149,21 @@ def resolve_tasks(names: str) -> tuple[str, ...]:
     if not found:
         raise ConfigError(f"no task in {names!r}: expected names separated by commas, or {', '.join(TASK_GROUPS)}")
     return tuple(found)
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Lengths such as `4096,32k,1M` (k = 1024, M = 1024²) in tokens.
+
+    Raises:
+        ConfigError: One is not a length.
+    """
+    factors = {"k": 1024, "m": 1024**2}
+    lengths = []
+    for part in filter(None, (item.strip().lower() for item in text.split(","))):
+        number, factor = (part[:-1], factors[part[-1]]) if part[-1] in factors else (part, 1)
+        if not number.isdecimal() or int(number) < 1:
+            raise ConfigError(f"{part!r} is not a length: expected tokens such as 4096, 32k or 1M")
+        lengths.append(int(number) * factor)
+    if not lengths:
+        raise ConfigError("no length given: expected tokens such as 4096,32k")
+    return list(dict.fromkeys(lengths))

@@ -18,8 +18,8 @@ from typing import Any
 from ruler.answering.predict import PredictJob, TaskOutcome, add_backend_arguments, backend_settings, exit_code, predict
 from ruler.answering.protocol import BackendSettings
 from ruler.generation.generate import MODES, Recipe
-from ruler.generation.prepare import DatasetJob, parse_lengths, prepare_datasets
-from ruler.registry import resolve_tasks
+from ruler.generation.prepare import DatasetJob, prepare_datasets
+from ruler.registry import parse_lengths, resolve_tasks
 from ruler.scoring.report import write_report
 from utils.cli import print_json
 from utils.client.completion import RetryPolicy

@@ -16,9 +16,8 @@ from typing import Any
 from ruler.answering.predictions import DataRow, PredictionFile
 from ruler.answering.protocol import BACKENDS, DEFAULT_SERVER_URL, Backend, BackendSettings
 from ruler.answering.runner import FailedRow, ask
-from ruler.generation.prepare import parse_lengths
 from ruler.layout import MANIFEST, check_same, claim_run_folder, dataset_tasks, length_folders, read_dataset
-from ruler.registry import get_task, resolve_tasks
+from ruler.registry import get_task, parse_lengths, resolve_tasks
 from utils.cli import EXIT_FAILED_ROWS, EXIT_OK, print_json
 from utils.client.completion import RetryPolicy, Sampling
 from utils.errors import ConfigError

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 from ruler.generation.generate import Recipe, add_recipe_arguments, describe, generate_rows, recipe_from
 from ruler.layout import read_dataset, read_manifest, rows_path, write_dataset
-from ruler.registry import REFERENCE_COMMIT, resolve_tasks
+from ruler.registry import REFERENCE_COMMIT, parse_lengths, resolve_tasks
 from utils.cli import print_json
-from utils.errors import CodeLlavaError, ConfigError, DatasetError
+from utils.errors import CodeLlavaError, DatasetError
 from utils.files import provenance, read_json, read_jsonl, write_json, write_jsonl
 
 logger = logging.getLogger(__name__)
@@ -225,24 +225,6 @@ def _finish(job: DatasetJob, complete: bool) -> Prepared:
 
 
 # ---- the command ----
-
-
-def parse_lengths(text: str) -> list[int]:
-    """Lengths such as `4096,32k,1M` (k = 1024, M = 1024²) in tokens.
-
-    Raises:
-        ConfigError: One is not a length.
-    """
-    factors = {"k": 1024, "m": 1024**2}
-    lengths = []
-    for part in filter(None, (item.strip().lower() for item in text.split(","))):
-        number, factor = (part[:-1], factors[part[-1]]) if part[-1] in factors else (part, 1)
-        if not number.isdecimal() or int(number) < 1:
-            raise ConfigError(f"{part!r} is not a length: expected tokens such as 4096, 32k or 1M")
-        lengths.append(int(number) * factor)
-    if not lengths:
-        raise ConfigError("no length given: expected tokens such as 4096,32k")
-    return list(dict.fromkeys(lengths))
 
 
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:

@@ -37,6 +37,7 @@ def test_squad_questions_have_one_true_answer() -> None:
         assert sum(town in text for text in source.documents) == len(paragraphs)
 
 
+@pytest.mark.slow
 def test_hotpot_answers_are_in_the_given_documents() -> None:
     source = RulerData().questions("hotpotqa")
     for question in source.questions:

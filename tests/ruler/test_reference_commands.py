@@ -58,10 +58,15 @@ def test_evaluate_writes_the_references_files(tmp_path):
         assert (folder / name).read_bytes() == (SCORED / name).read_bytes()
 
 
-def test_what_cannot_be_asked_is_said(tmp_path, capsys):
-    flags = ["--data_dir", str(tmp_path), "--save_dir", str(tmp_path), "--task", "vt"]
-    assert call_api.main([*flags, "--chunk_idx", "2", "--chunk_amount", "2"]) == 1
-    assert "chunk_idx < chunk_amount" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        call_api.main([*flags, "--server_type", "gemini"])
-    assert "gemini" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--server_type", "gemini"], "OpenAI-compatible"),
+        (["--ssh_server", "host"], "--ssh_server is not supported"),
+        (["--chunk_idx", "2", "--chunk_amount", "2"], "chunk_idx < chunk_amount"),
+    ],
+)
+def test_what_is_not_supported_is_said(tmp_path, capsys, flags, words):
+    common = ["--data_dir", str(tmp_path), "--save_dir", str(tmp_path), "--task", "vt"]
+    assert call_api.main([*common, *flags]) == 1
+    assert words in capsys.readouterr().err

@@ -13,8 +13,7 @@ import time
 from typing import Any
 
 from ruler.generation.generate import Recipe, generate_rows
-from ruler.generation.prepare import parse_lengths
-from ruler.registry import resolve_tasks
+from ruler.registry import parse_lengths, resolve_tasks
 from utils.benchmark.measure import markdown_table
 from utils.checkpoint.locate import find_checkpoint
 from utils.errors import ConfigError

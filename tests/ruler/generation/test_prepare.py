@@ -9,11 +9,11 @@ import pytest
 
 from ruler.__main__ import main
 from ruler.generation.generate import generate_rows
-from ruler.generation.prepare import DatasetJob, parse_lengths, prepare_datasets
+from ruler.generation.prepare import DatasetJob, prepare_datasets
 from ruler.layout import read_dataset
 from ruler.RULER.scripts.data.prepare import main as reference_main
 from tests.support.ruler_recipes import recipe, reference_folder
-from utils.errors import ConfigError, DatasetError
+from utils.errors import DatasetError
 
 
 def job(folder: Path, task: str = "niah_single_1", length: int = 700, **values: object) -> DatasetJob:
@@ -154,9 +154,3 @@ def test_reference_flags_and_chunks(tmp_path: Path) -> None:
     assert [len(rows) for rows in chunks] == [3, 2]
     questions = [row["input"].rpartition("Question: ")[2] for row in everything]
     assert [row["input"].rpartition("Question: ")[2] for rows in chunks for row in rows] == questions
-
-
-def test_lengths() -> None:
-    assert parse_lengths("4096, 32k,1M,4k") == [4096, 32768, 1048576]
-    with pytest.raises(ConfigError, match="no length given"):
-        parse_lengths(" ,")

@@ -73,6 +73,7 @@ def test_sentences_of_the_first_words(parts: list[str], data: st.DataObject) -> 
         assert essay.sentence_pieces(count) == [" " + text for text in english_splitter().tokenize(prefix.strip())]
 
 
+@pytest.mark.slow
 def test_sentences_of_a_repeated_essay() -> None:
     """Over several blocks and copies of the text."""
     words = essay_words()[:10_000]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from utils.compress.latent_cache import LatentCache, window_key
 from utils.compress.span_encoder import EncodingStopped, SpanEncoder
 from utils.inference.inference import load_model
+from utils.model.code_llava_model import MemoryUnit
 from utils.model.prompt import MemorySpan
 
 PROMPT = "Say <|memory_start|>def f(): return 1<|memory_end|> and <|memory_start|>class A: pass<|memory_end|>"

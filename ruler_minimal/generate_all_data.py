@@ -26,7 +26,7 @@ CONFIGURATIONS: dict[str, Task] = {
     "common_words_top_10": CommonWordsTask(top_k=10, freq_common=12, freq_rare=3, vocab_size=60),
 }
 EXAMPLES = """\
-  uv run python ruler_minimal/generate_all_data.py --num-samples 200 --output-root data/minimal
+  uv run python ruler_minimal/generate_all_data.py --num-samples 200 --output data/minimal
   uv run python ruler_minimal/generate_all_data.py --max-seq-length 32768 --tokenizer models/Qwen3-4B"""
 
 
@@ -34,14 +34,16 @@ def build_parser() -> argparse.ArgumentParser:
     """Declare the flags."""
     parser = make_parser(__doc__.strip(), EXAMPLES)
     add_size_arguments(parser)
-    parser.add_argument("--output-root", type=Path, default=Path("data"), help="folder for the files (default: data)")
+    parser.add_argument(
+        "--output", "--output-root", type=Path, default=Path("data"), help="folder for the files (default: data)"
+    )
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the datasets and print their paths."""
     for name, task in CONFIGURATIONS.items():
-        path = args.output_root / f"{name}.jsonl"
+        path = args.output / f"{name}.jsonl"
         write_dataset(path, task, args)
         print(path)
     return 0

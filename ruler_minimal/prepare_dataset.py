@@ -22,7 +22,7 @@ from utils.files import write_jsonl
 
 TASKS = ("niah", "variable_tracking", "common_words")
 EXAMPLES = """\
-  uv run python ruler_minimal/prepare_dataset.py --task niah --num-samples 50 --max-seq-length 8192 --output-dir data
+  uv run python ruler_minimal/prepare_dataset.py --task niah --num-samples 50 --max-seq-length 8192 --output data
   uv run python ruler_minimal/prepare_dataset.py --task niah --num-keys 4 --tokenizer models/Qwen3-4B"""
 
 
@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Declare the published flags, and `--tokenizer`."""
     parser = make_parser("Write a light long-context dataset of one task.", EXAMPLES)
     add_task_arguments(parser)
-    parser.add_argument("--output-dir", type=Path, default=Path("data"), help="folder (default: data)")
+    parser.add_argument("--output", "--output-dir", type=Path, default=Path("data"), help="folder (default: data)")
     parser.add_argument("--filename", default="niah.jsonl", help="file in it (default: niah.jsonl)")
     return parser
 
@@ -114,7 +114,7 @@ def write_dataset(path: Path, task: Task, args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the dataset and print its path."""
-    path = args.output_dir / args.filename
+    path = args.output / args.filename
     write_dataset(path, build_task(args), args)
     print(path)
     return 0

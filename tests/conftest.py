@@ -14,6 +14,8 @@ import pytest
 # Before any Hugging Face module is imported: no test may ask the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Each of the many processes that tests start would compile anew all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Where the project is not installed, PYTHONPATH leads to it: also for processes that tests start in other folders.
 if os.environ.get("PYTHONPATH"):
     os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, os.environ["PYTHONPATH"].split(os.pathsep)))

@@ -19,21 +19,16 @@ if TYPE_CHECKING:
     from utils.model.prompt import MemoryLimit
 
 
-def add_checkpoint_flags(
-    parser: argparse.ArgumentParser,
-    path_flags: tuple[str, ...] = ("--checkpoint", "--model-path"),
-    per_span_chunk_size: bool = False,
-) -> None:
+def add_checkpoint_flags(parser: argparse.ArgumentParser, per_span_chunk_size: bool = False) -> None:
     """Add the flags that choose a checkpoint and how it runs.
 
     Args:
         parser: Where to add them.
-        path_flags: Spellings of the checkpoint's flag; its value is found under `args.checkpoint`.
         per_span_chunk_size: `args.chunk_size` is then a list, one number for all spans or one a span.
     """
     group = parser.add_argument_group("checkpoint")
     group.add_argument(
-        *_spellings(*path_flags), dest="checkpoint", help="folder, run folder or hub id; default: the embedded one"
+        *_spellings("--checkpoint", "--model-path"), help="folder, run folder or hub id; default: the embedded one"
     )
     group.add_argument(
         *_spellings("--chunk-size"),

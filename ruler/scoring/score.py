@@ -17,7 +17,7 @@ from typing import Any
 
 from ruler.answering.predictions import read_predictions
 from ruler.layout import length_folders, prediction_tasks, read_run_manifest
-from ruler.registry import CODE_TASKS, RULER_13, get_task
+from ruler.registry import CODE_TASKS, RULER_13, get_task, resolve_tasks
 from ruler.scoring.metrics import (
     THRESHOLD,
     effective_length,
@@ -106,22 +106,24 @@ def to_csv(rows: Iterable[Iterable[Any]]) -> str:
     return stream.getvalue().encode("utf-8", "backslashreplace").decode()
 
 
-def judge_folder(folder: Path) -> dict[str, list[Judged]]:
-    """Judge the prediction files of one length, in the registry's order.
+def judge_folder(folder: Path, tasks: Sequence[str] | None = None) -> dict[str, list[Judged]]:
+    """Judge the prediction files of one length, all or those of some tasks, in the registry's order.
 
     Raises:
         DatasetError: There are none, or one is broken.
     """
-    if not (found := prediction_tasks(folder)):
+    found = [task for task in prediction_tasks(folder) if tasks is None or task in tasks]
+    if not found:
         raise DatasetError(f"{folder} holds no predictions (<task>.jsonl): predict first (python -m ruler predict)")
     return {task: judge_file(folder / f"{task}.jsonl", task) for task in found}
 
 
-def score_folder(folder: Path) -> dict[str, Any]:
+def score_folder(folder: Path, tasks: Sequence[str] | None = None) -> dict[str, Any]:
     """Score one length: write the reference's files, return everything known about its tasks.
 
     Args:
         folder: Holds `<task>.jsonl` files.
+        tasks: Which to score; None for all there are.
 
     Returns:
         A JSON-ready object; see `score_run`.
@@ -129,15 +131,15 @@ def score_folder(folder: Path) -> dict[str, Any]:
     Raises:
         DatasetError: There is nothing to score, or a file is broken.
     """
-    judged = judge_folder(folder)
+    judged = judge_folder(folder, tasks)
     write_reference_files(folder, judged)
     data = read_run_manifest(folder).get("data", {})
-    tasks = {task: _task_scores(task, judged[task], data.get(task, {})) for task in judged}
+    scores = {task: _task_scores(task, judged[task], data.get(task, {})) for task in judged}
     stated = (entry["max_seq_length"] for entry in data.values() if "max_seq_length" in entry)
     return {
         "length": int(folder.name) if folder.name.isdecimal() else next(stated, None),
-        "tasks": tasks,
-        **_token_means(list(tasks.values())),
+        "tasks": scores,
+        **_token_means(list(scores.values())),
         **_mean_score("score", judged, RULER_13),
         **_mean_score("code_score", judged, CODE_TASKS),
     }
@@ -191,8 +193,8 @@ def _task_scores(task: str, judged: Sequence[Judged], data: Mapping[str, Any]) -
     }
 
 
-def score_run(run: Path) -> dict[str, Any]:
-    """Score all lengths of a run folder and write its `scores.json`.
+def score_run(run: Path, tasks: Sequence[str] | None = None) -> dict[str, Any]:
+    """Score all lengths of a run folder, all tasks or some, and write its `scores.json`.
 
     Returns:
         `{"name", "settings", "backend", "lengths": [{"length", "score", "code_score", "tasks": {task: {"score",
@@ -202,7 +204,7 @@ def score_run(run: Path) -> dict[str, Any]:
         DatasetError: A folder holds no predictions, or a file is broken.
     """
     folders = length_folders(run)
-    lengths = [score_folder(folder) for folder in folders]
+    lengths = [score_folder(folder, tasks) for folder in folders]
     manifest = read_run_manifest(folders[0])
     scores = {entry["length"]: entry["score"] for entry in lengths if entry["length"] and entry["score"] is not None}
     result = {
@@ -222,12 +224,14 @@ def score_run(run: Path) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `score`."""
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder of predict, or of the reference")
+    parser.add_argument("--tasks", help="task names with commas, or ruler, code, all (default: what was predicted)")
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")
 
 
 def run(args: argparse.Namespace) -> int:
     """Score runs and print their tables."""
-    results = [score_run(folder) for folder in args.runs]
+    tasks = resolve_tasks(args.tasks) if args.tasks else None
+    results = [score_run(folder, tasks) for folder in args.runs]
     if args.json:
         print_json({"runs": results})
     else:

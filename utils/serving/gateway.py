@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     "messages": [{"role": "user", "content": "What is this? <|memory_start|>def f(): …<|memory_end|>"}]}'""",
         prog="python -m utils.serving.gateway",
     )
-    add_checkpoint_flags(parser, path_flags=("--checkpoint", "--model-path"))
+    add_checkpoint_flags(parser)
     add_memory_limit_flags(parser)
     add_cache_flags(parser)
     backend = parser.add_argument_group("backend")

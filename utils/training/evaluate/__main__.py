@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
         examples="""\
   uv run python -m utils.training.evaluate --num-examples 50 --output artifacts/evaluation/default
   uv run python -m utils.training.evaluate --checkpoint artifacts/training/toy/model --source symbols \\
-      --tasks copy_symbols,find_symbol --memory-tokens 4-12 --chars-per-token 1 --chunk-sizes 1,2""",
+      --tasks copy_symbols,find_symbol --memory-tokens 4-12 --chars-per-token 1 --chunk-size 1,2""",
         prog="python -m utils.training.evaluate",
     )
     parser.add_argument("--checkpoint", help="folder, run folder or hub id; default: the embedded one")
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--question-first", action="store_true", help="ask before the memory; default: after it")
     data.add_argument("--seed", type=int, default=1000, help="of the examples; default 1000")
     run = parser.add_argument_group("run")
-    run.add_argument("--chunk-sizes", default="4,8,16,32", help="default 4,8,16,32")
+    run.add_argument("--chunk-size", "--chunk-sizes", dest="chunk_sizes", default="4,8,16,32", help="default 4,8,16,32")
     run.add_argument(
         "--batch-size", type=int, help="prompts generated together; default: 8, on a GPU as many as fit, 128 at most"
     )

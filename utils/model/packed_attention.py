@@ -108,7 +108,7 @@ def packed_attention_forward(
         raise ConfigError(f"{type(module).__name__} needs attention sinks or soft caps, which packed rows do not have")
     assert attention_mask is None
     assert query.shape[0] == 1
-    kernel = None if dropout or len(segments.runs) == 1 else _varlen_kernel(query)
+    kernel = None if dropout or len(segments.runs) == 1 else varlen_kernel(query)
     if kernel is not None:
         return _varlen_attention(kernel, query, key, value, segments, scaling, sliding_window), None
     pieces = []
@@ -139,7 +139,7 @@ def packed_attention_forward(
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[None], None
 
 
-def _varlen_kernel(query: torch.Tensor) -> Callable[..., Any] | None:
+def varlen_kernel(query: torch.Tensor) -> Callable[..., Any] | None:
     """Torch's variable-length attention where it serves: half precision, on an Ampere card or newer."""
     if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
         return None

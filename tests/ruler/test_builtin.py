@@ -15,6 +15,7 @@ from ruler.registry import RULER_13
 from tests.support.ruler_recipes import recipe
 
 
+@pytest.mark.slow
 def test_files_are_what_the_script_makes() -> None:
     """Compared unpacked: another zlib may pack differently."""
     for name, content in make_files().items():

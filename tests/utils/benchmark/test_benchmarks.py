@@ -68,6 +68,7 @@ def test_a_list_of_other_things_is_refused(capsys: pytest.CaptureFixture[str]) -
     assert "--spans" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ttft(tiny: list[str], result_of: Run, checkpoints: dict[str, Path]) -> None:
     cases = result_of("ttft", *tiny, "--tokens", "100,50", "--also-chunk-sizes", 8, "--repeats", 2)["cases"]
     assert [(c["tokens"], c["chunk_size"], c["cached"]) for c in cases] == [
@@ -88,6 +89,7 @@ def test_ttft(tiny: list[str], result_of: Run, checkpoints: dict[str, Path]) -> 
     assert cached["ideal_operations"] > encoded["ideal_operations"]
 
 
+@pytest.mark.slow
 def test_ttft_refuses_a_text_that_the_decoder_cannot_read(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ttft", *tiny, "--tokens", "50,600"]) == 1
     assert "600 memory tokens" in capsys.readouterr().err
@@ -99,6 +101,7 @@ def test_cache(tiny: list[str], result_of: Run) -> None:
     assert result["times_faster"] > 1
 
 
+@pytest.mark.slow
 def test_pooling(tiny: list[str], result_of: Run) -> None:
     shares = result_of("pooling", *tiny, "--tokens", 4000, "--chunk-sizes", "1,4")["shares"]
     # One token alone is neither mixed nor turned; of four, the mean says which, and only the other says where.
@@ -108,6 +111,7 @@ def test_pooling(tiny: list[str], result_of: Run) -> None:
     assert shares["rotary, chunk size 4"]["in_place"] > 1.05 * shares["mean, chunk size 4"]["in_place"]
 
 
+@pytest.mark.slow
 def test_generate(tiny: list[str], result_of: Run) -> None:
     sizes = ["--prompts", 5, "--shortest", 8, "--longest", 200, "--new-tokens", 3, "--batch-size", 2, "--repeats", 1]
     result = result_of("generate", *tiny, *sizes)

@@ -130,16 +130,6 @@ BENCHMARKS = {
             Flag("--lines", 40, "lines of code in a client's memory", quick=4),
         ],
     ),
-    "join": Benchmark(
-        "latents joined by NumPy, beside torch.cat",
-        [
-            Flag("--rows", 4096, "latents in all, of 16k tokens at chunk size 4"),
-            Flag("--window-rows", 128, "latents of a window"),
-            Flag("--width", 576, "numbers of a latent"),
-            Flag("--repeats", 101, "counted rounds", quick=3),
-        ],
-        takes_checkpoint=False,
-    ),
 }
 
 

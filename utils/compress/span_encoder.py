@@ -16,7 +16,6 @@ import torch
 
 from utils.compress.latent_cache import LatentCache, window_key
 from utils.model.code_llava_model import MemoryEncoder, MemoryUnit
-from utils.model.join import join_rows
 from utils.model.prompt import MemorySpan
 from utils.model.windows import micro_batches
 
@@ -97,7 +96,7 @@ class SpanEncoder:
         results = []
         for number, (units, keys) in enumerate(zip(units_of_spans, keys_of_spans, strict=True)):
             cached_tokens = sum(unit.num_tokens for unit, key in zip(units, keys, strict=True) if key in cached)
-            rows = whole[number] if whole else join_rows([latents[key] for key in keys])
+            rows = whole[number] if whole else torch.cat([latents[key] for key in keys])
             results.append((rows, cached_tokens))
         return results
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 
 from utils.errors import SpliceError
-from utils.model.join import join_rows
 
 
 def splice_latents(
@@ -48,4 +47,4 @@ def splice_latents(
         pieces += [embeds_TD[copied:start], latent.to(device=embeds_TD.device, dtype=embeds_TD.dtype)]
         copied = stop
     pieces.append(embeds_TD[copied:])
-    return join_rows(pieces)
+    return torch.cat(pieces)

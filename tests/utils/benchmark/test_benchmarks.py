@@ -122,12 +122,6 @@ def test_generate(tiny: list[str], result_of: Run) -> None:
     assert set(result["times_transformers"]) == set(padding)
 
 
-def test_join(result_of: Run) -> None:
-    result = result_of("join", "--rows", 64, "--repeats", 2)
-    ways = {f"{way}, {dtype}" for way in ("torch.cat", "join_rows") for dtype in ("float32", "bfloat16")}
-    assert set(result["times_torch"]) == ways
-
-
 @pytest.mark.slow
 def test_memory_in_fresh_processes(tiny: list[str], result_of: Run) -> None:
     rows = result_of("memory", *tiny, "--tokens", "200,400")["rows"]

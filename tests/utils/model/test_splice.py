@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.errors import SpliceError
-from utils.model.join import join_rows
 from utils.model.splice import splice_latents
 
 WIDTH = 3
@@ -72,14 +71,3 @@ def test_dtype_is_that_of_the_embeddings_and_gradients_flow() -> None:
 def test_disagreement_is_an_error(shapes: Any, spans: Any, reason: str) -> None:
     with pytest.raises(SpliceError, match=reason):
         splice_latents(torch.zeros(5, WIDTH), [torch.zeros(shape) for shape in shapes], spans)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_joined_rows_are_those_that_torch_joins(dtype: torch.dtype) -> None:
-    whole = torch.randn(9, 4).to(dtype)
-    parts = [whole[:2], whole[2:5, :], whole[5:5], whole[::2]]
-    before = whole.clone()
-    joined = join_rows(parts)
-    assert torch.equal(joined, torch.cat(parts))
-    joined.zero_()
-    assert torch.equal(whole, before)

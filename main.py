@@ -15,6 +15,7 @@ from pathlib import Path
 from utils.cli import EXIT_OK, make_parser, run_command
 from utils.errors import ConfigError
 from utils.files import package_version
+from utils.model.markers import wrap
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "openai", "tqdm", "nltk", "wonderwords")
 COMMANDS = (
@@ -22,10 +23,10 @@ COMMANDS = (
     ("general/step1_raw_text.py", "compress a text prompt, or whole source files"),
     ("general/generation_test.py", "send an embeddings file to a vLLM server"),
     ("-m utils.inference.inference", "answer prompts about code from a checkpoint"),
-    ("-m utils.inference.encode_corpus", "encode a folder or a JSONL file ahead of its use"),
-    ("-m utils.inference.latent_cache", "show, prune, verify or clear the latent cache"),
-    ("-m utils.inference.describe", "check and describe a checkpoint"),
-    ("-m utils.inference.convert", "trainers' states and LCLM's layout into checkpoints, and back"),
+    ("-m utils.corpus", "encode a folder or a JSONL file ahead of its use"),
+    ("-m utils.compress.latent_cache", "show, prune, verify or clear the latent cache"),
+    ("-m utils.checkpoint.describe", "check and describe a checkpoint"),
+    ("-m utils.checkpoint.convert", "trainers' states and LCLM's layout into checkpoints, and back"),
     ("-m utils.serving.gateway", "OpenAI-compatible server that compresses, with a page"),
     ("-m utils.training.train", "train a pair in stages, resumably"),
     ("-m utils.training.data", "make training data from Python sources"),
@@ -75,9 +76,8 @@ def _print_device() -> None:
 
 
 def _compress_something() -> None:
-    from utils.inference.compressor import Compressor
-    from utils.inference.default_checkpoint import is_trained
-    from utils.model.markers import MEMORY_END, MEMORY_START
+    from utils.checkpoint.default.recipe import is_trained
+    from utils.compress.compressor import Compressor
 
     began = time.perf_counter()
     compressor = Compressor.load()
@@ -85,7 +85,7 @@ def _compress_something() -> None:
     trained = "trained" if is_trained() else "its adapter is UNTRAINED: shapes and speed are real, answers are not"
     print(f"default checkpoint: {compressor.files.root} ({trained}), loaded in {loaded - began:.1f} s")
     source = Path(__file__).read_text(encoding="utf-8")
-    text = f"{MEMORY_START}{source}{MEMORY_END}What does this program check?"
+    text = f"{wrap(source)}What does this program check?"
     embeds = compressor.compress([compressor.parse_raw(text)])[0]
     seconds = time.perf_counter() - loaded
     stats = embeds.stats

@@ -7,19 +7,33 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from utils.cli import EXIT_OK, print_json
-from utils.errors import PromptError
 from utils.files import refuse_overwriting_inputs
-from utils.inference.flags import add_cache_flags, add_checkpoint_flags, add_memory_limit_flags
+from utils.flags import (
+    add_cache_flags,
+    add_checkpoint_flags,
+    add_memory_limit_flags,
+    encoder_settings,
+    memory_limit,
+    open_cache,
+)
+from utils.model.markers import wrap
 
-if TYPE_CHECKING:
-    from utils.inference.compressor import Compressor
-    from utils.model.prompt import MemoryPrompt
+_CODE = """\
+class RunningMean:
+    def __init__(self):
+        self.count = 0
+        self.mean = 0.0
 
+    def add(self, value):
+        self.count += 1
+        self.mean += (value - self.mean) / self.count
+"""
+# The prompt of both commands where none is given.
+EXAMPLE = f"What does this class do?\n{wrap(_CODE)}"
 DEFAULT_OUTPUT = "artifacts/prompt_embeddings.npy"
 
 
@@ -37,21 +51,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def compress_and_save(
-    args: argparse.Namespace, parse: Callable[[Compressor], MemoryPrompt], inputs: Mapping[str, Any]
+    args: argparse.Namespace, prompt: str | Sequence[Mapping[str, Any]], inputs: Mapping[str, Any]
 ) -> int:
-    """Run the command once its prompt is known.
+    """Compress a prompt into the file that `--output` names, and print what became of it.
 
     Args:
         args: Parsed flags.
-        parse: Turns the command's prompt into a `MemoryPrompt` with the loaded compressor.
+        prompt: A text, taken as it is, or the messages of a chat, for the decoder's template.
         inputs: Flag → files that the prompt was read from.
 
     Raises:
         ConfigError: The output, or its sidecar, is one of the inputs or lies in the checkpoint.
     """
-    from utils.inference.compressor import Compressor
-    from utils.inference.flags import memory_limit, open_cache
-    from utils.inference.prompt_embeds import save_prompt_embeds, sidecar_path
+    # Late for a fast --help: this imports torch.
+    from utils.compress.compressor import Compressor
+    from utils.compress.prompt_embeds import save_prompt_embeds, sidecar_path
 
     outputs = {"--output": args.output, "the sidecar of --output": sidecar_path(args.output)}
     refuse_overwriting_inputs(outputs, inputs)
@@ -60,52 +74,39 @@ def compress_and_save(
     compressor = Compressor.load(
         args.checkpoint,
         chunk_size=sizes[0] if sizes else None,
-        device=args.device,
-        dtype=args.dtype,
-        attn_implementation=args.attn_implementation,
-        batch_tokens=args.batch_tokens,
+        settings=encoder_settings(args),
         limit=memory_limit(args),
         cache=open_cache(args),
     )
     refuse_overwriting_inputs(outputs, {"--checkpoint": compressor.files.root})
     loaded = time.perf_counter()
-    prompt = parse(compressor)
-    embeds = compressor.compress([prompt])[0]
+    parsed = compressor.parse_raw(prompt, sizes) if isinstance(prompt, str) else compressor.parse_chat(prompt, sizes)
+    embeds = compressor.compress([parsed])[0]
     compressed = time.perf_counter()
     save_prompt_embeds(args.output, embeds, format=args.format)
-    result = {
-        "output": str(args.output),
-        "checkpoint": str(compressor.files.root),
-        "shape": list(embeds.values_TD.shape),
-        "spans": len(embeds.spans),
-        "memory_tokens": embeds.stats.memory_tokens,
-        "num_latents": embeds.stats.num_latents,
-        "ratio": round(embeds.stats.ratio, 2),
-        "cached_tokens": embeds.stats.cached_tokens,
-        "truncated_tokens": sum(span.truncated_tokens for span in prompt.spans),
-        "load_seconds": round(loaded - began, 3),
-        "compress_seconds": round(compressed - loaded, 3),
-    }
-    if args.json:
-        print_json(result)
-    else:
-        _print_for_a_person(result)
+    _print_result(
+        {
+            "output": str(args.output),
+            "checkpoint": str(compressor.files.root),
+            "shape": list(embeds.values_TD.shape),
+            "spans": len(embeds.spans),
+            "memory_tokens": embeds.stats.memory_tokens,
+            "num_latents": embeds.stats.num_latents,
+            "ratio": round(embeds.stats.ratio, 2),
+            "cached_tokens": embeds.stats.cached_tokens,
+            "truncated_tokens": sum(span.truncated_tokens for span in parsed.spans),
+            "load_seconds": round(loaded - began, 3),
+            "compress_seconds": round(compressed - loaded, 3),
+        },
+        args.json,
+    )
     return EXIT_OK
 
 
-def read_text(path: str | Path) -> str:
-    """Read a file as UTF-8, every character as it is (line ends included).
-
-    Raises:
-        PromptError: The file is not UTF-8 text.
-    """
-    try:
-        return Path(path).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None
-
-
-def _print_for_a_person(result: dict[str, Any]) -> None:
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+        return
     rows, width = result["shape"]
     print(f"prompt embeddings  [{rows}, {width}] in {result['output']}")
     print(

@@ -23,8 +23,8 @@ from utils.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from utils.inference.server_answer import ServerCompletion
-    from utils.inference.vllm_client import VllmClient
+    from utils.client.completion import Completion
+    from utils.client.server_client import VllmClient
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +80,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError("--instruction needs --api chat: a completions prompt is the rows alone")
     import torch
 
-    from utils.inference.prompt_embeds import load_prompt_embeds
-    from utils.inference.vllm_client import VllmClient
+    from utils.client.server_client import VllmClient
+    from utils.compress.prompt_embeds import load_prompt_embeds
 
     values_TD = load_prompt_embeds(args.embedding_file).values_TD
     num_rows = len(values_TD)
@@ -103,7 +103,7 @@ def _run(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-async def _ask(client: VllmClient, values_TD: torch.Tensor, args: argparse.Namespace) -> ServerCompletion:
+async def _ask(client: VllmClient, values_TD: torch.Tensor, args: argparse.Namespace) -> Completion:
     fields: dict[str, Any] = {
         "max_tokens": args.max_tokens, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
         "seed": args.seed,
@@ -126,7 +126,7 @@ def _print_piece(text: str) -> None:
     sys.stdout.flush()
 
 
-def _summary(completion: ServerCompletion) -> str:
+def _summary(completion: Completion) -> str:
     def count(number: int | None) -> str:
         return "?" if number is None else str(number)
 

@@ -3,19 +3,20 @@
     input_ids, codes, code_positions = parse_prompt(messages, tokenizer, embed_tokenizer, chunk_size)
     embeds_TD = compress(input_ids, codes, code_positions, model)
 
-New code is better served by `utils.inference.compressor.Compressor`. Shape legend: T prompt rows, D decoder width.
+New code is better served by `utils.compress.compressor.Compressor`. Shape legend: T prompt rows, D decoder width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from utils.errors import PromptError, SpliceError
 from utils.model import prompt as prompts
-
-if TYPE_CHECKING:
-    import torch
+from utils.model.limits import check_prompt_fits
+from utils.model.splice import splice_latents
 
 ParsedPrompt = tuple[list[int], list[str], list[tuple[int, int]]]
 
@@ -65,11 +66,6 @@ def compress(
         PromptError: A text without tokens, or a prompt longer than the decoder's positions.
         SpliceError: Texts and places do not agree with each other or with the model's chunk size.
     """
-    import torch
-
-    from utils.model.code_llava_model import check_prompt_fits
-    from utils.model.splice import splice_latents
-
     check_prompt_fits(len(input_ids), model.llm_model.config)
     if len(codes) != len(code_positions):
         raise SpliceError(f"{len(codes)} codes but {len(code_positions)} code positions: give one place a code")

@@ -10,27 +10,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from general.compress_command import add_flags, compress_and_save
+from general.compress_command import EXAMPLE, add_flags, compress_and_save
 from utils.cli import make_parser, run_command
 from utils.errors import DatasetError
 from utils.files import read_json
-from utils.model.markers import MEMORY_END, MEMORY_START
 
-PROMPT = [
-    {
-        "role": "user",
-        "content": f"""What does this class do?
-{MEMORY_START}class RunningMean:
-    def __init__(self):
-        self.count = 0
-        self.mean = 0.0
-
-    def add(self, value):
-        self.count += 1
-        self.mean += (value - self.mean) / self.count
-{MEMORY_END}""",
-    }
-]
+PROMPT = [{"role": "user", "content": EXAMPLE}]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
         examples="""\
   uv run python general/step1.py
   uv run python general/step1.py --prompt-file messages.json --chunk-size 4
-  uv run python general/step1.py --model-path latent-context/0.6b-4b-LCLM-16x --device cuda""",
+  uv run python general/step1.py --checkpoint latent-context/0.6b-4b-LCLM-16x --device cuda""",
     )
     parser.add_argument(
         "--prompt-file", "--prompt_file", help='JSON [{"role", "content"}, …]; default: a built-in prompt'
@@ -56,11 +41,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     messages = _read_messages(args.prompt_file) if args.prompt_file else PROMPT
-    inputs = {"--prompt-file": args.prompt_file}
-    return compress_and_save(args, lambda compressor: compressor.parse_chat(messages, args.chunk_size), inputs)
+    return compress_and_save(args, messages, {"--prompt-file": args.prompt_file})
 
 
-def _read_messages(path: str) -> Any:
+def _read_messages(path: str) -> list[Any]:
     messages = read_json(path)
     if isinstance(messages, dict):
         messages = messages.get("messages")

@@ -13,14 +13,14 @@ import sys
 from utils.cli import HelpFormatter, make_parser, run_command
 
 COMMANDS = {
-    "prepare": "generate datasets",
-    "predict": "answer the rows of prepared datasets",
-    "score": "score prediction folders",
-    "report": "compare scored runs in tables and pictures",
-    "run": "prepare, predict with text and memory, score and report in one go",
+    "prepare": ("ruler.generation.prepare", "generate datasets"),
+    "predict": ("ruler.answering.predict", "answer the rows of prepared datasets"),
+    "score": ("ruler.scoring.score", "score prediction folders"),
+    "report": ("ruler.scoring.report", "compare scored runs in tables and pictures"),
+    "run": ("ruler.run", "prepare, predict with text and memory, score and report in one go"),
 }
 EXAMPLES = """\
-  python -m ruler run --output-dir out --lengths 1024,2048 --num-samples 5 --chunk-sizes 4,8
+  python -m ruler run --output out --lengths 1024,2048 --num-samples 5 --chunk-size 4,8
   python -m ruler predict --help"""
 
 
@@ -32,11 +32,11 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """
     parser = make_parser("RULER: long-context tasks, answered from text or from memory.", EXAMPLES, "python -m ruler")
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
-    for name, summary in COMMANDS.items():
+    for name, (path, summary) in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, formatter_class=HelpFormatter, allow_abbrev=False)
         sub.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help="log details on stderr")
         if command in (None, name):
-            module = importlib.import_module(f"ruler.{name}")
+            module = importlib.import_module(path)
             sub.description = f"{summary.capitalize()}."
             sub.epilog = f"examples:\n{module.EXAMPLES.rstrip()}"
             module.add_arguments(sub)

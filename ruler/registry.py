@@ -1,7 +1,7 @@
 """The tasks: RULER's thirteen configurations and our code tasks, as data.
 
-A task is a family (the module in `ruler/tasks/` that generates it), the family's prompt template and scoring rule, and
-the parameters that set it apart from its siblings. This module knows no generator, no tokenizer and no file.
+A task is a family (the module in `ruler/generation/tasks/` that generates it), the family's prompt template and scoring
+rule, and the parameters that set it apart from its siblings. This module knows no generator, no tokenizer and no file.
 
     TASKS["niah_single_2"].params        # {'haystack': 'essay', 'key': 'words', 'value': 'numbers', …}
 
@@ -18,17 +18,17 @@ from utils.errors import ConfigError
 
 Metric = Literal["all", "part"]
 
-REFERENCE_COMMIT = "c3f5e3b4f87f"
-REFERENCE_URL = "https://github.com/NVIDIA/RULER"
+# Of github.com/NVIDIA/RULER; manifests name the first twelve digits.
+REFERENCE_COMMIT = "c3f5e3b4f87f97e048793bb510a3a6b19a46bf3a"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class TaskConfig:
     """One task.
 
     Attributes:
         name: The name in commands, folders and reports.
-        family: The module of `ruler/tasks/` that generates it.
+        family: The module of `ruler/generation/tasks/` that generates it.
         tokens_to_generate: Tokens of the budget kept free for the answer.
         metric: `all` = mean share of the references found; `part` = any reference found.
         template: The prompt with `{context}` and the family's own fields, without chat template.
@@ -45,139 +45,78 @@ class TaskConfig:
     params: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _niah(name: str, haystack: str, key: str, value: str, counts: tuple[int, int, int] = (1, 1, 1)) -> TaskConfig:
-    """Needle in a haystack; `counts` = keys, values a key, queries."""
-    keys, values, queries = counts
-    return TaskConfig(
-        name=name,
-        family="niah",
-        tokens_to_generate=128,
-        metric="all",
-        template=(
-            "Some special magic {type_needle_v} are hidden within the following text. Make sure to memorize it. "
-            "I will quiz you about the {type_needle_v} afterwards.\n{context}\n"
-            "What are all the special magic {type_needle_v} for {query} mentioned in the provided text?"
-        ),
-        answer_prefix=" The special magic {type_needle_v} for {query} mentioned in the provided text are",
-        params={
-            "haystack": haystack,
-            "key": key,
-            "value": value,
-            "num_keys": max(keys, queries),
-            "num_values": values,
-            "num_queries": queries,
-        },
-    )
-
-
-def _qa(name: str, dataset: str) -> TaskConfig:
-    rule = (
-        "Answer the question based on the given documents. Only give me the answer and do not output any other words."
-    )
-    return TaskConfig(
-        name=name,
-        family="qa",
-        tokens_to_generate=32,
-        metric="part",
-        template=(f"{rule}\n\nThe following are given documents.\n\n{{context}}\n\n{rule}\n\nQuestion: {{query}}"),
-        answer_prefix=" Answer:",
-        params={"dataset": dataset},
-    )
-
-
-def _code(name: str, tokens_to_generate: int, question: str, answer_prefix: str) -> TaskConfig:
-    return TaskConfig(
-        name=name,
-        family="code",
-        tokens_to_generate=tokens_to_generate,
-        metric="all",
-        template=f"The following are source files of one project. Read them, then answer.\n\n{{context}}\n\n{question}",
-        answer_prefix=answer_prefix,
-        params={"kind": name.removeprefix("code_")},
-    )
-
-
-_VARIABLE_TRACKING = TaskConfig(
-    name="vt",
-    family="variable_tracking",
-    tokens_to_generate=30,
-    metric="all",
-    template=(
-        "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
-        "Question: Find all variables that are assigned the value {query} in the text above."
-    ),
-    answer_prefix=(
-        " Answer: According to the chain(s) of variable assignment in the text above, "
-        "{num_v} variables are assigned the value {query}, they are: "
-    ),
-    params={"num_chains": 1, "num_hops": 4},
+_NIAH_TEMPLATE = (
+    "Some special magic {type_needle_v} are hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the {type_needle_v} afterwards.\n{context}\n"
+    "What are all the special magic {type_needle_v} for {query} mentioned in the provided text?"
 )
-
-_COMMON_WORDS = TaskConfig(
-    name="cwe",
-    family="common_words",
-    tokens_to_generate=120,
-    metric="all",
-    template=(
-        "Below is a numbered list of words. In these words, some appear more often than others. "
-        "Memorize the ones that appear most often.\n{context}\n"
-        "Question: What are the 10 most common words in the above list?"
-    ),
-    answer_prefix=" Answer: The top 10 words that appear most often in the list are:",
-    params={"num_common": 10, "freq_common": 30, "freq_rare": 3},
+_NIAH_PREFIX = " The special magic {type_needle_v} for {query} mentioned in the provided text are"
+_QA_RULE = (
+    "Answer the question based on the given documents. Only give me the answer and do not output any other words."
 )
-
-_FREQ_WORDS = TaskConfig(
-    name="fwe",
-    family="freq_words",
-    tokens_to_generate=50,
-    metric="all",
-    template=(
-        "Read the following coded text and track the frequency of each coded word. "
-        "Find the three most frequently appeared coded words. {context}\n"
-        "Question: Do not provide any explanation. Please ignore the dots '....'. "
-        "What are the three most frequently appeared words in the above coded text?"
-    ),
-    answer_prefix=" Answer: According to the coded text above, the three most frequently appeared words are:",
-    params={"alpha": 2.0, "word_length": 6},
+_QA_TEMPLATE = f"{_QA_RULE}\n\nThe following are given documents.\n\n{{context}}\n\n{_QA_RULE}\n\nQuestion: {{query}}"
+_VT_TEMPLATE = (
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
+    "Question: Find all variables that are assigned the value {query} in the text above."
 )
+_VT_PREFIX = (
+    " Answer: According to the chain(s) of variable assignment in the text above, "
+    "{num_v} variables are assigned the value {query}, they are: "
+)
+_CWE_TEMPLATE = (
+    "Below is a numbered list of words. In these words, some appear more often than others. "
+    "Memorize the ones that appear most often.\n{context}\n"
+    "Question: What are the 10 most common words in the above list?"
+)
+_CWE_PREFIX = " Answer: The top 10 words that appear most often in the list are:"
+_FWE_TEMPLATE = (
+    "Read the following coded text and track the frequency of each coded word. "
+    "Find the three most frequently appeared coded words. {context}\n"
+    "Question: Do not provide any explanation. Please ignore the dots '....'. "
+    "What are the three most frequently appeared words in the above coded text?"
+)
+_FWE_PREFIX = " Answer: According to the coded text above, the three most frequently appeared words are:"
+_CODE_TEMPLATE = "The following are source files of one project. Read them, then answer.\n\n{context}\n\nQuestion: "
+
+
+def _niah(
+    name: str, haystack: str, key: str, value: str, keys: int = 1, values: int = 1, queries: int = 1
+) -> TaskConfig:
+    params = {"haystack": haystack, "key": key, "value": value}
+    counts = {"num_keys": max(keys, queries), "num_values": values, "num_queries": queries}
+    return TaskConfig(name, "niah", 128, "all", _NIAH_TEMPLATE, _NIAH_PREFIX, {**params, **counts})
+
+
+def _code(name: str, tokens_to_generate: int, question: str, prefix: str) -> TaskConfig:
+    params = {"kind": name.removeprefix("code_")}
+    return TaskConfig(name, "code", tokens_to_generate, "all", _CODE_TEMPLATE + question, f" Answer: {prefix}", params)
+
 
 _RULER = (
     _niah("niah_single_1", "noise", "words", "numbers"),
     _niah("niah_single_2", "essay", "words", "numbers"),
     _niah("niah_single_3", "essay", "words", "uuids"),
-    _niah("niah_multikey_1", "essay", "words", "numbers", (4, 1, 1)),
+    _niah("niah_multikey_1", "essay", "words", "numbers", keys=4),
     _niah("niah_multikey_2", "needle", "words", "numbers"),
     _niah("niah_multikey_3", "needle", "uuids", "uuids"),
-    _niah("niah_multivalue", "essay", "words", "numbers", (1, 4, 1)),
-    _niah("niah_multiquery", "essay", "words", "numbers", (1, 1, 4)),
-    _VARIABLE_TRACKING,
-    _COMMON_WORDS,
-    _FREQ_WORDS,
-    _qa("qa_1", "squad"),
-    _qa("qa_2", "hotpotqa"),
-)
+    _niah("niah_multivalue", "essay", "words", "numbers", values=4),
+    _niah("niah_multiquery", "essay", "words", "numbers", queries=4),
+    TaskConfig("vt", "variable_tracking", 30, "all", _VT_TEMPLATE, _VT_PREFIX, {"num_hops": 4}),
+    TaskConfig("cwe", "common_words", 120, "all", _CWE_TEMPLATE, _CWE_PREFIX,
+               {"num_common": 10, "freq_common": 30, "freq_rare": 3}),
+    TaskConfig("fwe", "freq_words", 50, "all", _FWE_TEMPLATE, _FWE_PREFIX, {"word_length": 6}),
+    TaskConfig("qa_1", "qa", 32, "part", _QA_TEMPLATE, " Answer:", {"dataset": "squad"}),
+    TaskConfig("qa_2", "qa", 32, "part", _QA_TEMPLATE, " Answer:", {"dataset": "hotpotqa"}),
+)  # fmt: skip
 
 _CODE = (
-    _code(
-        "code_lookup",
-        32,
-        "Question: What constant does the function {function} of the file {path} return?",
-        " Answer: The function {function} returns",
-    ),
-    _code(
-        "code_where",
-        64,
-        "Question: Which file defines the function {function}? Give its path as shown above.",
-        " Answer: The function {function} is defined in the file",
-    ),
-    _code(
-        "code_copy",
-        192,
-        "Question: Repeat the function {function} of the file {path} exactly, character for character.",
-        " Answer: Here is the function {function}:\n",
-    ),
-)
+    _code("code_lookup", 32, "What constant does the function {function} of the file {path} return?",
+          "The function {function} returns"),
+    _code("code_where", 64, "Which file defines the function {function}? Give its path as shown above.",
+          "The function {function} is defined in the file"),
+    _code("code_copy", 192, "Repeat the function {function} of the file {path} exactly, character for character.",
+          "Here is the function {function}:\n"),
+)  # fmt: skip
 
 RULER_13: tuple[str, ...] = tuple(task.name for task in _RULER)
 CODE_TASKS: tuple[str, ...] = tuple(task.name for task in _CODE)
@@ -210,3 +149,21 @@ def resolve_tasks(names: str) -> tuple[str, ...]:
     if not found:
         raise ConfigError(f"no task in {names!r}: expected names separated by commas, or {', '.join(TASK_GROUPS)}")
     return tuple(found)
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Lengths such as `4096,32k,1M` (k = 1024, M = 1024²) in tokens.
+
+    Raises:
+        ConfigError: One is not a length.
+    """
+    factors = {"k": 1024, "m": 1024**2}
+    lengths = []
+    for part in filter(None, (item.strip().lower() for item in text.split(","))):
+        number, factor = (part[:-1], factors[part[-1]]) if part[-1] in factors else (part, 1)
+        if not number.isdecimal() or int(number) < 1:
+            raise ConfigError(f"{part!r} is not a length: expected tokens such as 4096, 32k or 1M")
+        lengths.append(int(number) * factor)
+    if not lengths:
+        raise ConfigError("no length given: expected tokens such as 4096,32k")
+    return list(dict.fromkeys(lengths))

@@ -1,9 +1,9 @@
 """`python -m ruler run`: prepare datasets, answer them from text and from memory, score, and write the report.
 
-    <output-dir>/data/<length>/<task>/        datasets
-    <output-dir>/runs/text/                   answers with the full text
-    <output-dir>/runs/memory-x<chunk size>/   answers with the context compressed
-    <output-dir>/report/                      report.md, report.csv, report.json, pictures
+    <output>/data/<length>/<task>/        datasets
+    <output>/runs/text/                   answers with the full text
+    <output>/runs/memory-x<chunk size>/   answers with the context compressed
+    <output>/report/                      report.md, report.csv, report.json, pictures
 
 Every step goes on where an earlier call of the same command stopped.
 """
@@ -15,31 +15,33 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ruler.predict import PredictJob, TaskOutcome, add_backend_arguments, backend_settings, exit_code, predict
-from ruler.prepare import DatasetJob, parse_lengths, prepare_datasets
-from ruler.protocol import BackendSettings
-from ruler.registry import resolve_tasks
-from ruler.runner import RetryPolicy
+from ruler.answering.predict import PredictJob, TaskOutcome, add_backend_arguments, backend_settings, exit_code, predict
+from ruler.answering.protocol import BackendSettings
+from ruler.generation.generate import MODES, Recipe
+from ruler.generation.prepare import DatasetJob, prepare_datasets
+from ruler.registry import parse_lengths, resolve_tasks
+from ruler.scoring.report import write_report
 from utils.cli import print_json
+from utils.client.completion import RetryPolicy
 from utils.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
-  python -m ruler run --output-dir out --lengths 1k,2k --num-samples 5 --chunk-sizes 4,8
-  python -m ruler run --output-dir out --lengths 4k,32k --where server --server-url http://127.0.0.1:8000 \\
-      --checkpoint models/pair --tokenizer-path models/pair/llm --chunk-sizes 16"""
+  python -m ruler run --output out --lengths 1k,2k --num-samples 5 --chunk-size 4,8
+  python -m ruler run --output out --lengths 4k,32k --where server --server-url http://127.0.0.1:8000 \\
+      --checkpoint models/pair --tokenizer-path models/pair/llm --chunk-size 16"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `run`."""
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder for data, runs and report")
+    parser.add_argument("--output", "--output-dir", type=Path, required=True, help="folder for data, runs and report")
     parser.add_argument("--tasks", default="ruler", help="names with commas, or ruler, code, all (default: ruler)")
     parser.add_argument("--lengths", default="1k,2k", help="budgets in tokens with commas, 1k = 1024 (default: 1k,2k)")
     parser.add_argument("--num-samples", type=int, default=5, help="rows a task and length (default: 5)")
-    parser.add_argument("--mode", choices=("compat", "balanced"), default="balanced", help="of prepare; compat "
+    parser.add_argument("--mode", choices=MODES, default="balanced", help="of prepare; compat "
                         "gives the reference's rows, which can miss a short budget (default: balanced)")  # fmt: skip
-    parser.add_argument("--random-seed", type=int, default=42, help="of the samples (default: 42)")
+    parser.add_argument("--seed", "--random-seed", type=int, default=42, help="of the samples (default: 42)")
     parser.add_argument("--tokenizer-path", help="measures lengths (default: the local model's own)")
     parser.add_argument("--data-dir", help="folder of the real data files (default: built-in data)")
     parser.add_argument("--workers", type=int, help="processes of prepare (default: one for each core)")
@@ -49,33 +51,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       "only model served)")  # fmt: skip
     runs.add_argument("--where", choices=("local", "server"), default="local", help="who answers (default: local)")
     runs.add_argument("--without-text", action="store_true", help="leave out the run with the full text")
-    runs.add_argument("--chunk-sizes", default="4,8", help="memory runs, encoder tokens a latent, with commas; "
-                      "an empty text for none (default: 4,8)")  # fmt: skip
+    runs.add_argument("--chunk-size", "--chunk-sizes", default="4,8",
+                      help="of the memory runs, tokens a latent, with commas; may be empty (default: 4,8)")  # fmt: skip
     add_backend_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do all steps; exit code 3 when rows failed."""
-    from ruler.report import write_report
-
     runs = planned_runs(args)
-    data = args.output_dir / "data"
+    data = args.output / "data"
     _prepare(args, data)
     outcomes: list[TaskOutcome] = []
     for name, settings in runs.items():
         logger.info("run %s", name)
         job = PredictJob(
             data_dir=data,
-            output_dir=args.output_dir / "runs" / name,
+            output_dir=args.output / "runs" / name,
             tasks=resolve_tasks(args.tasks),
             lengths=parse_lengths(args.lengths),
         )
         outcomes += predict(job, settings, RetryPolicy(attempts=args.attempts))
-    report = write_report([args.output_dir / "runs" / name for name in runs], args.output_dir / "report")
+    report = write_report([args.output / "runs" / name for name in runs], args.output / "report")
     if args.json:
         print_json(report)
     else:
-        print(args.output_dir / "report" / "report.md")
+        print(args.output / "report" / "report.md")
     return exit_code(outcomes)
 
 
@@ -88,13 +88,13 @@ def planned_runs(args: argparse.Namespace) -> dict[str, BackendSettings]:
     runs: dict[str, Any] = {}
     if not args.without_text:
         runs["text"] = backend_settings(args, name=f"{args.where}-text", model=args.model)
-    for size in filter(None, (part.strip() for part in args.chunk_sizes.split(","))):
+    for size in filter(None, (part.strip() for part in args.chunk_size.split(","))):
         if not size.isdecimal() or int(size) < 1:
-            raise ConfigError(f"--chunk-sizes: {size!r} is not a number of tokens: expected for example 4,8")
+            raise ConfigError(f"--chunk-size: {size!r} is not a number of tokens: expected for example 4,8")
         name, model = f"memory-x{int(size)}", args.model
         runs[name] = backend_settings(args, name=f"{args.where}-memory", model=model, chunk_size=int(size))
     if not runs:
-        raise ConfigError("nothing to run: give --chunk-sizes, or leave out --without-text")
+        raise ConfigError("nothing to run: give --chunk-size, or leave out --without-text")
     return runs
 
 
@@ -104,8 +104,7 @@ def _prepare(args: argparse.Namespace, data: Path) -> None:
     Raises:
         DatasetError: One cannot be made, or another dataset lies in the way.
     """
-    from ruler.backends import decoder_folder
-    from ruler.generate import Recipe
+    from ruler.answering.backends import decoder_folder
 
     if args.tokenizer_path is None and args.where == "server" and args.checkpoint is None:
         raise ConfigError("--tokenizer-path is needed with --where server: name the served model's tokenizer")
@@ -117,7 +116,7 @@ def _prepare(args: argparse.Namespace, data: Path) -> None:
                 max_seq_length=length,
                 tokenizer=tokenizer,
                 num_samples=args.num_samples,
-                seed=args.random_seed,
+                seed=args.seed,
                 mode=args.mode,
                 data_dir=args.data_dir,
             ),

@@ -10,7 +10,7 @@ from utils.cli import make_parser, run_command
 
 EXAMPLES = """\
   uv run python ruler_minimal/eval_with_memory.py --task variable_tracking --num-samples 10 --chunk-size 8 \\
-      --base-url http://127.0.0.1:8000 --work-dir work/memory
+      --server-url http://127.0.0.1:8000 --work-dir work/memory
   uv run python ruler_minimal/eval_with_memory.py --local --num-samples 2 --max-seq-length 400"""
 
 
@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser("Evaluate a light dataset with its memories compressed.", EXAMPLES, verbose_rows=True)
     add_evaluation_arguments(parser, "work/memory")
     memory = parser.add_argument_group("memory")
-    memory.add_argument("--model-path", help="Code-LLaVA checkpoint (default: the embedded one)")
+    memory.add_argument("--checkpoint", "--model-path", help="Code-LLaVA checkpoint (default: the embedded one)")
     memory.add_argument("--chunk-size", type=int, help="encoder tokens a latent (default: the checkpoint's)")
     memory.add_argument("--device", default="auto", help="of the encoder (default: auto)")
     memory.add_argument("--local", action="store_true", help="answer with the checkpoint's decoder, without a server")
@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
     settings = chat_settings(
         args,
         name="local-memory" if args.local else "server-memory",
-        model=args.model_path if args.local else args.model_name,
-        checkpoint=args.model_path,
+        model=args.checkpoint if args.local else args.model_name,
+        checkpoint=args.checkpoint,
         chunk_size=args.chunk_size,
         device=args.device,
     )

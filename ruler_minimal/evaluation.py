@@ -7,19 +7,18 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from ruler.layout import claim_run_folder, write_run_manifest
-from ruler.predict import start_backend
-from ruler.predictions import DataRow, PredictionFile
-from ruler.protocol import BackendSettings, Sampling
-from ruler.runner import RetryPolicy, ask
+from ruler.answering.predict import start_backend
+from ruler.answering.predictions import DataRow, PredictionFile
+from ruler.answering.protocol import DEFAULT_SERVER_URL, BackendSettings
+from ruler.answering.runner import ask
+from ruler.layout import MANIFEST, claim_run_folder
 from ruler_minimal.minimal_evaluate import evaluate, print_evaluation
-from ruler_minimal.prepare_dataset import add_task_arguments, build_task, generate_rows, make_counter
+from ruler_minimal.prepare_dataset import add_task_arguments, build_task, write_dataset
 from utils.cli import EXIT_FAILED_ROWS, EXIT_OK
+from utils.client.completion import RetryPolicy, Sampling
 from utils.errors import DatasetError
-from utils.files import read_jsonl, write_jsonl
+from utils.files import read_jsonl, write_json
 from utils.model.markers import MEMORY_END, MEMORY_START
-
-PREDICTIONS_NAME = "predictions.jsonl"
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser, work_dir: str) -> None:
@@ -30,15 +29,16 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, work_dir: str) -> 
                         "(default: %(default)s); the same command again answers only what is missing")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     server = parser.add_argument_group("server")
-    server.add_argument(
-        "--base-url", default="http://127.0.0.1:8000", help="with or without /v1 (default: %(default)s)"
-    )
+    server.add_argument("--server-url", "--base-url", default=DEFAULT_SERVER_URL,
+                        help="with or without /v1 (default: %(default)s)")  # fmt: skip
     server.add_argument("--model-name", help="served name (default: the only one served)")
     server.add_argument("--api-key", help="key (default: VLLM_API_KEY, then OPENAI_API_KEY)")
     server.add_argument("--concurrency", type=int, default=4, help="requests in flight (default: 4)")
-    server.add_argument("--timeout-s", type=float, default=300.0, help="seconds a request (default: 300)")
+    server.add_argument("--timeout", "--timeout-s", type=float, default=300.0, help="seconds a request (default: 300)")
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--max-new-tokens", type=int, default=128, help="most new tokens (default: 128)")
+    sampling.add_argument(
+        "--max-tokens", "--max-new-tokens", type=int, default=128, help="most new tokens (default: 128)"
+    )
     sampling.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     sampling.add_argument("--top-p", type=float, default=1.0, help="1 is no limit (default: 1)")
     sampling.add_argument("--system-prompt", default="", help="what the chat begins with (default: nothing)")
@@ -47,12 +47,12 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, work_dir: str) -> 
 def chat_settings(args: argparse.Namespace, **chosen: Any) -> BackendSettings:
     """Read the flags of `add_evaluation_arguments`; `chosen` names the backend and what is its own."""
     return BackendSettings(
-        server_url=args.base_url,
+        server_url=args.server_url,
         api_key=args.api_key,
         api="chat",
         system_prompt=args.system_prompt,
         concurrency=args.concurrency,
-        timeout_s=args.timeout_s,
+        timeout_s=args.timeout,
         sampling=Sampling(temperature=args.temperature, top_p=args.top_p),
         **chosen,
     )
@@ -64,20 +64,16 @@ def run_evaluation(args: argparse.Namespace, settings: BackendSettings) -> int:
     Raises:
         DatasetError: The work folder holds answers made with other settings, or to other rows.
     """
-    write_run_manifest(args.work_dir, claim_run_folder(args.work_dir, settings.identity(), subset="light"))
-    dataset = args.dataset or _make_dataset(args)
+    write_json(args.work_dir / MANIFEST, claim_run_folder(args.work_dir, settings.identity(), subset="light"))
+    dataset = args.dataset
+    if dataset is None:
+        dataset = args.work_dir / "data" / f"{args.task}_dataset.jsonl"
+        write_dataset(dataset, build_task(args), args)
     rows = [DataRow(number=number, fields=_fields(row)) for number, row in enumerate(read_jsonl(dataset))]
-    predictions = args.work_dir / PREDICTIONS_NAME
-    failed = asyncio.run(_answer(rows, predictions, settings, args.max_new_tokens))
+    predictions = args.work_dir / "predictions.jsonl"
+    failed = asyncio.run(_answer(rows, predictions, settings, args.max_tokens))
     print_evaluation(evaluate(dataset, predictions, args.verbose), args.json)
     return EXIT_FAILED_ROWS if failed else EXIT_OK
-
-
-def _make_dataset(args: argparse.Namespace) -> Path:
-    path = args.work_dir / "data" / f"{args.task}_dataset.jsonl"
-    length_of = make_counter(args.tokenizer)
-    write_jsonl(path, generate_rows(build_task(args), args.num_samples, args.max_seq_length, args.seed, length_of))
-    return path
 
 
 async def _answer(rows: list[DataRow], path: Path, settings: BackendSettings, max_tokens: int) -> int:
@@ -90,9 +86,7 @@ async def _answer(rows: list[DataRow], path: Path, settings: BackendSettings, ma
         backend = await start_backend(settings, RetryPolicy())
         try:
             with tqdm(total=len(file.missing), unit="row", disable=None) as bar:
-                failed = await ask(
-                    backend, file, file.missing, max_tokens=max_tokens, retry=RetryPolicy(), on_row=bar.update
-                )
+                failed = await ask(backend, file, file.missing, max_tokens=max_tokens, on_row=bar.update)
         finally:
             await backend.close()
     return len(failed)

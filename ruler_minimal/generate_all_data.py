@@ -6,10 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from ruler_minimal.prepare_dataset import generate_rows, make_counter
+from ruler_minimal.prepare_dataset import add_size_arguments, write_dataset
 from ruler_minimal.samples import CommonWordsTask, NeedleTask, Task, VariableTask
 from utils.cli import make_parser, run_command
-from utils.files import write_jsonl
 
 CONFIGURATIONS: dict[str, Task] = {
     "niah_1_key_1_value": NeedleTask(),
@@ -27,28 +26,25 @@ CONFIGURATIONS: dict[str, Task] = {
     "common_words_top_10": CommonWordsTask(top_k=10, freq_common=12, freq_rare=3, vocab_size=60),
 }
 EXAMPLES = """\
-  uv run python ruler_minimal/generate_all_data.py --num-samples 200 --output-root data/minimal
+  uv run python ruler_minimal/generate_all_data.py --num-samples 200 --output data/minimal
   uv run python ruler_minimal/generate_all_data.py --max-seq-length 32768 --tokenizer models/Qwen3-4B"""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Declare the flags."""
     parser = make_parser(__doc__.strip(), EXAMPLES)
-    parser.add_argument("--num-samples", type=int, default=20, help="rows a dataset (default: 20)")
-    parser.add_argument("--output-root", type=Path, default=Path("data"), help="folder for the files (default: data)")
-    parser.add_argument("--max-seq-length", type=int, default=2048,
-                        help="longest prompt, in tokens of --tokenizer or else in words (default: 2048)")  # fmt: skip
-    parser.add_argument("--tokenizer", help="folder, tokenizer.json or hub id (default: count words)")
-    parser.add_argument("--seed", type=int, default=42, help="of the samples (default: 42)")
+    add_size_arguments(parser)
+    parser.add_argument(
+        "--output", "--output-root", type=Path, default=Path("data"), help="folder for the files (default: data)"
+    )
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the datasets and print their paths."""
-    length_of = make_counter(args.tokenizer)
     for name, task in CONFIGURATIONS.items():
-        path = args.output_root / f"{name}.jsonl"
-        write_jsonl(path, generate_rows(task, args.num_samples, args.max_seq_length, args.seed, length_of))
+        path = args.output / f"{name}.jsonl"
+        write_dataset(path, task, args)
         print(path)
     return 0
 

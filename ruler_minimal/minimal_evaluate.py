@@ -10,8 +10,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ruler.metrics import official_score, sample_value
-from ruler.predictions import read_predictions
+from ruler.answering.predictions import read_predictions
+from ruler.scoring.metrics import official_score, sample_value
 from utils.cli import make_parser, print_json, run_command
 from utils.errors import DatasetError
 from utils.files import read_jsonl

@@ -10,9 +10,11 @@ import argparse
 import random
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ruler.generation.tokenizers import load_tokenizer
 from ruler_minimal.samples import CommonWordsTask, Counter, NeedleTask, Task, VariableTask, count_words
 from utils.cli import make_parser, run_command
 from utils.errors import ConfigError
@@ -20,7 +22,7 @@ from utils.files import write_jsonl
 
 TASKS = ("niah", "variable_tracking", "common_words")
 EXAMPLES = """\
-  uv run python ruler_minimal/prepare_dataset.py --task niah --num-samples 50 --max-seq-length 8192 --output-dir data
+  uv run python ruler_minimal/prepare_dataset.py --task niah --num-samples 50 --max-seq-length 8192 --output data
   uv run python ruler_minimal/prepare_dataset.py --task niah --num-keys 4 --tokenizer models/Qwen3-4B"""
 
 
@@ -43,12 +45,11 @@ def generate_rows(
         yield task.make(random.Random(f"{seed}/{task}/{max_length}/{index}"), length_of, max_length).row(index)
 
 
+@cache
 def make_counter(tokenizer: str | None) -> Counter:
     """Tokens of a named tokenizer (folder, `tokenizer.json` or hub id), or words without one."""
     if tokenizer is None:
         return count_words
-    from ruler.tokenizers import load_tokenizer
-
     loaded = load_tokenizer("hf", tokenizer)
     return lambda text: loaded.count([text])[0]
 
@@ -71,23 +72,20 @@ def build_task(args: argparse.Namespace) -> Task:
     )
 
 
+def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags that all datasets have."""
+    parser.add_argument("--num-samples", type=int, default=20, help="rows a dataset (default: 20)")
+    parser.add_argument("--max-seq-length", type=int, default=2048,
+                        help="longest prompt, in tokens of --tokenizer or else in words (default: 2048)")  # fmt: skip
+    parser.add_argument("--tokenizer", "--tokenizer-path", metavar="PATH",
+                        help="folder, tokenizer.json or hub id (default: count words)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=42, help="of the samples (default: 42)")
+
+
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags that describe a dataset; the evaluation commands have them too."""
     parser.add_argument("--task", choices=TASKS, default="niah", help="(default: niah)")
-    parser.add_argument("--num-samples", type=int, default=20, help="rows (default: 20)")
-    parser.add_argument(
-        "--max-seq-length",
-        type=int,
-        default=2048,
-        help="longest prompt, in tokens of --tokenizer or else in words (default: 2048)",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        "--tokenizer-path",
-        metavar="PATH",
-        help="folder, tokenizer.json or hub id (default: count words)",
-    )
-    parser.add_argument("--seed", type=int, default=42, help="of the samples (default: 42)")
+    add_size_arguments(parser)
     group = parser.add_argument_group("task parameters")
     group.add_argument("--num-keys", type=int, default=1, help="niah: keys asked for (default: 1)")
     group.add_argument("--num-values", type=int, default=1, help="niah: values a key (default: 1)")
@@ -103,18 +101,21 @@ def build_parser() -> argparse.ArgumentParser:
     """Declare the published flags, and `--tokenizer`."""
     parser = make_parser("Write a light long-context dataset of one task.", EXAMPLES)
     add_task_arguments(parser)
-    parser.add_argument("--output-dir", type=Path, default=Path("data"), help="folder (default: data)")
+    parser.add_argument("--output", "--output-dir", type=Path, default=Path("data"), help="folder (default: data)")
     parser.add_argument("--filename", default="niah.jsonl", help="file in it (default: niah.jsonl)")
     return parser
 
 
+def write_dataset(path: Path, task: Task, args: argparse.Namespace) -> None:
+    """Write a dataset of the sizes that the flags give."""
+    length_of = make_counter(args.tokenizer)
+    write_jsonl(path, generate_rows(task, args.num_samples, args.max_seq_length, args.seed, length_of))
+
+
 def run(args: argparse.Namespace) -> int:
     """Write the dataset and print its path."""
-    path = args.output_dir / args.filename
-    rows = generate_rows(
-        build_task(args), args.num_samples, args.max_seq_length, args.seed, make_counter(args.tokenizer)
-    )
-    write_jsonl(path, rows)
+    path = args.output / args.filename
+    write_dataset(path, build_task(args), args)
     print(path)
     return 0
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
 
-from ruler.words import load_word_lists
+from ruler.generation.words import load_word_lists
 from utils.errors import ConfigError, DatasetError
-from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.model.markers import wrap
 
 # How long a text is: in tokens of some tokenizer, or in words.
 Counter = Callable[[str], int]
@@ -67,7 +67,7 @@ class Sample:
             "input": self.prompt,
             "outputs": list(self.outputs),
             "input_memory_instruction": self.instruction,
-            "input_memory_content": f"{MEMORY_START}{self.memory}{MEMORY_END}",
+            "input_memory_content": wrap(self.memory),
         }
 
 

@@ -9,7 +9,7 @@ from ruler_minimal.evaluation import add_evaluation_arguments, chat_settings, ru
 from utils.cli import make_parser, run_command
 
 EXAMPLES = """\
-  uv run python ruler_minimal/serve_qwen3_eval.py --task niah --num-samples 10 --base-url http://127.0.0.1:8001 \\
+  uv run python ruler_minimal/serve_qwen3_eval.py --task niah --num-samples 10 --server-url http://127.0.0.1:8001 \\
       --model-name Qwen/Qwen3-4B-Instruct-2507 --work-dir work/text"""
 
 

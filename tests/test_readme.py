@@ -1,18 +1,26 @@
-"""The README's commands run as they stand there; a line with `# needs …` asks for what a test machine lacks."""
+"""The README's commands run as they stand there, and what all documents name exists.
+
+A line with `# needs …` asks for what a test machine lacks.
+"""
 
 from __future__ import annotations
 
 import re
 import shlex
 import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
+from tests.support import processes
 from tests.support.marks import needs_default_checkpoint
 from utils.files import PROJECT_ROOT
 
 README = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
+TRACKED = subprocess.run(["git", "ls-files"], cwd=PROJECT_ROOT, capture_output=True, text=True, check=False).stdout
+DOCUMENTS = [name for name in TRACKED.splitlines() if name.endswith(".md") and not name.startswith("shared/")]
+# Folders in which a path in a document may begin.
+ROOTS = ("utils/", "general/", "ruler/", "ruler_minimal/", "tests/", "docs/", ".ci/")
 
 
 def commands() -> list[str]:
@@ -38,18 +46,18 @@ def test_command(command: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_first_command_prints_what_stands_below_it() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_command_prints_what_stands_below_it(dtype: str) -> None:
     shown = re.search(r"```sh\npip install uv && uv run python (.*?)\n```\n\n```\n(.*?)```", README, re.S)
     assert shown is not None
-    assert run_python(shlex.split(shown[1])).startswith(shown[2])
+    expected = ".*".join(map(re.escape, shown[2].split("…")))  # seconds differ
+    assert re.fullmatch(expected, run_python([*shlex.split(shown[1]), "--dtype", dtype]))
 
 
 def run_python(arguments: list[str]) -> str:
     needs_default_checkpoint()
     # The interpreter of this environment: `uv run` would first look for a newer one.
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=600, check=False
-    )
+    done = processes.run_python(*arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -58,3 +66,15 @@ def test_paths_in_the_inventory_exist() -> None:
     rows = re.findall(r"^\| `([^`]+)` \|", README, re.M)
     assert rows
     assert [row for row in rows if not (PROJECT_ROOT / row).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_paths_and_links_in_documents_exist(document: str) -> None:
+    text = (PROJECT_ROOT / document).read_text(encoding="utf-8")
+    named = {word for word in re.findall(r"[\w./-]+", text) if word.startswith(ROOTS) and "..." not in word}
+    paths = {
+        PROJECT_ROOT / word.rstrip(".:") for word in named if re.search(r"\.(py|sh|md|ya?ml|json|png)\.?$|/$", word)
+    }
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    paths |= {Path(PROJECT_ROOT / document).parent / link for link in links}
+    assert sorted(str(path) for path in paths if not path.exists()) == []

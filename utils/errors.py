@@ -36,8 +36,15 @@ class DatasetError(CodeLlavaError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, for use inside one of ours."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line that says something of another library's message, for use inside one of ours.
+
+    The exception's name stands before it where the message alone (`KeyError: 'x'`) does not say what is wrong.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Headings, such as torch's "Error(s) in loading state_dict for …:".
+    text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])[:500]
+    telling = isinstance(error, (CodeLlavaError, OSError, ValueError, RuntimeError, ImportError)) and text
+    return text if telling else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def shown_name(name: str) -> str:

@@ -25,7 +25,6 @@ from typing import Any
 from utils.errors import ConfigError, DatasetError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
-_CHUNK_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
@@ -44,17 +43,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with _through_stream(Path(path)) as temporary:
             yield temporary
         return
-    target = _followed(path)
-    if state is not None and not stat.S_ISREG(state.st_mode):
-        code = errno.EISDIR if stat.S_ISDIR(state.st_mode) else errno.EINVAL
-        raise OSError(code, "not replaced, for it is no file", str(path))
-    if state is not None:
-        _check_writable(target, state)
+    target = _replaceable(path, state, folder=False)
     temporary = _make_temporary(target, tempfile.mkstemp)
     try:
         yield temporary
         # mkstemp makes private files; a new result is as readable as any other new file.
-        temporary.chmod(stat.S_IMODE(state.st_mode) & 0o777 if state else 0o666 & ~_umask())
+        temporary.chmod(_mode(state, 0o666))
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.replace(target)
@@ -78,18 +72,14 @@ def atomic_folder(path: str | Path, holds: Iterable[str] | None = None) -> Itera
         OSError: The folder is read-only or holds something else, or is none.
     """
     state = _stat(path)
-    target = _followed(path)
-    if state is not None and not stat.S_ISDIR(state.st_mode):
-        raise OSError(errno.ENOTDIR, "not replaced, for it is no folder", str(path))
-    if state is not None:
-        _check_writable(target, state)
-        if holds is not None:
-            _check_holds_only(target, tuple(holds))
+    target = _replaceable(path, state, folder=True)
+    if state is not None and holds is not None:
+        _check_holds_only(target, tuple(holds))
     temporary = _make_temporary(target, tempfile.mkdtemp)
     old = temporary.with_suffix(".old")
     try:
         yield temporary
-        temporary.chmod(stat.S_IMODE(state.st_mode) & 0o777 if state else 0o777 & ~_umask())
+        temporary.chmod(_mode(state, 0o777))
         with contextlib.suppress(FileNotFoundError):
             target.rename(old)
         try:
@@ -151,16 +141,31 @@ def _stat(path: str | Path) -> os.stat_result | None:
         return None
 
 
-def _followed(path: str | Path) -> Path:
-    """Where a link leads to in the end, also to nothing; any other path as it is, with a name."""
+def _replaceable(path: str | Path, state: os.stat_result | None, *, folder: bool) -> Path:
+    """What is to be replaced: where a link leads to in the end, also to nothing; any other path as it is."""
     path = Path(path)
-    return path.resolve() if path.is_symlink() or path.name in ("", "..") else path
-
-
-def _check_writable(target: Path, state: os.stat_result) -> None:
+    target = path.resolve() if path.is_symlink() or path.name in ("", "..") else path
+    if state is None:
+        return target
+    is_folder = stat.S_ISDIR(state.st_mode)
+    if folder and not is_folder:
+        raise OSError(errno.ENOTDIR, "not replaced, for it is no folder", str(path))
+    if not folder and not stat.S_ISREG(state.st_mode):
+        code = errno.EISDIR if is_folder else errno.EINVAL
+        raise OSError(code, "not replaced, for it is no file", str(path))
     # root may write all the same, and would not be told by the system.
     if not state.st_mode & 0o222 or not os.access(target, os.W_OK):
         raise OSError(errno.EACCES, "not replaced, for it is read-only (chmod u+w allows it)", str(target))
+    return target
+
+
+def _mode(state: os.stat_result | None, new: int) -> int:
+    """The mode of what is replaced; else that of anything new."""
+    if state is not None:
+        return stat.S_IMODE(state.st_mode) & 0o777
+    mask = os.umask(0)
+    os.umask(mask)
+    return new & ~mask
 
 
 def _check_holds_only(folder: Path, patterns: tuple[str, ...]) -> None:
@@ -189,31 +194,23 @@ def _through_stream(path: Path) -> Iterator[Path]:
     """A temporary file whose content is written into a pipe or device in the end."""
     try:
         # Without O_NONBLOCK a pipe that nobody reads would keep us for ever.
-        handle = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+        handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         message = "nobody reads the pipe" if error.errno == errno.ENXIO else error.strerror
         raise OSError(error.errno, message, str(path)) from None
-    if hasattr(os, "set_blocking"):
-        os.set_blocking(handle, True)
+    os.set_blocking(handle, True)
     with os.fdopen(handle, "wb", buffering=0) as stream, tempfile.TemporaryDirectory(prefix="code-llava-") as folder:
         temporary = Path(folder) / path.name
         temporary.touch()
         yield temporary
-        with temporary.open("rb") as source:
-            while block := source.read(_CHUNK_BYTES):
-                try:
-                    while block:
-                        block = block[stream.write(block) :]
-                except OSError as error:
-                    # Not as a BrokenPipeError, by which commands know that nobody reads their standard output.
-                    code = errno.EIO if error.errno == errno.EPIPE else error.errno
-                    raise OSError(code, f"{error.strerror}: not all was written", str(path)) from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        content = memoryview(temporary.read_bytes())
+        try:
+            while content:
+                content = content[stream.write(content) :]
+        except OSError as error:
+            # Not as a BrokenPipeError, by which commands know that nobody reads their standard output.
+            code = errno.EIO if error.errno == errno.EPIPE else error.errno
+            raise OSError(code, f"{error.strerror}: not all was written", str(path)) from None
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -233,13 +230,19 @@ def read_json(path: str | Path) -> Any:
     Raises:
         DatasetError: The file is missing, not UTF-8 or not JSON; the message names it.
     """
-    try:
+    with _reading_text(path):
         text = Path(path).read_text(encoding="utf-8")
+    return parse_json(text, f"{path} is")
+
+
+@contextlib.contextmanager
+def _reading_text(path: str | Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise DatasetError(f"{path} does not exist") from None
     except UnicodeDecodeError as error:
         raise DatasetError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    return parse_json(text, f"{path} is")
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
@@ -276,21 +279,14 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
     Raises:
         DatasetError: A line is not a JSON object; the message names file and line number.
     """
-    try:
-        stream = Path(path).open(encoding="utf-8", newline="\n")  # noqa: SIM115 - closed by the with below
-    except FileNotFoundError:
-        raise DatasetError(f"{path} does not exist") from None
-    with stream:
-        try:
-            for number, line in enumerate(stream, start=1):
-                if not line.strip():
-                    continue
-                row = parse_json(line, f"{path}, line {number}:")
-                if not isinstance(row, dict):
-                    raise DatasetError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
-                yield row
-        except UnicodeDecodeError as error:
-            raise DatasetError(f"{path} is not UTF-8 text ({error.reason})") from None
+    with _reading_text(path), Path(path).open(encoding="utf-8", newline="\n") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            row = parse_json(line, f"{path}, line {number}:")
+            if not isinstance(row, dict):
+                raise DatasetError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+            yield row
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -300,28 +296,20 @@ def sha256_bytes(data: bytes) -> str:
 
 def sha256_file(path: str | Path) -> str:
     """Hex sha256 of a file's bytes, read in pieces."""
-    digest = hashlib.sha256()
     with Path(path).open("rb") as stream:
-        while block := stream.read(_CHUNK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @cache
 def git_commit() -> str | None:
     """The project's commit, with `+` when tracked files differ from it; None outside a checkout."""
+    commands = ("git rev-parse HEAD", "git status --porcelain --untracked-files=no")
+    options: dict[str, Any] = {"cwd": PROJECT_ROOT, "capture_output": True, "text": True, "check": True, "timeout": 10}
     try:
-        commit = _git("rev-parse", "HEAD").strip()
-        changed = _git("status", "--porcelain", "--untracked-files=no").strip()
+        commit, changed = (subprocess.run(line.split(), **options).stdout.strip() for line in commands)
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+" if changed else "")
-
-
-def _git(*args: str) -> str:
-    return subprocess.run(
-        ["git", *args], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True, timeout=10
-    ).stdout
 
 
 def provenance(packages: Iterable[str] = ("torch", "transformers", "numpy")) -> dict[str, Any]:

@@ -11,15 +11,15 @@ folder no hub is asked. Whatever is wrong with its files is one `CheckpointError
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.errors import CheckpointError, CodeLlavaError
+from utils.errors import CheckpointError, CodeLlavaError, DatasetError, first_line
+from utils.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +71,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, which no such file needs: copy it again")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        # Bytes that are no text and numbers of thousands of digits are ValueErrors, deep nesting is the other.
-        raise CheckpointError(f"{path} is not JSON that can be read: {_reason(error)}") from None
+    except DatasetError as error:
+        raise CheckpointError(str(error)) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
@@ -179,8 +178,12 @@ def read_model(
         )
 
 
-def fetch(name: str | Path) -> Path:
+def fetch(name: str | Path, patterns: Sequence[str] | None = _HUB_FILES) -> Path:
     """The folder of a model: itself, or a snapshot of the hub repository that the user named.
+
+    Args:
+        name: A folder, or a hub id.
+        patterns: Which files of a repository; None for all.
 
     Raises:
         CheckpointError: There is no such folder and the hub has no such repository, or cannot be reached.
@@ -188,15 +191,31 @@ def fetch(name: str | Path) -> Path:
     # Unlike Path.is_dir, this takes any text.
     if os.path.isdir(name):  # noqa: PTH112
         return Path(name)
+    # Late: most folders are local, and the hub's client takes its time to load.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    logger.info("%s is no local folder: downloading it from the Hugging Face hub", name)
     try:
-        return Path(snapshot_download(str(name), allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(str(name), allow_patterns=list(patterns) if patterns else None))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{name} is neither a local folder nor could it be downloaded from the hub: {_reason(error)}"
+            f"{name} is neither a local folder nor could it be downloaded from the hub: {first_line(error)}"
         ) from None
+
+
+@contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers' own bars, one a folder and often faster than the eye, off stderr."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -219,16 +238,7 @@ def loading(where: Any, what: str) -> Iterator[None]:
             raise
         logger.debug("%s", what, exc_info=True)
         place = where() if callable(where) else where
-        raise CheckpointError(f"{place} {what}: {_reason(error)}") from None
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of a message that says something; the exception's name where the message alone does not."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Headings, such as torch's "Error(s) in loading state_dict for …:".
-    text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])[:500]
-    telling = isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) and text
-    return text if telling else f"{type(error).__name__}: {text}".removesuffix(": ")
+        raise CheckpointError(f"{place} {what}: {first_line(error)}") from None
 
 
 def _check_settings(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from general import generation_test
 from tests.support import fake_server
 from tests.support.fake_server import FakeServer, refuse, stream
+from tests.support.processes import run_python
 
 ROWS = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
 
@@ -121,9 +121,7 @@ def test_instruction_needs_chat(server: FakeServer, embedding_file: Path, capsys
 
 @pytest.mark.slow
 def test_from_a_shell_in_another_folder(server: FakeServer, embedding_file: Path) -> None:
-    import subprocess
-
-    command = [sys.executable, generation_test.__file__, "--embedding-file", "rows.npy", "--server-url", server.url]
-    done = subprocess.run(command, cwd=embedding_file.parent, capture_output=True, text=True, timeout=120)
+    command = [generation_test.__file__, "--embedding-file", "rows.npy", "--server-url", server.url]
+    done = run_python(*command, cwd=embedding_file.parent)
     assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
     assert "7 prompt rows (4 from the server's prefix cache), 3 new tokens" in done.stderr

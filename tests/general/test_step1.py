@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ import pytest
 import torch
 
 from general import step1, step1_raw_text
+from tests.support.processes import run_python
+from utils.checkpoint.settings import ON_CPU
+from utils.compress.compressor import Compressor
+from utils.compress.prompt_embeds import load_prompt_embeds
 from utils.files import PROJECT_ROOT
-from utils.inference.compressor import Compressor
-from utils.inference.prompt_embeds import load_prompt_embeds
 
 SPAN = "<|memory_start|>def f(): return 1<|memory_end|>"
 
@@ -27,7 +28,7 @@ def flags(checkpoints: dict[str, Path], tmp_path: Path) -> list[str]:
 
 
 def expected(flags: list[str], prompt: Any) -> torch.Tensor:
-    compressor = Compressor.load(flags[1], device="cpu")
+    compressor = Compressor.load(flags[1], settings=ON_CPU)
     parsed = compressor.parse_raw(prompt) if isinstance(prompt, str) else compressor.parse_chat(prompt)
     return compressor.compress([parsed])[0].values_TD
 
@@ -128,7 +129,7 @@ def test_bfloat16_survives_in_safetensors(flags: list[str], tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("argv", "wanted"),
     [
-        ([], "there is no prompt: pass --text"),
+        (["--text", ""], "the prompt is empty"),
         (["--text", f"{SPAN} <|memory_start|>open"], "without a <|memory_end|>"),
         (["--text", "<|memory_start|><|memory_end|>"], "the memory span is empty"),
         (["--text", "<|memory|>"], "literal <|memory|>"),
@@ -187,16 +188,24 @@ def test_memory_that_runs_out_is_an_error(
     assert not Path(flags[5]).exists()
 
 
+def test_without_a_prompt_both_compress_the_same_example(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    results = []
+    for command in (step1, step1_raw_text):
+        assert command.main([*flags, "--json"]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert results[0]["memory_tokens"] == results[1]["memory_tokens"] > 100
+    assert results[0]["shape"][0] > results[1]["shape"][0]  # the chat template
+    assert len(read(flags)) == results[1]["shape"][0]
+
+
 @pytest.mark.parametrize("name", [pytest.param("step1.py", marks=pytest.mark.slow), "step1_raw_text.py"])
 def test_as_a_script_from_another_folder(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Relative paths are those of the working directory; results on stdout, nothing but logs on stderr."""
     where = PROJECT_ROOT if name == "step1.py" else tmp_path
     output = tmp_path / "rows.npy" if where == PROJECT_ROOT else Path("rows.npy")
     source = [] if name == "step1.py" else ["--text", SPAN]
-    command = [sys.executable, str(PROJECT_ROOT / "general" / name), "--model-path", str(checkpoints["code-llava"])]
-    done = subprocess.run(
-        [*command, *source, "--output", str(output), "--json"], cwd=where, capture_output=True, text=True, check=False
-    )
+    command = [PROJECT_ROOT / "general" / name, "--model-path", checkpoints["code-llava"], *source]
+    done = run_python(*command, "--output", output, "--json", cwd=where)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["spans"] == 1
     assert "Traceback" not in done.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ruler.dataset import write_dataset
+from ruler.layout import write_dataset
 from ruler.registry import get_task
 
 

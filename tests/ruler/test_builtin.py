@@ -9,12 +9,13 @@ import re
 import pytest
 
 from ruler.builtin.make import make_files
-from ruler.data_files import BUILTIN, RulerData
-from ruler.generate import generate_rows
+from ruler.generation.data_files import BUILTIN, RulerData
+from ruler.generation.generate import generate_rows
 from ruler.registry import RULER_13
-from tests.ruler.generation import recipe
+from tests.support.ruler_recipes import recipe
 
 
+@pytest.mark.slow
 def test_files_are_what_the_script_makes() -> None:
     """Compared unpacked: another zlib may pack differently."""
     for name, content in make_files().items():
@@ -24,7 +25,7 @@ def test_files_are_what_the_script_makes() -> None:
 
 @pytest.mark.slow
 def test_squad_questions_have_one_true_answer() -> None:
-    source = RulerData().squad
+    source = RulerData().questions("squad")
     assert len({question.text for question in source.questions}) == len(source.questions)
     for question in source.questions:
         (gold,) = question.gold
@@ -37,8 +38,9 @@ def test_squad_questions_have_one_true_answer() -> None:
         assert sum(town in text for text in source.documents) == len(paragraphs)
 
 
+@pytest.mark.slow
 def test_hotpot_answers_are_in_the_given_documents() -> None:
-    source = RulerData().hotpotqa
+    source = RulerData().questions("hotpotqa")
     for question in source.questions:
         assert len(question.gold) == 10
         given = [source.documents[number] for number in question.gold]

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from ruler.dataset import read_dataset, write_dataset
-from ruler.layout import claim_run_folder
-from ruler.registry import CODE_TASKS, RULER_13, TASKS, resolve_tasks
+from ruler.layout import claim_run_folder, read_dataset, write_dataset
+from ruler.registry import CODE_TASKS, RULER_13, TASKS, parse_lengths, resolve_tasks
 from utils.errors import ConfigError, DatasetError
 from utils.files import write_jsonl
 
@@ -67,3 +66,9 @@ def test_a_dataset_is_no_place_for_predictions(tmp_path: Path) -> None:
     write_dataset(tmp_path, [ROW], {})
     with pytest.raises(DatasetError, match="holds a dataset"):
         claim_run_folder(tmp_path, {}, "validation")
+
+
+def test_lengths() -> None:
+    assert parse_lengths("4096, 32k,1M,4k") == [4096, 32768, 1048576]
+    with pytest.raises(ConfigError, match="no length given"):
+        parse_lengths(" ,")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ruler.fetch_data import Source, build_parser, fetch, run
+from ruler.fetch_data import fetch
 from utils.errors import DatasetError
 
 CONTENT = b'{"data": []}'
@@ -37,19 +37,18 @@ def server() -> Iterator[str]:
         thread.join()
 
 
-def test_the_first_place_that_works(tmp_path: Path, server: str, capsys: pytest.CaptureFixture[str]) -> None:
-    source = Source("squad.json", ((f"{server}/gone", DIGEST), (f"{server}/here", DIGEST)))
-    args = build_parser().parse_args(["--data-dir", str(tmp_path)])
-    assert run(args, [source]) == 0
-    assert (tmp_path / "squad.json").read_bytes() == CONTENT
-    assert run(args, [source]) == 0
-    assert "fetched" in capsys.readouterr().out
+def test_the_first_place_that_works(tmp_path: Path, server: str) -> None:
+    target, places = tmp_path / "squad.json", [(f"{server}/gone", DIGEST), (f"{server}/here", DIGEST)]
+    assert fetch(target, places)
+    assert target.read_bytes() == CONTENT
+    assert not fetch(target, places)  # there already
 
 
 def test_wrong_content_is_refused(tmp_path: Path, server: str) -> None:
-    with pytest.raises(DatasetError, match=rf"gave sha256 {DIGEST[:16]}…, expected 0000"):
-        fetch(Source("squad.json", ((f"{server}/here", "0" * 64),)), tmp_path)
+    target, places = tmp_path / "squad.json", [(f"{server}/here", "0" * 64)]
+    with pytest.raises(DatasetError, match=rf"sha256 {DIGEST[:16]}…, expected 0000"):
+        fetch(target, places)
     assert not list(tmp_path.iterdir())
-    (tmp_path / "squad.json").write_bytes(b"something else")
+    target.write_bytes(b"something else")
     with pytest.raises(DatasetError, match="is another file than RULER's"):
-        fetch(Source("squad.json", ((f"{server}/here", DIGEST),)), tmp_path)
+        fetch(target, places)

@@ -1,11 +1,17 @@
-"""A small OpenAI-compatible server in this process whose next answers a test scripts."""
+"""A small OpenAI-compatible server whose next answers a test scripts: actions that answer, stream or misbehave.
+
+As a program it answers by prompt, with faults, until it is killed; its first line is its address.
+"""
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import io
+import itertools
 import json
+import random
 import socket
 import struct
 import threading
@@ -39,7 +45,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.body = self.rfile.read(int(self.headers["Content-Length"]))
-        body = json.loads(self.body)
+        self.asked = body = json.loads(self.body)
         if self.path == "/tokenize":
             content = body["messages"][0]["content"]
             if not isinstance(content, str):
@@ -62,12 +68,6 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def drop(self) -> None:
-        """Lose the connection."""
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
-        self.close_connection = True
-
     def reset(self) -> None:
         """Lose the connection the hard way, as when a process is killed."""
         self.wfile.flush()
@@ -83,25 +83,42 @@ class FakeServer(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, action: Action, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.forget(action)
+
+    def forget(self, action: Action) -> None:
+        """Begin again: no script, no requests, and one action for all that come."""
         self.models = ["tiny"]
         self.models_action: Action | None = None
         self.part_separator = ""
         self.script: list[Action] = []
-        self.default_action: Action = answer("fine")
+        self.default_action = action
         self.keeps_requests = True
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.keys_seen: list[str] = []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    @property
+    def bodies(self) -> list[dict[str, Any]]:
+        """What the kept requests sent."""
+        return [body for _, body in self.requests]
+
+    @property
+    def prompts(self) -> list[Any]:
+        """What the kept requests asked."""
+        return [prompt_of(body) for body in self.bodies]
 
 
 @contextlib.contextmanager
-def running(port: int = 0) -> Iterator[FakeServer]:
-    """Serve until the block ends; on any free port without one. Skips the test where the client is not installed."""
+def running(action: Action | None = None, *, port: int = 0) -> Iterator[FakeServer]:
+    """Serve until the block ends, on any free port unless one is given; without an action, every answer is "fine".
+
+    Skips the test where the client is not installed.
+    """
     for package in ("openai", "orjson", "pybase64"):
         pytest.importorskip(package)
-    with FakeServer(port) as server:
+    with FakeServer(action or answer("fine"), port) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         yield server
@@ -114,21 +131,37 @@ def rows_of(blob: str) -> torch.Tensor:
     return torch.load(io.BytesIO(base64.b64decode(blob, validate=True)), weights_only=True)
 
 
-def answer(text: str) -> Action:
-    """Answer with a completion or chat completion, streamed when asked for."""
+def prompt_of(body: dict[str, Any]) -> Any:
+    """What a request asks: its last message, its text, or its blob of rows."""
+    return body["messages"][-1]["content"] if "messages" in body else body.get("prompt") or body["prompt_embeds"]
+
+
+USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}
+
+
+def answer(text: str, **usage: int) -> Action:
+    """Answer with a completion or chat completion, streamed when asked for; `usage` replaces counts of `USAGE`."""
 
     def act(handler: Handler) -> None:
-        path, body = handler.server.requests[-1]
-        if body.get("stream"):
+        if handler.asked.get("stream"):
             stream(*text)(handler)
             return
-        said = {"message": {"role": "assistant", "content": text}} if "chat" in path else {"text": text}
-        handler.reply(200, {"choices": [{"index": 0, "finish_reason": "stop", **said}], "usage": USAGE})
+        said = {"message": {"role": "assistant", "content": text}} if "chat" in handler.path else {"text": text}
+        choice = {"index": 0, "finish_reason": "stop", **said}
+        handler.reply(200, {"choices": [choice], "usage": {**USAGE, **usage}})
 
     return act
 
 
-USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}
+def answer_to(prompt: str) -> str:
+    """The one answer that `by_prompt` has for a prompt."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:12]
+
+
+def by_prompt(handler: Handler) -> None:
+    """Answer so that a test can tell which prompt was asked; a prompt token is a word."""
+    prompt = prompt_of(handler.asked)
+    answer(answer_to(prompt), prompt_tokens=len(prompt.split()))(handler)
 
 
 def stream(*pieces: str, then: Action | None = None) -> Action:
@@ -160,21 +193,23 @@ def stream(*pieces: str, then: Action | None = None) -> Action:
 
 
 def refuse(status: int, body: Any, **headers: str) -> Action:
-    """Answer with an error status."""
+    """Answer with a status and a body of one's own."""
     return lambda handler: handler.reply(status, body, headers)
 
 
 def drop(handler: Handler) -> None:
     """Lose the connection without an answer."""
-    handler.drop()
+    with contextlib.suppress(OSError):
+        handler.connection.shutdown(socket.SHUT_RDWR)
+    handler.close_connection = True
 
 
-def silence(seconds: float) -> Action:
-    """Say nothing for a while, then lose the connection."""
+def silence(seconds: float, then: Action = drop) -> Action:
+    """Say nothing for a while; by default, lose the connection then."""
 
     def act(handler: Handler) -> None:
         time.sleep(seconds)
-        handler.drop()
+        then(handler)
 
     return act
 
@@ -182,3 +217,31 @@ def silence(seconds: float) -> Action:
 def event(value: Any) -> Action:
     """One more event of a stream, and its end."""
     return lambda handler: handler.wfile.write(f"data: {json.dumps(value)}\n\n".encode()) and None
+
+
+_NO_ANSWERS = itertools.cycle(
+    [b"[]", b"null", b"3", b'"text"', b"", b'{"choices": "x"}', b'{"choices": [{"text": null}]}', b"\xff"]
+)
+# What another try may cure.
+FAULTS: dict[str, Action] = {
+    "error500": refuse(500, {"error": {"message": "boom"}}),
+    "overload429": refuse(429, {"error": {"message": "slow down"}}, **{"Retry-After": "0.01"}),
+    "drop": drop,
+    "garbage": refuse(200, b'{"choices": [{"text": "cut of'),
+    "wrong_shape": refuse(200, {"object": "text_completion", "choices": [], "detail": "?"}),
+    "html": refuse(200, b"<html>bad gateway</html>", **{"Content-Type": "text/html"}),
+    "other_json": lambda handler: handler.reply(200, next(_NO_ANSWERS)),
+    "hang": silence(0.3),
+}
+
+
+def faulty(*names: str, rate: float = 0.4, seed: int = 0) -> Action:
+    """Answer by prompt, but let a share of the requests end in one of these `FAULTS`."""
+    rng, faults = random.Random(seed), [FAULTS[name] for name in names]
+    return lambda handler: (rng.choice(faults) if rng.random() < rate else by_prompt)(handler)
+
+
+if __name__ == "__main__":
+    with running(silence(0.02, then=faulty("error500", "drop", "garbage", rate=0.2))) as alone:
+        print(alone.url, flush=True)
+        threading.Event().wait()

@@ -19,17 +19,22 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("pybase64")
 pytest.importorskip("uvicorn")
 
-from utils.serving.app import create_app
+from utils.serving.app import Gateway
+from utils.serving.backend import Backend
 from utils.serving.server import GatewayServer
 from utils.serving.settings import ConnectionLimits, GatewaySettings
+from utils.serving.upstream import Upstream
 
 
 @contextlib.contextmanager
-def running(compressor: Any, backend_url: str, *, backend: Any = None, **settings: Any) -> Iterator[str]:
-    """Serve until the block ends; yields the address."""
+def running(compressor: Any, backend: str | Backend, **settings: Any) -> Iterator[str]:
+    """Serve until the block ends, in front of a server's address or a backend in this process; yields the address."""
     settings = {"connections": ConnectionLimits(shutdown_s=5)} | settings
-    wanted = GatewaySettings(backend_url=backend_url, **settings)
-    with serving(create_app(wanted, compressor, backend), wanted.connections) as url:
+    if isinstance(backend, str):
+        settings["backend_url"] = backend
+    wanted = GatewaySettings(**settings)
+    behind = Upstream(wanted) if isinstance(backend, str) else backend
+    with serving(Gateway(wanted, compressor, behind).app(), wanted.connections) as url:
         yield url
 
 

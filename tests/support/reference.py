@@ -15,6 +15,7 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
 from utils.model.config import CompressionConfig
+from utils.model.prompt import MemoryPrompt
 
 
 def reference_latents(
@@ -33,6 +34,15 @@ def reference_latents(
     if config.adapter == "mlp_attn":
         latents = _attention_layers(adapter_state, layer_config, latents)
     return latents
+
+
+def next_token_losses(model: Any, processor: Any, prompt: MemoryPrompt, target: str) -> torch.Tensor:
+    """What a whole model loses on each token of a target and on its end, one prompt alone in its row."""
+    ids = torch.tensor([*prompt.input_ids, *processor.target_ids(target)])
+    rows = model.embed_prompt(MemoryPrompt(input_ids=ids.tolist(), spans=prompt.spans))
+    first = len(prompt.input_ids)
+    log_probs = model.decoder(inputs_embeds=rows[None]).logits[0, first - 1 : -1].log_softmax(dim=-1)
+    return -log_probs.gather(1, ids[first:, None])[:, 0]
 
 
 def _window(encoder: Any, ids: Sequence[int], at: int, config: CompressionConfig, pad_token_id: int) -> torch.Tensor:

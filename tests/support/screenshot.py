@@ -11,11 +11,11 @@ import tempfile
 from pathlib import Path
 
 from tests.support import chromium
-from utils.inference.inference import BUILT_IN_EXAMPLES
+from utils.inference.inference import TEST_DATA, read_test_data
 
 # Small files, as the embedded checkpoint knows them from training.
 FILES = {
-    "store.py": BUILT_IN_EXAMPLES[0]["code"],
+    "store.py": read_test_data(TEST_DATA)[0]["code"],
     "settings.py": 'TIMEOUT_S = 30\nREGION = "north"\n\n\ndef address(host, port=8080):\n    return f"{host}:{port}"\n',
     "shapes.py": "class Square(Shape):\n    # sides in metres\n    def area(self):\n        return self.side ** 2\n",
 }

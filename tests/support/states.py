@@ -19,7 +19,7 @@ def parameters(model: CodeLLaVAModel) -> State:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def assert_is(checkpoint: Path, wanted: State) -> None:
+def assert_is(checkpoint: str | Path, wanted: State) -> None:
     """A checkpoint holds these parameters, to the bit and in their dtypes."""
     model, _, _ = load_model(checkpoint, device="cpu")
     torch.testing.assert_close(parameters(model), wanted, rtol=0, atol=0)

@@ -22,8 +22,8 @@ from transformers import (
     Qwen3Model,
 )
 
-from utils.inference.checkpoint import CODE_LLAVA, Layout
-from utils.inference.saving import save_checkpoint
+from utils.checkpoint.layout import CODE_LLAVA, Layout
+from utils.checkpoint.save import save_checkpoint
 from utils.model.adapter import Adapter
 from utils.model.code_chunker import CodeChunker
 from utils.model.code_llava_model import CodeLLaVAModel, MemoryEncoder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 400
@@ -25,12 +26,6 @@ def vllm_python() -> Path:
     if not (python.parents[1] / "ready").exists():
         pytest.skip(f"no vLLM environment at {python.parents[1]}: make it with .ci/make_vllm_cpu_env.sh")
     return python
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

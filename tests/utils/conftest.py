@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 
+from utils.checkpoint.settings import EncoderSettings
+
+FLOAT32 = EncoderSettings(device="cpu", dtype="float32")
+
 
 @pytest.fixture(scope="session")
 def default_checkpoint() -> Path:
     """The embedded default checkpoint, assembled if it is not there."""
     from tests.support.marks import needs_default_checkpoint
-    from utils.inference.default_checkpoint import assemble_default_checkpoint
+    from utils.checkpoint.default.assemble import assemble_default_checkpoint
 
     needs_default_checkpoint()
     return assemble_default_checkpoint()
@@ -31,17 +35,17 @@ def vllm_url(default_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def default_compressor(default_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The default checkpoint's compressor in float32, chunk size 8, with a cache of its own."""
-    from utils.inference.compressor import Compressor
-    from utils.inference.latent_cache import LatentCache
+    from utils.compress.compressor import Compressor
+    from utils.compress.latent_cache import LatentCache
 
     with LatentCache.open(tmp_path_factory.mktemp("cache")) as cache:
-        yield Compressor.load(default_checkpoint, chunk_size=8, device="cpu", dtype="float32", cache=cache)
+        yield Compressor.load(default_checkpoint, settings=FLOAT32, chunk_size=8, cache=cache)
 
 
 @pytest.fixture(scope="session")
 def decoder(default_checkpoint: Path) -> Any:
     """The default checkpoint's decoder in float32, in this process."""
-    from utils.inference.checkpoint import find_checkpoint
-    from utils.inference.weights import load_decoder
+    from utils.checkpoint.load import load_decoder
+    from utils.checkpoint.locate import find_checkpoint
 
-    return load_decoder(find_checkpoint(default_checkpoint, 8), device="cpu", dtype="float32").eval()
+    return load_decoder(find_checkpoint(default_checkpoint, 8), FLOAT32).eval()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.processes import run_python
 from utils import cli
 from utils.errors import CodeLlavaError, PromptError, first_line
 
@@ -94,8 +95,8 @@ def test_one_family() -> None:
 def test_what_deepspeed_logs_stays_off_stdout() -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: uv sync --extra deepspeed")
     code = "import utils.cli; import deepspeed.utils as d; d.logger.warning('odd device')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == ""
+    done = run_python("-c", code)
+    assert (done.returncode, done.stdout) == (0, "")
     assert "odd device" in done.stderr
 
 
@@ -137,8 +138,9 @@ def shell(what: str, redirect: str = "", **environment: str) -> subprocess.Compl
 
 
 ENCODINGS = [
-    {}, {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1:strict"}, {"LC_ALL": "C"},
-    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {}, {"PYTHONIOENCODING": "latin-1:strict"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    pytest.param({"PYTHONIOENCODING": "ascii"}, marks=pytest.mark.slow),
+    pytest.param({"LC_ALL": "C"}, marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
@@ -152,7 +154,6 @@ def test_what_a_terminal_cannot_show_is_replaced(environment: dict[str, str]) ->
     failed = shell("fail", **environment)
     assert (failed.returncode, failed.stdout) == (1, b"")
     assert b"Traceback" not in failed.stderr
-    assert shell("rows", **environment).returncode == 3
 
 
 def test_no_control_character_of_others_reaches_the_terminal() -> None:
@@ -170,12 +171,11 @@ def test_a_full_disk_at_stdout_is_one_error(what: str) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith(b"error: ")
     assert (done.stderr.count(b"\n"), b"No space left" in done.stderr) == (1, True)
-    assert shell("rows", "> /dev/full").returncode == 3
 
 
 @pytest.mark.parametrize("redirect", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "| true", "2> /dev/full"])
 def test_nobody_listens(redirect: str) -> None:
-    codes = {"text": 0, "json": 0, "many": 0, "rows": 3, "fail": 1}
+    codes = {"many": 0, "rows": 3, "fail": 1}
     for what, code in codes.items():
         done = shell(what, redirect + "; exit ${PIPESTATUS[0]}")
         assert done.returncode == code

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import stat
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.processes import run_python
 from utils.errors import ConfigError, DatasetError
 from utils.files import (
-    PROJECT_ROOT,
     atomic_folder,
     atomic_path,
     git_commit,
@@ -326,5 +324,5 @@ def test_a_project_that_is_not_installed_says_so(tmp_path: Path) -> None:
         "from utils.files import provenance\n"
         "print(provenance()['code_llava'], provenance(['no-such-package']).get('no-such-package'))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
+    done = run_python("-c", code)
     assert done.stdout == "not installed None\n", done.stderr

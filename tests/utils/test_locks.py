@@ -6,15 +6,15 @@ import errno
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
 import pytest
 
+from tests.support.processes import start_python
 from utils.errors import ConfigError
-from utils.files import PROJECT_ROOT, atomic_folder, atomic_path
+from utils.files import atomic_folder, atomic_path
 from utils.locks import remove_leftovers, sole_writer
 
 HOLD = (
@@ -25,10 +25,7 @@ HOLD = (
 @pytest.fixture
 def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that writes the folder."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)],
-        cwd=PROJECT_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start_python("-c", HOLD, tmp_path)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     yield process

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,19 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from ruler.backends import open_backend
-from ruler.protocol import BackendSettings
+from ruler.answering.backends import open_backend
+from ruler.answering.protocol import BackendSettings
+from tests.support.processes import run_python
+from utils.checkpoint import describe
+from utils.checkpoint.locate import find_checkpoint
+from utils.checkpoint.settings import ON_CPU
+from utils.compress.compressor import Compressor
 from utils.errors import CheckpointError, CodeLlavaError
 from utils.files import PROJECT_ROOT
-from utils.inference import describe
-from utils.inference.checkpoint import find_checkpoint
-from utils.inference.compressor import Compressor
 from utils.inference.inference import load_model
 from utils.pretrained import loading, read_config, read_model, read_settings, read_tokenizer
 from utils.training.config import PairConfig
-from utils.training.pairs import load_pair
+from utils.training.pairs import starting_pair
 
 Copied = Callable[[str], Path]
 
@@ -67,12 +68,12 @@ def test_own_code_is_an_error_without_a_question(
     edit(own_code / "embedder" / "config.json", model_type="mine" if "AutoConfig" in value else "qwen3")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked a question"))
     ways: list[Callable[[], Any]] = [
-        lambda: Compressor.load(own_code, device="cpu"),
+        lambda: Compressor.load(own_code, settings=ON_CPU),
         lambda: load_model(own_code, device="cpu"),
         lambda: read_config(path.parent),
         lambda: read_tokenizer(path.parent),
         lambda: read_model(AutoModel, path.parent),
-        lambda: load_pair(PairConfig(encoder=str(path.parent), decoder=str(own_code / "llm"))),
+        lambda: starting_pair(PairConfig(encoder=str(path.parent), decoder=str(own_code / "llm"))),
         lambda: open_backend(BackendSettings(name="local-text", model=str(path.parent))),
     ]
     for way in ways:
@@ -185,7 +186,7 @@ def test_a_template_may_fail_in_any_way(copied: Copied) -> None:
     for template in ("{% for i in range(10**9) %}x{% endfor %}", "{{ 1 / 0 }}", "{{ messages.a.b.c() }}", "{% if %}"):
         (root / "llm" / "chat_template.jinja").write_text(template)
         with pytest.raises(CodeLlavaError, match="template"):
-            Compressor.load(root, device="cpu").parse_chat([{"role": "user", "content": "x"}])
+            Compressor.load(root, settings=ON_CPU).parse_chat([{"role": "user", "content": "x"}])
 
 
 def test_panics_of_rust_are_errors_of_the_file() -> None:
@@ -206,7 +207,7 @@ import socket, sys
 def refuse(*_, **__):
     raise AssertionError("a connection was tried")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-from utils.inference.checkpoint import find_checkpoint
+from utils.checkpoint.locate import find_checkpoint
 from utils.inference.inference import load_model
 print(find_checkpoint(sys.argv[1]).fingerprint)
 model, _, processor = load_model(sys.argv[1], device="cpu")
@@ -214,15 +215,27 @@ model.generate([processor.parse_chat([{"role": "user", "content": "x"}])], max_n
 """
 
 
+def test_a_folder_that_is_there_asks_nobody(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for name in ("socket.socket.connect", "socket.create_connection", "socket.getaddrinfo"):
+        monkeypatch.setattr(name, lambda *given, **_: asked.append(given) or pytest.fail("a connection was tried"))
+    model, _, processor = load_model(checkpoints["code-llava"], device="cpu")
+    model.generate([processor.parse_chat([{"role": "user", "content": "x"}])], max_new_tokens=1)
+    assert asked == []
+
+
+@pytest.mark.slow
 def test_a_folder_asks_nobody(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     root = checkpoints["code-llava"]
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    done = subprocess.run([sys.executable, "-c", ONLINE, str(root)], cwd=PROJECT_ROOT, capture_output=True, text=True)
+    done = run_python("-c", ONLINE, root)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == find_checkpoint(root).fingerprint
     assert socket.socket.connect is not None
 
 
+@functools.cache
 def calls() -> list[tuple[str, ast.Call]]:
     """Calls that load something, as (file, call)."""
     loaders = {"from_pretrained", "from_config", "snapshot_download", "hf_hub_download"}
@@ -230,7 +243,8 @@ def calls() -> list[tuple[str, ast.Call]]:
     for package in ("utils", "general", "ruler", "ruler_minimal"):
         for path in (PROJECT_ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in loaders:
+                called = node.func if isinstance(node, ast.Call) else None
+                if getattr(called, "attr", getattr(called, "id", None)) in loaders:
                     found.append((path.relative_to(PROJECT_ROOT).as_posix(), node))
     return found
 
@@ -238,10 +252,9 @@ def calls() -> list[tuple[str, ast.Call]]:
 def test_one_module_has_transformers_load_things() -> None:
     allowed = {
         "utils/pretrained.py",
-        "utils/inference/checkpoint.py",  # hub ids of checkpoints
-        "utils/inference/default_checkpoint.py",  # the GGUF file of a package
-        "utils/inference/lora_folder.py",  # peft
-        "ruler/tokenizers.py",  # single files of a hub repository
+        "utils/checkpoint/default/build.py",  # the GGUF file of a package
+        "utils/checkpoint/lora.py",  # peft
+        "ruler/generation/tokenizers.py",  # single files of a hub repository
     }
     assert {file for file, _ in calls()} <= allowed
 

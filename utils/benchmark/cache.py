@@ -9,40 +9,18 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from utils.benchmark.material import SEED, cut_into_texts, load_settings, marked, source_tokens
-from utils.benchmark.measure import Timing, machine, markdown_table, median_ratio, time_interleaved
-from utils.inference.flags import add_checkpoint_flags
-
-if TYPE_CHECKING:
-    from utils.inference.prompt_embeds import CompressionStats
-
-DESCRIPTION = "cached prompts to embeddings, beside encoding them"
-QUICK = {"tokens": 1024, "spans": 3, "repeats": 1}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this benchmark's flags."""
-    add_checkpoint_flags(parser)
-    group = parser.add_argument_group("benchmark")
-    group.add_argument("--tokens", type=int, default=16384, help="memory tokens; default 16384")
-    group.add_argument("--spans", type=int, default=8, help="files in the prompt; default 8")
-    group.add_argument("--repeats", type=int, default=3, help="counted rounds; default 3")
+from utils.benchmark.measure import markdown_table, median_ratio, runs_of, time_interleaved
+from utils.benchmark.sources import cut_into_texts, load_compressor, marked, source_tokens
+from utils.compress.latent_cache import LatentCache
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Measure.
-
-    Returns:
-        A table for people, and everything as one JSON-ready value.
-    """
-    from utils.inference.compressor import Compressor
-    from utils.inference.latent_cache import LatentCache
-
+    """Measure; a table for people, and the figures."""
     with tempfile.TemporaryDirectory() as folder, LatentCache.open(folder) as cache:
-        encoding = Compressor.load(args.checkpoint, **load_settings(args))
-        cached = Compressor.load(args.checkpoint, **load_settings(args), cache=cache)
+        encoding = load_compressor(args)
+        cached = load_compressor(args, cache)
         tokenizer = encoding.processor.tokenizers.encoder
         text = marked(cut_into_texts(tokenizer, source_tokens(tokenizer, args.tokens), args.spans))
         prompt = encoding.parse_raw(text)
@@ -52,28 +30,17 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             "parse the text": lambda: encoding.parse_raw(text),
         }
         timings = time_interleaved(jobs, args.repeats)
-        again = cached.compress([prompt])[0].stats
-    return _report(args, timings, again, encoding.files.config.to_json())
-
-
-def _report(
-    args: argparse.Namespace, timings: dict[str, Timing], stats: CompressionStats, config: dict[str, Any]
-) -> tuple[str, dict[str, Any]]:
+        stats = cached.compress([prompt])[0].stats
     encoded = timings["encoded"]
     rows = [
         (name, f"{timing.median_s * 1e3:.1f}", f"{median_ratio(encoded, timing):.1f}", f"{timing.spread:.0%}")
         for name, timing in timings.items()
     ]
-    result = {
-        "benchmark": "cache",
+    figures = {
         "memory_tokens": stats.memory_tokens,
         "cached_tokens": stats.cached_tokens,
-        "spans": args.spans,
-        "dtype": args.dtype,
-        "config": config,
-        "seed": SEED,
-        "runs_s": {name: timing.runs_s for name, timing in timings.items()},
-        "times_faster": round(median_ratio(encoded, timings["cached"]), 1),
-        "machine": machine(),
+        "times_faster": median_ratio(encoded, timings["cached"]),
+        "runs_s": runs_of(timings),
+        "config": encoding.files.config.to_json(),
     }
-    return markdown_table(("job", "ms", "× faster than encoding", "spread"), rows), result
+    return markdown_table(("job", "ms", "× faster than encoding", "spread"), rows), figures

@@ -13,55 +13,33 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from utils.benchmark.material import load_settings
-from utils.benchmark.measure import machine, markdown_table
+from utils.benchmark.measure import markdown_table
+from utils.benchmark.sources import load_compressor
 from utils.errors import ConfigError
-from utils.inference.flags import add_checkpoint_flags
-from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.model.markers import wrap
 
-DESCRIPTION = "latency that a gateway adds, at several numbers of clients"
-QUICK = {"clients": [1], "requests": 1, "lines": 4}
 Ask = Callable[[int], Awaitable[Any]]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this benchmark's flags."""
-    add_checkpoint_flags(parser)
-    group = parser.add_argument_group("benchmark")
-    group.add_argument("--gateway-url", default="http://127.0.0.1:8080", help="default http://127.0.0.1:8080")
-    group.add_argument("--backend-url", default="http://127.0.0.1:8000", help="default http://127.0.0.1:8000")
-    group.add_argument("--clients", type=int, nargs="+", default=[1, 16], help="clients at once; default 1 16")
-    group.add_argument("--requests", type=int, default=4, help="counted requests of a client and way; default 4")
-    group.add_argument(
-        "--seconds", type=float, default=0.0, help="at least so long for each number of clients, both ways in turn"
-    )
-    group.add_argument("--lines", type=int, default=40, help="lines of code in a client's memory; default 40")
-
-
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Measure.
-
-    Returns:
-        A table for people, and everything as one JSON-ready value.
-    """
+    """Measure; a table for people, and the figures."""
     if min(*args.clients, args.requests, args.lines) < 1:
         raise ConfigError("--clients, --requests and --lines must be at least 1")
     runs = asyncio.run(_measure(args))
-    rows, result = [], {}
+    rows, latency = [], {}
     for (clients, way), times in runs.items():
         p50, p95 = (1e3 * _percentile(times, share) for share in (0.5, 0.95))
-        rows.append((clients, way, f"{p50:.1f}", f"{p95:.1f}"))
-        result[f"{clients} clients, {way}"] = {"p50_ms": round(p50, 2), "p95_ms": round(p95, 2), "requests": len(times)}
-    table = markdown_table(("clients", "way", "p50 ms", "p95 ms"), rows)
-    return table, {"benchmark": "gateway", "lines": args.lines, "latency": result, "machine": machine()}
+        rows.append((clients, way, f"{p50:.1f}", f"{p95:.1f}", len(times)))
+        latency[f"{clients} clients, {way}"] = {"p50_ms": p50, "p95_ms": p95, "requests": len(times)}
+    return markdown_table(("clients", "way", "p50 ms", "p95 ms", "requests"), rows), {"latency": latency}
 
 
 async def _measure(args: argparse.Namespace) -> dict[tuple[int, str], list[float]]:
-    from utils.inference.compressor import Compressor
-    from utils.inference.vllm_client import VllmClient
+    # Here: the other benchmarks' machine may have no HTTP client.
+    from utils.client.server_client import VllmClient
 
     most = max(args.clients)
-    compressor = Compressor.load(args.checkpoint, **load_settings(args))
+    compressor = load_compressor(args)
     texts = [_prompt_text(number, args.lines) for number in range(most)]
     embeds = compressor.compress([compressor.parse_raw(text) for text in texts])
     runs: dict[tuple[int, str], list[float]] = {}
@@ -91,7 +69,7 @@ async def _seconds(ask: Ask, number: int) -> float:
 
 def _prompt_text(number: int, lines: int) -> str:
     code = "".join(f"client_{number}_value_{line} = {number * 7919 + line}\n" for line in range(lines))
-    return f"{MEMORY_START}{code}{MEMORY_END} What is this?"
+    return f"{wrap(code)} What is this?"
 
 
 def _percentile(times: Sequence[float], share: float) -> float:

@@ -8,96 +8,51 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from utils.benchmark.material import cut_into_spans, load_settings, source_tokens
-from utils.benchmark.measure import machine, markdown_table
-from utils.benchmark.processes import forget_peak, held_bytes, in_a_fresh_process, peak_bytes
-from utils.inference.flags import add_checkpoint_flags
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-DESCRIPTION = "peak memory of encoding long memories"
-QUICK = {"tokens": [512, 1024]}
-_MIB = 2**20
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this benchmark's flags."""
-    add_checkpoint_flags(parser)
-    group = parser.add_argument_group("benchmark")
-    group.add_argument(
-        "--tokens", type=int, nargs="+", default=[16384, 65536, 262144],
-        help="memory tokens, the first is what the others are compared with; default 16384 65536 262144",
-    )  # fmt: skip
+from utils.benchmark.measure import MIB, forget_peak, held_bytes, in_a_fresh_process, markdown_table, peak_bytes
+from utils.benchmark.sources import cut_into_spans, load_compressor, source_tokens
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Measure.
-
-    Returns:
-        A table for people, and everything as one JSON-ready value.
-    """
-    settings = load_settings(args)
-    rows = [in_a_fresh_process(encode_once, args.checkpoint, settings, tokens) for tokens in args.tokens]
-    first = rows[0]["peak_bytes"]
+    """Measure; a table for people, and the figures."""
+    rows = [in_a_fresh_process(encode_once, args, num_tokens) for num_tokens in args.tokens]
     for row in rows:
-        row["ratio"] = round(row["peak_bytes"] / first, 3)
+        row["ratio"] = row["peak_bytes"] / rows[0]["peak_bytes"]
     cells = [
         (
             row["tokens"],
-            f"{row['loaded_bytes'] / _MIB:.0f}",
-            f"{row['peak_bytes'] / _MIB:.0f}",
-            f"{(row['peak_bytes'] - row['loaded_bytes']) / _MIB:.1f}",
-            f"{row['latent_bytes'] / _MIB:.1f}",
+            f"{row['loaded_bytes'] / MIB:.0f}",
+            f"{row['peak_bytes'] / MIB:.0f}",
+            f"{(row['peak_bytes'] - row['loaded_bytes']) / MIB:.1f}",
+            f"{row['latent_bytes'] / MIB:.1f}",
             f"{row['ratio']:.2f}",
             f"{row['seconds']:.1f}",
         )
         for row in rows
     ]
     header = ("tokens", "before MiB", "peak MiB", "encoding MiB", "latents MiB", f"× peak at {args.tokens[0]}", "s")
-    result = {
-        "benchmark": "memory",
-        "rows": rows,
-        "dtype": args.dtype,
-        "config": rows[0].pop("config"),
-        "machine": machine(),
-    }
-    for row in rows[1:]:
-        del row["config"]
-    return markdown_table(header, cells), result
+    return markdown_table(header, cells), {"rows": rows}
 
 
-def figures(result: dict[str, Any]) -> dict[str, Figure]:
-    """Peak memory against length."""
-    from utils.benchmark.figures import memory_by_length
-
-    return {"memory_by_length": memory_by_length(result["rows"])}
-
-
-def encode_once(checkpoint: str | None, settings: dict[str, Any], num_tokens: int) -> dict[str, Any]:
+def encode_once(args: argparse.Namespace, num_tokens: int) -> dict[str, Any]:
     """Load a checkpoint and encode one span in this process.
 
     Returns:
         Bytes held before and at the peak (of the device, where it is a GPU), bytes of the latents, seconds.
     """
-    from utils.inference.compressor import Compressor
-
-    compressor = Compressor.load(checkpoint, **settings)
+    compressor = load_compressor(args)
+    config, device = compressor.files.config, compressor.memory_encoder.chunker.device
     tokens = source_tokens(compressor.processor.tokenizers.encoder, num_tokens)
-    spans = cut_into_spans(tokens, 1, compressor.files.config.chunk_size)
-    device = compressor.memory_encoder.chunker.device
+    spans = cut_into_spans(tokens, 1, config.chunk_size)
     loaded = held_bytes(device)
     forget_peak()
     began = time.perf_counter()
     ((latents, _),) = compressor.encode_spans(spans)
-    seconds = time.perf_counter() - began
     return {
         "tokens": num_tokens,
+        "seconds": time.perf_counter() - began,
         "loaded_bytes": loaded,
         "peak_bytes": peak_bytes(device),
         "latent_bytes": latents.numel() * latents.element_size(),
-        "seconds": round(seconds, 2),
-        "config": compressor.files.config.to_json(),
     }

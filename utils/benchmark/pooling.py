@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from utils.benchmark.material import load_settings, source_tokens
-from utils.benchmark.measure import machine, markdown_table
+import torch
+import torch.nn.functional as F
+
+from utils.benchmark.measure import markdown_table
+from utils.benchmark.sources import load_compressor, source_tokens
 from utils.errors import ConfigError
-from utils.inference.flags import add_checkpoint_flags
+from utils.model.windows import plan_windows
 
-if TYPE_CHECKING:
-    import torch
-
-DESCRIPTION = "tokens that a linear map reads back from a pooled vector, by kind of pooling"
-QUICK = {"tokens": 4096, "chunk_sizes": [4]}
 _POOLINGS = ("mean", "rotary")
 _TEST_PART = 0.1
 # Of the regression: its penalty beside the variance of an input.
@@ -29,36 +27,21 @@ _RIDGE = 0.1
 _DIGITS = "0123456789"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this benchmark's flags."""
-    add_checkpoint_flags(parser)
-    group = parser.add_argument_group("benchmark")
-    group.add_argument("--tokens", type=int, default=65536, help="tokens of source text; default 65536")
-    group.add_argument("--chunk-sizes", type=int, nargs="+", default=[2, 4, 8, 16], help="default 2 4 8 16")
-
-
+@torch.inference_mode()
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Measure.
-
-    Returns:
-        A table for people, and everything as one JSON-ready value.
+    """Measure; a table for people, and the figures.
 
     Raises:
         ConfigError: Too little text for the largest chunk size.
     """
     if args.tokens < 64 * max(args.chunk_sizes) or min(args.chunk_sizes) < 1:
         raise ConfigError(f"--tokens: give at least 64 chunks of each size, {64 * max(args.chunk_sizes)} tokens")
-    import torch
-
-    from utils.inference.compressor import Compressor
-    from utils.model.code_chunker import plan_windows
-
-    compressor = Compressor.load(args.checkpoint, **load_settings(args))
+    compressor = load_compressor(args)
     chunker = compressor.memory_encoder.chunker
     own_config = chunker.config
     tokenizer = compressor.processor.tokenizers.encoder
     ids = source_tokens(tokenizer, args.tokens)
-    table_VE = chunker.encoder.get_input_embeddings().weight.detach().float()
+    table_VE = chunker.encoder.get_input_embeddings().weight.float()
     digits = torch.tensor([tokenizer(digit, add_special_tokens=False)["input_ids"][-1] for digit in _DIGITS])
     rows, found = [], {}
     for size in args.chunk_sizes:
@@ -67,25 +50,18 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             chunker.config = dataclasses.replace(
                 own_config, pooling=pooling, chunk_size=size, window=own_config.window // size * size, chunk_sizes=()
             )
-            with torch.inference_mode():
-                pooled_NE = torch.cat(chunker(plan_windows(whole, chunker.config))).float()
+            pooled_NE = torch.cat(chunker(plan_windows(whole, chunker.config))).float()
             shares = _read_back(pooled_NE, torch.tensor(whole).view(-1, size), table_VE, digits)
             found[f"{pooling}, chunk size {size}"] = shares
-            rows.append(
-                (size, pooling, *(f"{shares[name]:.3f}" for name in ("in_place", "digits_in_place", "in_chunk")))
-            )
-    head = ("chunk size", "pooling", "tokens in place", "digits in place", "tokens anywhere in the chunk")
-    result = {"benchmark": "pooling", "tokens": args.tokens, "shares": found, "machine": machine()}
-    return markdown_table(head, rows), result
+            rows.append((size, pooling, *(f"{share:.3f}" for share in shares.values())))
+    header = ("chunk size", "pooling", "tokens in place", "digits in place", "tokens anywhere in the chunk")
+    return markdown_table(header, rows), {"shares": found}
 
 
 def _read_back(
     pooled_NE: torch.Tensor, ids_Nc: torch.Tensor, table_VE: torch.Tensor, digits: torch.Tensor
 ) -> dict[str, float]:
     """Shares of the last tokens that are guessed right by maps fitted on the others."""
-    import torch
-    import torch.nn.functional as F
-
     device = pooled_NE.device
     ids_Nc = ids_Nc.to(device)
     fitted = round(len(pooled_NE) * (1 - _TEST_PART))

@@ -1,116 +1,73 @@
-"""RULER rows a second: building them, answering them from text and from latents, scoring them.
+"""RULER rows a second of every task, length and mode.
 
-Runs RULER's own commands as a person does. Building is `python -m ruler.bench_generation`, whose rates leave the start
-of the process out; the other rates are whole commands over their rows.
+Each number is the median of whole runs with other seeds, in one process that has tokenizer and data loaded; the first
+run of a task, which loads them and counts its texts for the first time, is measured apart. CPU seconds are those of
+all threads: what a busy machine does not change.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-import tempfile
+import statistics
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from utils.benchmark.measure import machine, markdown_table
+from ruler.generation.generate import Recipe, generate_rows
+from ruler.registry import parse_lengths, resolve_tasks
+from utils.benchmark.measure import markdown_table
+from utils.checkpoint.locate import find_checkpoint
 from utils.errors import ConfigError
-from utils.files import PROJECT_ROOT
-from utils.inference.flags import add_checkpoint_flags
-
-if TYPE_CHECKING:
-    from utils.inference.checkpoint import CheckpointFiles
-
-DESCRIPTION = "RULER rows a second: building, answering, scoring"
-QUICK = {"lengths": "1k", "tasks": "niah_single_1", "num_samples": 2, "answered_length": "1k", "answered_rows": 1}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this benchmark's flags."""
-    add_checkpoint_flags(parser)
-    group = parser.add_argument_group("building")
-    group.add_argument("--tasks", default="ruler", help="names with commas, or ruler, code, all; default ruler")
-    group.add_argument("--lengths", default="4k,128k", help="budgets in tokens; default 4k,128k")
-    group.add_argument("--num-samples", type=int, default=3, help="rows of a task and length; default 3")
-    group.add_argument("--data-dir", help="folder of the data files; default: built-in data")
-    group = parser.add_argument_group("answering")
-    group.add_argument("--answered-length", default="1k", help="budget of the rows that are answered; default 1k")
-    group.add_argument("--answered-rows", type=int, default=2, help="rows of niah_single_2; 0 for none; default 2")
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Measure.
-
-    Returns:
-        Tables for people, and everything as one JSON-ready value.
-    """
-    from utils.inference.checkpoint import find_checkpoint
-
-    files = find_checkpoint(args.checkpoint, args.chunk_size)
-    built = _built(args, str(files.decoder))
-    rows = [
-        (row["task"], row["length"], f"{row['rows_per_s']:.1f}", f"{row['rows_per_cpu_s']:.1f}", f"{row['fill']:.3f}")
-        for row in built["results"]
+    """Measure; a table for people, and the figures."""
+    if min(args.num_samples, args.repeats) < 1:
+        raise ConfigError("--num-samples and --repeats must be at least 1")
+    args.tokenizer_path = args.tokenizer_path or str(find_checkpoint(None).decoder)
+    found = [
+        _measure(args, task, length, mode)
+        for mode in args.modes.split(",")
+        for length in parse_lengths(args.lengths)
+        for task in resolve_tasks(args.tasks)
     ]
-    table = markdown_table(("task", "length", "rows/s", "rows per CPU second", "fill"), rows)
-    answered = _answered(args, files) if args.answered_rows else {}
-    if answered:
-        table += "\n\n" + markdown_table(
-            ("command", "rows/s", "seconds"),
-            [(name, f"{step['rows_per_s']:.2f}", f"{step['seconds']:.1f}") for name, step in answered.items()],
+    rows = [
+        (
+            row["mode"],
+            row["length"],
+            row["task"],
+            f"{row['first_s']:.2f}",
+            f"{row['rows_per_s']:.1f}",
+            f"{row['rows_per_cpu_s']:.1f}",
+            f"{row['fill']:.3f}",
         )
-    result = {
-        "benchmark": "ruler",
-        "building": built["results"],
-        "commands": answered,
-        "num_samples": args.num_samples,
-        "config": files.config.to_json(),
-        "machine": machine(),
+        for row in found
+    ]
+    header = ("mode", "length", "task", "first run, s", "rows/s", "rows per CPU second", "fill")
+    return markdown_table(header, rows), {"results": found}
+
+
+def _measure(args: argparse.Namespace, task: str, length: int, mode: str) -> dict[str, Any]:
+    seconds, cpu_seconds, lengths = [], [], []
+    for repeat in range(args.repeats + 1):
+        recipe = Recipe(
+            task=task,
+            max_seq_length=length,
+            tokenizer=args.tokenizer_path,
+            num_samples=args.num_samples,
+            seed=42 + repeat,  # other texts each time, or they would be counted already
+            mode=mode,
+            data_dir=args.data_dir,
+        )
+        began, cpu_began = time.perf_counter(), time.process_time()
+        lengths = [row["length"] for row in generate_rows(recipe)]
+        seconds.append(time.perf_counter() - began)
+        cpu_seconds.append(time.process_time() - cpu_began)
+    return {
+        "task": task,
+        "length": length,
+        "mode": mode,
+        "first_s": seconds[0],
+        "rows_per_s": args.num_samples / statistics.median(seconds[1:]),
+        "rows_per_cpu_s": args.num_samples / statistics.median(cpu_seconds[1:]),
+        "fill": statistics.mean(lengths) / length,
     }
-    return table, result
-
-
-def _built(args: argparse.Namespace, tokenizer: str) -> dict[str, Any]:
-    flags = ["--tokenizer-path", tokenizer, "--tasks", args.tasks, "--lengths", args.lengths, "--modes", "compat"]
-    flags += ["--num-samples", str(args.num_samples), "--repeats", "1"]
-    flags += ["--data-dir", args.data_dir] if args.data_dir else []
-    return dict(json.loads(_run("ruler.bench_generation", *flags).splitlines()[-1]))
-
-
-def _answered(args: argparse.Namespace, files: CheckpointFiles) -> dict[str, dict[str, float]]:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        data, text, memory = (str(folder / part) for part in ("data", "text", "memory"))
-        rows = str(args.answered_rows)
-        model = ["--model", str(files.root), "--device", args.device, "--data-dir", data]
-        steps = {
-            "prepare": [
-                "prepare", "--output-dir", data, "--tasks", "niah_single_2", "--lengths", args.answered_length,
-                "--num-samples", rows, "--tokenizer-path", str(files.decoder),
-            ],
-            "predict, full text": ["predict", *model, "--output-dir", text, "--backend", "local-text"],
-            "predict, latents": [
-                "predict", *model, "--output-dir", memory, "--backend", "local-memory",
-                "--chunk-size", str(files.config.chunk_size), "--cache-dir", str(folder / "cache"),
-            ],
-            "score, both": ["score", text, memory],
-        }  # fmt: skip
-        results = {}
-        for step, arguments in steps.items():
-            began = time.perf_counter()
-            _run("ruler", *arguments)
-            seconds = time.perf_counter() - began
-            count = args.answered_rows * (2 if step.startswith("score") else 1)
-            results[step] = {"seconds": round(seconds, 2), "rows_per_s": round(count / seconds, 3)}
-        return results
-
-
-def _run(module: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, cwd=PROJECT_ROOT, check=False
-    )
-    if done.returncode:
-        raise ConfigError(f"python -m {module} {' '.join(arguments)} failed: {done.stderr.strip()[-500:]}")
-    return done.stdout

@@ -1,44 +1,34 @@
 """Training of a pair beside the HF Trainer on plain text: the same decoder, rows, LoRA, precision and machine.
 
 A pair's step does more than a decoder's (it encodes its memory) and less (only answers have a loss), so operations a
-second are what compares: `utils.model.cost` counts both. Stages and HF Trainer take turns, always in fresh processes.
+second are what compares: `utils.training.flops` counts both. Stages and HF Trainer take turns, in fresh processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
 from typing import Any
 
-from utils.benchmark.measure import machine, markdown_table
-from utils.benchmark.processes import forget_peak, in_a_fresh_process, peak_bytes
+import torch
+import transformers
+
+from utils.benchmark.measure import MIB, forget_peak, in_a_fresh_process, markdown_table, peak_bytes
 from utils.errors import ConfigError
+from utils.training.config import TrainConfig, load_config
+from utils.training.estimate import step_flops
+from utils.training.flops import TransformerCost, layer_matrices
+from utils.training.loop import Trainer
+from utils.training.pairs import starting_pair
 
-DESCRIPTION = "training steps beside the HF Trainer on plain text"
-QUICK = {"config": "utils/training/configs/toy.yaml", "steps": 2, "repeats": 1}
 HF_TRAINER = "HF Trainer, plain text"
-_MIB = 2**20
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this benchmark's flags."""
-    default = "utils/training/configs/cpu_default.yaml"
-    parser.add_argument("--config", default=default, help=f"YAML file of the run; default {default}")
-    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="default auto: a GPU if there is one")
-    parser.add_argument("--steps", type=int, default=4, help="counted steps of a process, after one more; default 4")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds; default 3")
 
 
 def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Measure.
-
-    Returns:
-        A table for people, and everything as one JSON-ready value.
-    """
-    from utils.training.config import load_config
-
+    """Measure; a table for people, and the figures."""
     if min(args.steps, args.repeats) < 1:
         raise ConfigError("--steps and --repeats must be at least 1")
     config = load_config(args.config)
@@ -48,32 +38,34 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         for number, name in enumerate(names):
             runs[name].append(in_a_fresh_process(train_pair, args.config, args.device, number, args.steps))
         runs[HF_TRAINER].append(in_a_fresh_process(train_with_hf, args.config, args.device, args.steps))
-    rows, result = [], {}
-    for name, mine in runs.items():
-        pairs = list(zip(mine, runs[HF_TRAINER], strict=True))
-        figures = {
-            "tokens_per_s": statistics.median(r["tokens"] / r["seconds"] for r in mine),
-            "gflop_per_s": statistics.median(r["flops"] / r["seconds"] for r in mine) / 1e9,
-            "of_hf_trainer": statistics.median(
-                (a["flops"] / a["seconds"]) / (b["flops"] / b["seconds"]) for a, b in pairs
-            ),
-            "peak_mib": statistics.median(r["peak_bytes"] for r in mine) / _MIB,
-            "peak_of_hf_trainer": statistics.median(a["peak_bytes"] / b["peak_bytes"] for a, b in pairs),
-        }
-        result[name] = {key: round(value, 3) for key, value in figures.items()} | {"runs": mine}
-        rows.append(
-            (
-                name,
-                f"{figures['tokens_per_s']:.0f}",
-                f"{figures['gflop_per_s']:.0f}",
-                f"{figures['of_hf_trainer']:.2f}",
-                f"{figures['peak_mib']:.0f}",
-                f"{figures['peak_of_hf_trainer']:.2f}",
-            )
+    stages = {name: _figures(mine, runs[HF_TRAINER]) for name, mine in runs.items()}
+    rows = [
+        (
+            name,
+            f"{figures['tokens_per_s']:.0f}",
+            f"{figures['gflop_per_s']:.0f}",
+            f"{figures['of_hf_trainer']:.2f}",
+            f"{figures['peak_mib']:.0f}",
+            f"{figures['peak_of_hf_trainer']:.2f}",
         )
+        for name, figures in stages.items()
+    ]
     header = ("training", "tokens/s", "GFLOP/s", "× HF Trainer", "peak MiB", "× HF Trainer's")
-    settings = {"config": args.config, "steps": args.steps, "repeats": args.repeats, "precision": config.precision}
-    return markdown_table(header, rows), {"benchmark": "training", **settings, "stages": result, "machine": machine()}
+    return markdown_table(header, rows), {"stages": stages, "precision": config.precision}
+
+
+def _figures(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the rounds; ratios to the HF Trainer's run of the same round."""
+    speeds, their_speeds = ([r["flops"] / r["seconds"] for r in runs] for runs in (mine, theirs))
+    peaks, their_peaks = ([r["peak_bytes"] for r in runs] for runs in (mine, theirs))
+    return {
+        "tokens_per_s": statistics.median(r["tokens"] / r["seconds"] for r in mine),
+        "gflop_per_s": statistics.median(speeds) / 1e9,
+        "of_hf_trainer": statistics.median(a / b for a, b in zip(speeds, their_speeds, strict=True)),
+        "peak_mib": statistics.median(peaks) / MIB,
+        "peak_of_hf_trainer": statistics.median(a / b for a, b in zip(peaks, their_peaks, strict=True)),
+        "runs": mine,
+    }
 
 
 def train_pair(path: str, device: str, number: int, steps: int) -> dict[str, Any]:
@@ -82,12 +74,6 @@ def train_pair(path: str, device: str, number: int, steps: int) -> dict[str, Any
     Returns:
         `seconds`, `tokens` (decoder rows and memory tokens) and `flops` of the counted steps, `peak_bytes` of all.
     """
-    import dataclasses
-
-    from utils.training.config import load_config
-    from utils.training.estimate import step_flops
-    from utils.training.loop import Trainer
-
     with tempfile.TemporaryDirectory() as output:
         trainer = Trainer(dataclasses.replace(load_config(path), output=output), device=device)
         stage = trainer.config.stages[number]
@@ -116,51 +102,23 @@ def train_with_hf(path: str, device: str, steps: int) -> dict[str, Any]:
 
     Tokens are random: what a step costs does not depend on them.
     """
-    import torch
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    from utils.model.cost import TransformerCost, layer_matrices
-    from utils.training.config import load_config
-    from utils.training.pairs import load_pair
-
     config = load_config(path)
     stage = config.stages[-1]
     if config.threads:
         torch.set_num_threads(config.threads)
-    decoder: Any = load_pair(config.pair, config.seed)[0].decoder
-    bfloat16 = config.precision == "bfloat16"
-    decoder.to(torch.bfloat16 if bfloat16 else torch.float32)
-    if config.decoder_tuning.method == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        tuning = config.decoder_tuning
-        lora = LoraConfig(r=tuning.rank, lora_alpha=int(tuning.alpha), target_modules="all-linear")
-        decoder = get_peft_model(decoder, lora)
-    learning = sum(p.numel() for p in layer_matrices(decoder) if p.requires_grad)
-    for parameter in decoder.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    decoder, learning = _plain_decoder(config)
     vocabulary = decoder.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, ((1 + steps) * stage.rows, stage.row_tokens))
-    rows = [{"input_ids": row, "labels": row} for row in ids]
-    times: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *arguments: Any, **values: Any) -> None:
-            times.append(time.perf_counter())
-
-        def on_train_end(self, *arguments: Any, **values: Any) -> None:
-            times.append(time.perf_counter())
-
+    clock = _Clock()
     with tempfile.TemporaryDirectory() as output:
-        settings = TrainingArguments(
+        settings = transformers.TrainingArguments(
             output_dir=output,
             max_steps=1 + steps,
             per_device_train_batch_size=1,
             gradient_accumulation_steps=stage.rows,
             gradient_checkpointing=config.gradient_checkpointing,
             learning_rate=1e-5,
-            bf16=bfloat16,
+            bf16=config.precision == "bfloat16",
             use_cpu=device == "cpu" or not torch.cuda.is_available(),
             save_strategy="no",
             logging_strategy="no",
@@ -168,15 +126,15 @@ def train_with_hf(path: str, device: str, steps: int) -> dict[str, Any]:
             disable_tqdm=True,
             seed=config.seed,
         )
-        trainer = Trainer(model=decoder, args=settings, train_dataset=rows, callbacks=[Clock()])
+        rows: Any = [{"input_ids": row, "labels": row} for row in ids]
+        trainer = transformers.Trainer(model=decoder, args=settings, train_dataset=rows, callbacks=[clock])
         forget_peak()
         trainer.train()
-    cost = TransformerCost.of(decoder)
     lengths = [stage.row_tokens] * steps * stage.rows
     return {
-        "seconds": times[-1] - times[1],
+        "seconds": clock.times[-1] - clock.times[1],
         "tokens": sum(lengths),
-        "flops": cost.training_flops(
+        "flops": TransformerCost.of(decoder).training_flops(
             lengths,
             causal=True,
             learning_weights=learning,
@@ -185,3 +143,32 @@ def train_with_hf(path: str, device: str, steps: int) -> dict[str, Any]:
         ),
         "peak_bytes": peak_bytes(trainer.args.device),
     }
+
+
+class _Clock(transformers.TrainerCallback):
+    """Notes when each step and the end come."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_begin(self, *arguments: Any, **values: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def on_train_end(self, *arguments: Any, **values: Any) -> None:
+        self.times.append(time.perf_counter())
+
+
+def _plain_decoder(config: TrainConfig) -> tuple[Any, int]:
+    """The run's decoder with its LoRA, and how many weights of its layers learn."""
+    decoder: Any = starting_pair(config.pair, config.seed)[0].decoder
+    decoder.to(torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
+    if config.decoder_tuning.method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        tuning = config.decoder_tuning
+        lora = LoraConfig(r=tuning.rank, lora_alpha=int(tuning.alpha), target_modules="all-linear")
+        decoder = get_peft_model(decoder, lora)
+    for parameter in decoder.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return decoder, sum(p.numel() for p in layer_matrices(decoder) if p.requires_grad)

@@ -1,9 +1,5 @@
 #!/usr/bin/env bash
-# Turn a trainer's safetensors, one file or shards, into a checkpoint.
-# Settings by environment.
+# Turn a trainer's safetensors, one file or shards, into a checkpoint; convert_state.sh lists the settings.
 #
 #   CHECKPOINT=runs/a/model.safetensors OUTPUT=pairs/a BASE=pairs/start utils/inference/convert_safetensors_to_hf.sh [more flags]
-#
-# BASE is the checkpoint that the training started from. LAYOUT, DTYPE, CHUNK_SIZE, ENCODER_LORA_ALPHA and
-# DECODER_LORA_ALPHA may be set, too: see `uv run python -m utils.inference.convert --help`.
 exec "$(dirname "${BASH_SOURCE[0]}")/convert_state.sh" safetensors "$@"

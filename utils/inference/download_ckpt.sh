@@ -10,4 +10,4 @@ repo_id=${REPO_ID:?set REPO_ID to a hub id such as latent-context/0.6b-4b-LCLM-1
 output=${OUTPUT:-checkpoints/${repo_id##*/}}
 
 uv run hf download "$repo_id" --revision "${REVISION:-main}" --local-dir "$output"
-uv run python -m utils.inference.describe "$output" ${CHUNK_SIZE:+--chunk-size "$CHUNK_SIZE"}
+uv run python -m utils.checkpoint.describe "$output" ${CHUNK_SIZE:+--chunk-size "$CHUNK_SIZE"}

@@ -3,71 +3,45 @@
     model, tokenizer, processor = load_model("checkpoints/my-pair", chunk_size=8)
     text = generate_text(model, tokenizer, processor, code="def f(): return 3", prompt="What does f return?")
 
-As a command: `python -m utils.inference.inference --test_data examples.json`. The sampling settings are those of the
-published Code-LLaVA command.
+As a command: `python -m utils.inference.inference --memory FILE --text QUESTION`, or `--test_data examples.json`. The
+sampling settings are those of the published Code-LLaVA command.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
+from utils.checkpoint.settings import EncoderSettings
 from utils.cli import EXIT_OK, make_parser, print_json, run_command
+from utils.client.completion import Sampling
 from utils.errors import ConfigError, DatasetError
 from utils.files import read_json
-from utils.inference.flags import add_cache_flags, add_checkpoint_flags, add_memory_limit_flags, open_cache
-from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START
+from utils.flags import (
+    add_cache_flags,
+    add_checkpoint_flags,
+    add_memory_files_flag,
+    add_memory_limit_flags,
+    open_cache,
+    read_memory_files,
+)
+from utils.model.markers import MEMORY, wrap
 
 if TYPE_CHECKING:
     import torch
 
-    from utils.inference.latent_cache import LatentCache
+    from utils.compress.latent_cache import LatentCache
     from utils.model.code_llava_model import CodeLLaVAModel
     from utils.model.processor import Processor
-    from utils.model.prompt import MemoryPrompt
 
-logger = logging.getLogger(__name__)
-
-# Source: the published Code-LLaVA inference command.
-SAMPLING = {"top_p": 0.8, "top_k": 20, "min_p": 0.0, "repetition_penalty": 1.1}
-
-# Answered without --test-data, so that the command shows what it does on any machine.
-_STORE = (
-    "import os\n\nMAX_RETRIES = 40\n\n\ndef open_store(path, create=True):\n    # the access code is 48213\n"
-    '    if not path:\n        raise ValueError("path")\n    return Store(os.path.abspath(path))\n'
-)
-BUILT_IN_EXAMPLES = tuple(
-    # Memory first, as in most of the embedded checkpoint's training.
-    {"code": _STORE, "prompt": f"{MEMORY}\n{question}"}
-    for question in (
-        "What are the parameters of `open_store`?",
-        "What value is assigned to `MAX_RETRIES`?",
-        "What is the access code?",
-        "What does the function `open_store` return?",
-    )
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """What a model said to one prompt.
-
-    Attributes:
-        text: The new text, without special tokens.
-        finish_reason: "stop" at an end token, "length" at the limit.
-        prompt_tokens: Rows of the prompt.
-        completion_tokens: New tokens.
-    """
-
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
+# Answered where no other prompts are named. Its memory comes first, as in most of the embedded checkpoint's training.
+TEST_DATA = Path(__file__).with_name("test_data.json")
 
 
 def load_model(
@@ -102,29 +76,14 @@ def load_model(
         CheckpointError: The checkpoint is missing, incomplete or inconsistent.
         ConfigError: It cannot serve the chunk size, or the device is not there.
     """
-    from utils.inference.checkpoint import find_checkpoint
-    from utils.inference.span_encoder import SpanEncoder
-    from utils.inference.weights import check_vocabulary, load_decoder, load_memory_encoder, load_tokenizers
-    from utils.model.code_llava_model import CodeLLaVAModel
-    from utils.model.processor import Processor
-    from utils.model.prompt import MemoryLimit
+    from utils.inference.generation import open_pair  # late, as torch is: `--help` needs neither
 
-    files = find_checkpoint(checkpoint_path, chunk_size)
-    tokenizers = load_tokenizers(files)
-    settings: dict[str, Any] = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
-    encoder = load_memory_encoder(files, **settings, batch_tokens=batch_tokens, tokenizer=tokenizers.encoder)
-    decoder = load_decoder(files, **settings)
-    check_vocabulary(tokenizers.decoder, decoder.get_input_embeddings().weight, files.decoder)
-    model = CodeLLaVAModel(
-        encoder,
-        decoder,
-        eos_token_ids=end_tokens(decoder, tokenizers.decoder),
-        pad_token_id=tokenizers.decoder.pad_token_id or 0,
-    ).eval()
-    if cache is not None:
-        model.cached_encoder = SpanEncoder(encoder, files.fingerprint, cache)
-    limit = MemoryLimit(max_tokens=max_code_length, truncate=truncate_memory)
-    return model, tokenizers.decoder, Processor(tokenizers=tokenizers, chunk_size=files.config.chunk_size, limit=limit)
+    settings = EncoderSettings(
+        device=device, dtype=dtype or "auto", attn_implementation=attn_implementation, batch_tokens=batch_tokens
+    )
+    limit = {"max_tokens": max_code_length, "truncate": truncate_memory}
+    model, processor = open_pair(checkpoint_path, chunk_size, settings, cache, **limit)
+    return model, processor.tokenizers.decoder, processor
 
 
 def generate_text(
@@ -152,53 +111,23 @@ def generate_text(
     Raises:
         PromptError: Markers in the code, empty code, or a prompt longer than the decoder's positions.
     """
-    parsed = processor.parse_chat(build_messages(code, prompt))
-    return complete(model, llm_tokenizer, [parsed], max_tokens=max_tokens, temperature=temperature)[0].text
+    from utils.inference.generation import Generator
+
+    rows = [model.embed_prompt(processor.parse_chat(build_messages(code, prompt)))]
+    sampling = published_sampling(max_tokens, temperature)
+    return Generator(model.decoder, llm_tokenizer).complete(rows, sampling)[0].text
 
 
-def complete(
-    model: CodeLLaVAModel,
-    llm_tokenizer: Any,
-    prompts: Sequence[MemoryPrompt],
-    *,
-    max_tokens: int = 512,
-    temperature: float = 0.0,
-) -> list[Completion]:
-    """Continue parsed prompts as one batch, with the published sampling settings; temperature 0 is greedy."""
-    sampling: dict[str, Any] = {"do_sample": temperature > 0, "repetition_penalty": SAMPLING["repetition_penalty"]}
-    if temperature > 0:
-        sampling |= {**SAMPLING, "temperature": temperature}
-    generated = model.generate(prompts, max_new_tokens=max_tokens, **sampling)
-    return [
-        Completion(
-            text=llm_tokenizer.decode(ids, skip_special_tokens=True),
-            finish_reason="length" if len(ids) == max_tokens else "stop",
-            prompt_tokens=len(prompt.input_ids),
-            completion_tokens=len(ids),
-        )
-        for prompt, ids in zip(prompts, generated, strict=True)
-    ]
-
-
-def batches_by_length(prompts: Sequence[MemoryPrompt], batch_size: int, window: int = 8) -> list[list[int]]:
-    """Indices of prompts in batches of similar lengths, so that little padding is prefilled.
-
-    Args:
-        prompts: In their own order.
-        batch_size: Prompts of a batch.
-        window: Batches among which prompts change places: no result waits for longer than that.
-    """
-    batches = []
-    for begin in range(0, len(prompts), window * batch_size):
-        here = range(begin, min(begin + window * batch_size, len(prompts)))
-        order = sorted(here, key=lambda index: len(prompts[index].input_ids))
-        batches += [sorted(order[at : at + batch_size]) for at in range(0, len(order), batch_size)]
-    return batches
+def published_sampling(max_tokens: int, temperature: float) -> Sampling:
+    """The settings of the published Code-LLaVA inference command; its repetition penalty is greedy decoding's, too."""
+    return Sampling(
+        max_tokens=max_tokens, temperature=temperature, top_p=0.8, top_k=20, repetition_penalty=1.1, seed=None
+    )
 
 
 def build_messages(code: str, prompt: str) -> list[dict[str, str]]:
     """One user turn in which the code, wrapped in the memory markers, stands for each `<|memory|>` or at the end."""
-    wrapped = f"{MEMORY_START}{code}{MEMORY_END}"
+    wrapped = wrap(code)
     content = prompt.replace(MEMORY, wrapped) if MEMORY in prompt else f"{prompt} {wrapped}"
     return [{"role": "user", "content": content}]
 
@@ -222,35 +151,35 @@ def read_test_data(path: str | Path) -> list[dict[str, str]]:
     return examples
 
 
-def end_tokens(decoder: Any, tokenizer: Any) -> list[int]:
-    """Ids that end a generation, from the decoder's generation settings and its tokenizer."""
-    configured = decoder.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Flags of `python -m utils.inference.inference`."""
     parser = make_parser(
         "Answer prompts about code from a checkpoint: the code is compressed, the decoder generates.",
         examples="""\
   uv run python -m utils.inference.inference
+  uv run python -m utils.inference.inference --memory docs/sample/store.py --text "What does the function load return?"
   uv run python -m utils.inference.inference --test-data examples.json --num-examples 4 --temperature 0 --json
   uv run python -m utils.inference.inference --checkpoint latent-context/0.6b-4b-LCLM-16x --device cuda""",
         prog="python -m utils.inference.inference",
     )
-    add_checkpoint_flags(parser, path_flags=("--checkpoint", "--model-path"))
+    add_checkpoint_flags(parser)
     add_memory_limit_flags(parser)
     add_cache_flags(parser)
-    data = parser.add_argument_group("data")
-    data.add_argument("--test-data", "--test_data", help='JSON {"examples": [{"code", "prompt"}]}; built-in examples')
-    data.add_argument("--num-examples", "--num_examples", type=int, help="first N examples; default all")
+    data = parser.add_argument_group("prompts")
+    one = data.add_mutually_exclusive_group()
+    one.add_argument("--text", nargs="+", metavar="QUESTION", help="each a prompt of its own about the --memory files")
+    one.add_argument(
+        "--test-data", "--test_data", default=str(TEST_DATA),
+        help='JSON {"examples": [{"code", "prompt"}]}; default utils/inference/test_data.json',
+    )  # fmt: skip
+    add_memory_files_flag(data)
+    data.add_argument("--num-examples", "--num_examples", type=int, help="first N prompts; default all")
     generation = parser.add_argument_group("generation")
     generation.add_argument("--max-tokens", "--max_tokens", type=int, default=512, help="new tokens; default 512")
     generation.add_argument("--temperature", type=float, default=0.7, help="0 is greedy; default 0.7")
     generation.add_argument("--seed", type=int, default=0, help="of the sampling; default 0")
     generation.add_argument("--batch-size", type=int, default=4, help="prompts generated together; default 4")
-    parser.add_argument("--json", action="store_true", help="one JSON object an example on stdout")
+    parser.add_argument("--json", action="store_true", help="one JSON object a prompt on stdout")
     return parser
 
 
@@ -266,15 +195,26 @@ def _run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if args.temperature < 0:
         raise ConfigError(f"--temperature must not be negative, got {args.temperature}")
-    examples = read_test_data(args.test_data) if args.test_data else list(BUILT_IN_EXAMPLES)
-    for result in _answers(args, examples[: args.num_examples]):
+    for result in _answers(args, _chats(args)[: args.num_examples]):
         _print_result(result, args.json)
     return EXIT_OK
 
 
-def _answers(args: argparse.Namespace, examples: Sequence[dict[str, str]]) -> Iterator[dict[str, Any]]:
+def _chats(args: argparse.Namespace) -> list[tuple[str, list[dict[str, str]]]]:
+    """What each prompt asks, and its chat."""
+    if args.text:
+        memory = read_memory_files(args.memory)
+        return [(question, [{"role": "user", "content": memory + question}]) for question in args.text]
+    if args.memory:
+        raise ConfigError("--memory needs --text: what shall be answered about the files?")
+    examples = read_test_data(args.test_data)
+    return [(example["prompt"], build_messages(example["code"], example["prompt"])) for example in examples]
+
+
+def _answers(args: argparse.Namespace, chats: Sequence[tuple[str, list[dict[str, str]]]]) -> Iterator[dict[str, Any]]:
     import torch
-    from tqdm import tqdm
+
+    from utils.inference.generation import Generator, batches_by_length
 
     model, tokenizer, processor = load_model(
         args.checkpoint,
@@ -288,22 +228,25 @@ def _answers(args: argparse.Namespace, examples: Sequence[dict[str, str]]) -> It
         cache=open_cache(args),
     )
     # All prompts are parsed before the first is answered: a bad one is reported at once.
-    prompts = [processor.parse_chat(build_messages(e["code"], e["prompt"])) for e in examples]
+    prompts = [processor.parse_chat(messages) for _, messages in chats]
     model.check_room(prompts, args.max_tokens)
+    generator = Generator(model.decoder, tokenizer)
+    sampling = published_sampling(args.max_tokens, args.temperature)
     torch.manual_seed(args.seed)
-    # Batches are of similar lengths, results come in the order of the examples.
+    # Batches are of similar lengths, results come in the order of the prompts.
     waiting: dict[int, dict[str, Any]] = {}
     turn = 0
     with tqdm(total=len(prompts), unit="prompt", disable=len(prompts) <= args.batch_size) as bar:
-        for batch in batches_by_length(prompts, args.batch_size):
+        for batch in batches_by_length([len(prompt.input_ids) for prompt in prompts], args.batch_size):
             began = time.perf_counter()
-            chosen = [prompts[index] for index in batch]
-            completions = complete(model, tokenizer, chosen, max_tokens=args.max_tokens, temperature=args.temperature)
+            rows = model.embed_prompts([prompts[index] for index in batch])
+            completions = generator.complete(rows, sampling)
             seconds = time.perf_counter() - began
-            for index, prompt, completion in zip(batch, chosen, completions, strict=True):
+            for index, completion in zip(batch, completions, strict=True):
+                prompt = prompts[index]
                 waiting[index] = {
                     "index": index,
-                    "prompt": examples[index]["prompt"],
+                    "prompt": chats[index][0],
                     "text": completion.text,
                     "finish_reason": completion.finish_reason,
                     "memory_tokens": prompt.memory_tokens,
@@ -325,12 +268,10 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    import sys
-
-    counts = f"{result['memory_tokens']} memory tokens → {result['num_latents']} latents ({result['ratio']}×)"
+    counts = f"{result['memory_tokens']} memory tokens → {result['num_latents']} latents, ratio {result['ratio']}"
     sys.stdout.write(
-        f"--- example {result['index']}: {counts}, {result['completion_tokens']} new tokens, {result['seconds']} s\n"
         f"{result['prompt']}\n> {result['text']}\n"
+        f"  ({counts}; {result['completion_tokens']} new tokens, {result['seconds']} s)\n"
     )
     sys.stdout.flush()
 

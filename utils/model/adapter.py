@@ -113,18 +113,9 @@ class _AttentionLayer(nn.Module):
 def _qwen3_config(source: Any) -> Qwen3Config:
     """The sizes of any decoder-like configuration as a Qwen3 configuration with packed attention."""
     names = (
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "hidden_act",
-        "rms_norm_eps",
-        "rope_parameters",
-        "attention_bias",
-        "attention_dropout",
-        "max_position_embeddings",
-    )
+        "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
+        "rms_norm_eps", "rope_parameters", "attention_bias", "attention_dropout", "max_position_embeddings",
+    )  # fmt: skip
     values = {name: getattr(source, name) for name in names if getattr(source, name, None) is not None}
     values.setdefault("num_key_value_heads", source.num_attention_heads)
     values.setdefault("head_dim", source.hidden_size // source.num_attention_heads)

@@ -1,21 +1,13 @@
 """Token ids → windows → hidden states → one pooled vector a chunk.
 
-    for window in plan_windows(token_ids, config):   …   # what the encoder sees at once
     chunker = CodeChunker(encoder, config, pad_token_id=0)
-    pooled = chunker(windows)                            # one [n, E] tensor a window
+    pooled = chunker(plan_windows(token_ids, config))    # one [n, E] tensor a window
 
 All windows of a call, whatever span or prompt they come from, are packed end to end without padding; windows never see
 each other, so packing, order and batch size change nothing but rounding. Encoders that cannot run packed are batched by
 equal window length instead: also without padding, on any attention implementation.
 
 Semantics: LCLM, "End-to-End Context Compression at Scale", arXiv 2606.09659.
-
-A mean forgets the order of what it is taken of, and an encoder cannot put it back, for it does not know where chunks
-begin. *Rotary pooling* keeps the mean and puts a second one beside it, of states that were first turned by their place
-in the chunk, as RoFormer (arXiv 2104.09864) turns queries and keys: place i turns pair j of the dimensions by
-i·π(j + ½)/(H/2). At these angles the turns of different places are orthogonal, so a linear map can take each state out
-of the sum, up to the others' noise (binding and superposition: Plate, "Holographic Reduced Representations", 1995).
-Like the mean it has no weights and serves every chunk size.
 
 Shape legend: T packed tokens, H encoder width, R chunk size, N chunks of a batch, n chunks of a window, E pooled width.
 """
@@ -24,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -34,60 +25,14 @@ from torch import nn
 
 from utils.errors import ConfigError
 from utils.model.config import CompressionConfig
+from utils.model.limits import free_device_bytes
 from utils.model.packed_attention import Segments, supports_packed_attention, use_packed_attention
-from utils.model.prompt import TokenIds, num_latents
+from utils.model.pooling import POOLINGS, Pooling
 from utils.model.transfer import to_device
+from utils.model.windows import Window, micro_batches
 
 # Tokens of one encoder pass. Enough to keep matrix products at full speed, small enough to keep memory flat.
 _CPU_TOKENS, _MOST_CUDA_TOKENS, _LEAST_CUDA_TOKENS = 4096, 65536, 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Window:
-    """What the encoder sees at once: a core that is pooled, and context that is only read.
-
-    Attributes:
-        left: Encoder tokens before the core.
-        core: The tokens that become latents.
-        right: Encoder tokens after the core.
-        chunk_size: Tokens of the core per latent.
-    """
-
-    left: TokenIds
-    core: TokenIds
-    right: TokenIds
-    chunk_size: int
-
-    @property
-    def num_latents(self) -> int:
-        """Vectors that this window gives."""
-        return num_latents(len(self.core), self.chunk_size)
-
-    @property
-    def num_tokens(self) -> int:
-        """Text tokens that the encoder reads for it."""
-        return len(self.left) + len(self.core) + len(self.right)
-
-
-def plan_windows(token_ids: TokenIds, config: CompressionConfig) -> list[Window]:
-    """Cut one span into windows.
-
-    Args:
-        token_ids: Encoder tokens of the span, at least one.
-        config: Window, overlap, mask and chunk size.
-    """
-    if len(token_ids) == 0:
-        raise ValueError("a span has at least one token; the prompt parser refuses empty ones")
-    size, reach = config.window, config.overlap
-    return [
-        Window(
-            left=token_ids[max(0, at - reach) : at],
-            core=token_ids[at : at + size],
-            right=() if config.causal else token_ids[at + size : at + size + reach],
-            chunk_size=config.chunk_size,
-        )
-        for at in range(0, len(token_ids), size)
-    ]
 
 
 class CodeChunker(nn.Module):
@@ -97,15 +42,15 @@ class CodeChunker(nn.Module):
         encoder: A Hugging Face encoder or decoder-only model without its head.
         config: How the checkpoint compresses.
         pad_token_id: The encoder tokenizer's pad token, the marker that eos pooling appends.
-        packed: Run on packed rows; None: wherever the encoder can.
+        packed: Run on packed rows where the encoder can.
         batch_tokens: Tokens of one encoder pass; None: chosen by device.
         compiled: Run full micro-batches, which all have one shape, through `torch.compile`: on CUDA as captured graphs.
             The first of them takes up to a minute, so it pays for long work only.
         tokenizer: The encoder's tokenizer, kept for callers that hold text rather than tokens.
 
     Raises:
-        ConfigError: eos pooling without a pad token, windows longer than the encoder's positions, packed rows on an
-            encoder that cannot run them, micro-batches of less than one token.
+        ConfigError: eos pooling without a pad token, windows longer than the encoder's positions, micro-batches of
+            less than one token, compiling without packed rows.
     """
 
     def __init__(
@@ -114,7 +59,7 @@ class CodeChunker(nn.Module):
         config: CompressionConfig,
         *,
         pad_token_id: int | None = None,
-        packed: bool | None = None,
+        packed: bool = True,
         batch_tokens: int | None = None,
         compiled: bool = False,
         tokenizer: Any = None,
@@ -128,9 +73,7 @@ class CodeChunker(nn.Module):
             )
         if batch_tokens is not None and batch_tokens < 1:
             raise ConfigError(f"--batch-tokens must be at least 1, got {batch_tokens}")
-        if packed and not supports_packed_attention(encoder):
-            raise ConfigError(f"{type(encoder).__name__} cannot run packed rows; leave packed=None")
-        self.packed = supports_packed_attention(encoder) if packed is None else packed
+        self.packed = packed and supports_packed_attention(encoder)
         if compiled and not self.packed:
             raise ConfigError(f"only packed rows are compiled, and {type(encoder).__name__} does not run them here")
         self.encoder = encoder
@@ -144,9 +87,14 @@ class CodeChunker(nn.Module):
             use_packed_attention(encoder)
 
     @property
+    def pooling(self) -> Pooling:
+        """How a chunk's states become one vector."""
+        return POOLINGS[self.config.pooling]
+
+    @property
     def width(self) -> int:
         """E, the width of a pooled vector."""
-        return self.config.pooled_width(int(self.encoder.config.hidden_size))
+        return self.pooling.width(int(self.encoder.config.hidden_size), self.config.chunk_size)
 
     @property
     def device(self) -> torch.device:
@@ -172,7 +120,8 @@ class CodeChunker(nn.Module):
         Yields:
             The indices of the windows of a micro-batch, and their pooled vectors end to end, [N, E].
         """
-        for indices in self._micro_batches(windows):
+        sizes = [(window.chunk_size, window.num_tokens) for window in windows]
+        for indices in micro_batches(sizes, self.pass_tokens):
             batch = [windows[i] for i in indices]
             rows = [self._encoder_tokens(window) for window in batch]
             yield indices, self._pool(batch, self._hidden_states(rows))
@@ -191,7 +140,7 @@ class CodeChunker(nn.Module):
             return self.batch_tokens
         device = self.device
         if device not in self._pass_tokens:
-            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+            free = free_device_bytes(device)
             self._pass_tokens[device] = tokens_that_fit(self.encoder, free)
         return self._pass_tokens[device]
 
@@ -200,25 +149,8 @@ class CodeChunker(nn.Module):
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"
         return torch.compile(self.encoder, mode=mode, dynamic=False)
 
-    def _micro_batches(self, windows: Sequence[Window]) -> Iterator[list[int]]:
-        limit = self.pass_tokens
-        # Equal lengths side by side share one attention call; equal chunk sizes share one pooling. The longest first:
-        # they fill whole micro-batches of one shape, and memory that does not suffice shows at once.
-        order = sorted(range(len(windows)), key=lambda i: (windows[i].chunk_size, -windows[i].num_tokens))
-        batch: list[int] = []
-        tokens = 0
-        for i in order:
-            size = windows[i].num_tokens
-            if batch and tokens + size > limit:
-                yield batch
-                batch, tokens = [], 0
-            batch.append(i)
-            tokens += size
-        if batch:
-            yield batch
-
     def _encoder_tokens(self, window: Window) -> np.ndarray:
-        marks = [self.pad_token_id] * window.num_latents if self.config.pooling == "eos" else []
+        marks = [self.pad_token_id] * window.num_latents if self.pooling.reads_marks else []
         return np.concatenate(
             [np.asarray(part, dtype=np.int64) for part in (window.left, window.core, window.right, marks)]
         )
@@ -279,21 +211,20 @@ class CodeChunker(nn.Module):
         return to_device(values, self.device)
 
     def _pool(self, windows: Sequence[Window], hidden_TH: torch.Tensor) -> torch.Tensor:
-        """Pool a micro-batch in one gather; the windows are sorted by chunk size."""
-        with_marks = self.config.pooling == "eos"
-        lengths = [w.num_tokens + (w.num_latents if with_marks else 0) for w in windows]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        """Pool a micro-batch, [N, E]; the windows are sorted by chunk size, and those of one size share a gather."""
         counts = np.array([w.num_latents for w in windows])
-        if with_marks:
+        offsets = np.cumsum([0, *(w.num_tokens + (w.num_latents if self.pooling.reads_marks else 0) for w in windows)])
+        if self.pooling.reads_marks:
             # Markers stand last in their window, in the order of their latents.
-            last = np.repeat(offsets[1:] - counts, counts) + _ranges(counts)
-            return hidden_TH[self._to_device(last)]
+            first = np.repeat(offsets[1:] - counts, counts) + _ranges(counts)
+            return self._pool_chunks(hidden_TH, first, np.ones_like(first), 1)
         cores = np.array([len(w.core) for w in windows])
         begins = offsets[:-1] + [len(w.left) for w in windows]
         sizes = np.array([w.chunk_size for w in windows])
         pooled = []
         for size in np.unique(sizes):
             chosen = sizes == size
+            # Chunks of a window: 0, R, 2R, … tokens after the beginning of its core; the last one may be short.
             chunk = _ranges(counts[chosen]) * size
             first = np.repeat(begins[chosen], counts[chosen]) + chunk
             real = np.minimum(np.repeat(cores[chosen], counts[chosen]) - chunk, size)
@@ -301,22 +232,14 @@ class CodeChunker(nn.Module):
         return torch.cat(pooled)
 
     def _pool_chunks(self, hidden_TH: torch.Tensor, first: np.ndarray, real: np.ndarray, size: int) -> torch.Tensor:
-        """Chunks of `real` ≤ `size` tokens that begin at `first`: their mean, or their states side by side."""
+        """Pool chunks of `real` ≤ `size` states that begin at `first`."""
         within = np.arange(size)
-        full = bool((real == size).all())
         # Places beyond a short last chunk repeat its first token here and are blanked below.
         index_NR = self._to_device(first[:, None] + np.where(within < real[:, None], within, 0))
         states_NRH = hidden_TH[index_NR]
-        if not full:
-            blank = self._to_device(within >= real[:, None])
-            states_NRH = states_NRH.masked_fill(blank[..., None], 0)
-        if self.config.pooling == "concat":
-            return states_NRH.flatten(1)
-        divisor = self._to_device(real)[:, None]
-        summed_NE = states_NRH.sum(dim=1, dtype=torch.float32)
-        if self.config.pooling == "rotary":
-            summed_NE = torch.cat([summed_NE, _rotated_sum(states_NRH)], dim=-1)
-        return (summed_NE / divisor).to(hidden_TH.dtype)
+        if (real < size).any():
+            states_NRH = states_NRH.masked_fill(self._to_device(within >= real[:, None])[..., None], 0)
+        return self.pooling.pool(states_NRH, self._to_device(real)[:, None]).to(hidden_TH.dtype)
 
 
 def tokens_that_fit(encoder: Any, free_bytes: int | None) -> int:
@@ -331,17 +254,6 @@ def tokens_that_fit(encoder: Any, free_bytes: int | None) -> int:
     middle = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     bytes_per_token = (8 * config.hidden_size + 3 * middle) * encoder.dtype.itemsize
     return max(_LEAST_CUDA_TOKENS, min(_MOST_CUDA_TOKENS, free_bytes // 4 // bytes_per_token))
-
-
-def _rotated_sum(states_NRH: torch.Tensor) -> torch.Tensor:
-    """[N, H] float32: the states of each chunk, each turned by its place, summed."""
-    size, width = states_NRH.shape[1:]
-    pairs = torch.arange(width // 2, dtype=torch.float32, device=states_NRH.device)
-    angles = torch.arange(size, device=pairs.device)[:, None] * (torch.pi * (pairs + 0.5) / len(pairs))
-    cos, sin = angles.cos(), angles.sin()
-    first, second = states_NRH.float().chunk(2, dim=-1)
-    turned = (first * cos - second * sin).sum(dim=1), (first * sin + second * cos).sum(dim=1)
-    return torch.cat(turned, dim=-1)
 
 
 def _ranges(counts: np.ndarray) -> np.ndarray:

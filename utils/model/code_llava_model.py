@@ -9,23 +9,22 @@ a span, D decoder width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from utils.errors import ConfigError, PromptError
 from utils.model.adapter import Adapter
-from utils.model.code_chunker import CodeChunker, Window, plan_windows
+from utils.model.code_chunker import CodeChunker
 from utils.model.config import CompressionConfig
-from utils.model.processor import ModelInputs
+from utils.model.generate import continue_rows
+from utils.model.limits import check_prompt_fits, explain_out_of_memory
 from utils.model.prompt import MemoryPrompt, MemorySpan
-from utils.model.splice import copy_rows, join_rows, splice_latents
+from utils.model.splice import splice_latents
 from utils.model.transfer import to_device
+from utils.model.windows import Window, plan_windows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,36 +68,38 @@ class MemoryEncoder(nn.Module):
             return [MemoryUnit(windows=tuple(windows))]
         return [MemoryUnit(windows=(window,)) for window in windows]
 
-    def encode_units(self, units: Sequence[MemoryUnit], *, to_cpu: bool = False) -> list[torch.Tensor]:
-        """Latents of each unit, [n, D], whatever spans and prompts the units come from.
+    def encode_units(self, units: Sequence[MemoryUnit], *, to_cpu: bool = False) -> torch.Tensor:
+        """Latents of units [n, D] one below the other, whatever spans and prompts the units come from.
 
         Args:
-            units: What to encode.
+            units: What to encode; at least one.
             to_cpu: Bring the latents to the CPU, each micro-batch while a CUDA device already works on the next.
         """
         counts = [unit.num_latents for unit in units]
-        results: list[torch.Tensor] = []
+        parts: list[torch.Tensor] = []
         for indices, latents in self._encode_batches(units):
-            # One tensor for all from the start: parts that are joined at the end would be held twice.
-            results = results or list(_room_for(sum(counts), latents, to_cpu).split(counts))
+            if not parts:
+                # One tensor for all from the start: parts that are joined at the end would be held twice.
+                whole = _room_for(sum(counts), latents, to_cpu)
+                parts = list(whole.split(counts))
             for i, part in zip(indices, latents.split([counts[i] for i in indices]), strict=True):
                 if part.requires_grad:
-                    results[i] = part
+                    parts[i] = part
                 else:
-                    copy_rows(results[i], part)
+                    parts[i].copy_(part, non_blocking=True)
         if to_cpu and self.chunker.device.type == "cuda":
             torch.cuda.synchronize(self.chunker.device)
-        return results
+        return torch.cat(parts) if parts[0].requires_grad else whole
 
     def forward(self, spans: Sequence[MemorySpan]) -> list[torch.Tensor]:
         """Latents of each span, [n, D], in the encoder's dtype and on its device."""
+        if not spans:
+            return []
         units_of_spans = [self.units(span) for span in spans]
-        latents = iter(self.encode_units([unit for units in units_of_spans for unit in units]))
-        return [join_rows([next(latents) for _ in units]) for units in units_of_spans]
+        latents = self.encode_units([unit for units in units_of_spans for unit in units])
+        return list(latents.split([sum(unit.num_latents for unit in units) for units in units_of_spans]))
 
     def _encode_batches(self, units: Sequence[MemoryUnit]) -> Iterator[tuple[list[int], torch.Tensor]]:
-        if not units:
-            return
         windows = [window for unit in units for window in unit.windows]
         doing = f"encoding {len(windows)} windows, {self.chunker.batch_tokens or 'automatic'} tokens a batch"
         with explain_out_of_memory(doing, "lower --batch-tokens"):
@@ -174,32 +175,6 @@ class CodeLLaVAModel(nn.Module):
         latents = iter(self.encode_memory([span for prompt in prompts for span in prompt.spans]))
         return [self._splice(prompt, [next(latents) for _ in prompt.spans]) for prompt in prompts]
 
-    def forward(self, inputs: ModelInputs) -> Any:
-        """Next-token loss and logits of a batch of prompts with targets.
-
-        Args:
-            inputs: From `Processor.collate`; padded, with labels where a loss is wanted.
-
-        Returns:
-            The decoder's output: `loss` if there are labels, and `logits` [B, T, vocabulary].
-        """
-        embeds = self.embed_prompts(inputs.prompts)
-        longest = inputs.attention_mask.shape[1]
-        rows = []
-        for embed, mask in zip(embeds, inputs.attention_mask, strict=True):
-            filler = embed.new_zeros(longest - embed.shape[0], embed.shape[1])
-            padded_left = embed.shape[0] < longest and not bool(mask[0])
-            rows.append(torch.cat([filler, embed] if padded_left else [embed, filler]))
-        device = self.device
-        labels = None if inputs.labels is None else inputs.labels.to(device)
-        return self.decoder(
-            inputs_embeds=torch.stack(rows),
-            attention_mask=inputs.attention_mask.to(device),
-            position_ids=inputs.position_ids.to(device),
-            labels=labels,
-            use_cache=False,
-        )
-
     @torch.inference_mode()
     def generate(
         self, prompts: Sequence[MemoryPrompt], *, max_new_tokens: int = 512, **sampling: Any
@@ -217,30 +192,21 @@ class CodeLLaVAModel(nn.Module):
 
         Raises:
             PromptError: A prompt and its answer are longer than the decoder's positions.
+            ConfigError: There is not memory enough.
         """
         if not prompts:
             return []
         self.check_room(prompts, max_new_tokens)
-        embeds = self.embed_prompts(prompts)
-        embeds_BTD, mask_BT = pad_left(embeds)
-        arguments = {"do_sample": False, **sampling}
-        penalty = arguments.pop("repetition_penalty", None) or self.decoder.generation_config.repetition_penalty or 1.0
-        # transformers' own would skip as many new tokens as a row has padding: embeddings come without padded ids.
-        penalties = [RepetitionPenaltyLogitsProcessor(penalty)] if penalty != 1.0 else []
-        with explain_out_of_memory(
-            f"generating for {len(prompts)} prompts of up to {embeds_BTD.shape[1]} rows", "lower --batch-size"
-        ):
-            ids = self.decoder.generate(
-                inputs_embeds=embeds_BTD,
-                attention_mask=mask_BT,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=list(self.eos_token_ids) or None,
-                pad_token_id=self.pad_token_id,
-                repetition_penalty=1.0,
-                logits_processor=LogitsProcessorList(penalties),
-                **arguments,
-            )
-        return [self._until_end(row) for row in ids.tolist()]
+        rows = self.embed_prompts(prompts)
+        generated = continue_rows(
+            self.decoder,
+            rows,
+            max_new_tokens=max_new_tokens,
+            end_ids=self.eos_token_ids,
+            pad_id=self.pad_token_id,
+            **sampling,
+        )
+        return [ids[:-1] if ids and ids[-1] in self.eos_token_ids else ids for ids in generated]
 
     def check_room(self, prompts: Sequence[MemoryPrompt], max_new_tokens: int = 0) -> None:
         """Refuse prompts that the decoder has no positions for; nothing is ever cut."""
@@ -251,50 +217,3 @@ class CodeLLaVAModel(nn.Module):
         ids = to_device(np.array(prompt.input_ids), self.device)
         embeds = self.decoder.get_input_embeddings()(ids)
         return splice_latents(embeds, latents, [(span.start, span.stop) for span in prompt.spans])
-
-    def _until_end(self, ids: list[int]) -> list[int]:
-        for index, token in enumerate(ids):
-            if token in self.eos_token_ids:
-                return ids[:index]
-        return ids
-
-
-def pad_left(embeds: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts as one batch that ends together, as generation wants it.
-
-    Args:
-        embeds: One [T, D] tensor a prompt, of any T.
-
-    Returns:
-        Rows [B, T, D] with zeros before the shorter prompts, and the mask [B, T], long: 1 where a prompt's row is.
-    """
-    longest = max(map(len, embeds))
-    embeds_BTD = torch.stack([nn.functional.pad(embed, (0, 0, longest - len(embed), 0)) for embed in embeds])
-    mask_BT = torch.zeros(embeds_BTD.shape[:2], dtype=torch.long, device=embeds_BTD.device)
-    for row, embed in enumerate(embeds):
-        mask_BT[row, longest - len(embed) :] = 1
-    return embeds_BTD, mask_BT
-
-
-def check_prompt_fits(num_rows: int, decoder_config: Any, max_new_tokens: int = 0, name: str = "the prompt") -> None:
-    """Raise `PromptError` if a prompt of `num_rows` and its answer exceed the decoder's positions."""
-    room = getattr(decoder_config, "max_position_embeddings", None)
-    if room is None or num_rows + max_new_tokens <= room:
-        return
-    wanted = f"{num_rows} rows" + (f" + {max_new_tokens} new tokens" if max_new_tokens else "")
-    raise PromptError(
-        f"{name} needs {wanted}, but the decoder has {room} positions: compress more (larger --chunk-size), shorten "
-        "the text outside the memory" + (", or lower --max-tokens" if max_new_tokens else "")
-    )
-
-
-@contextmanager
-def explain_out_of_memory(doing: str, advice: str) -> Iterator[None]:
-    """Turn an allocator's failure into an error that says what was tried and which flag lowers it."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        # The CPU allocator has no exception type of its own.
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise ConfigError(f"out of memory while {doing}: {advice}, or use a smaller dtype") from error
-        raise

@@ -48,7 +48,7 @@ class CompressionConfig:
         chunk_size: Encoder tokens per latent, R.
         window: Core tokens that the encoder sees at once, W; a multiple of R.
         pooling: How the hidden states of a chunk become one vector: their mean, the state of an end marker, all side by
-            side, or the mean and the mean after each was turned by its place (ours; see `code_chunker.py`).
+            side, or the mean and the mean after each was turned by its place (ours; see `pooling.py`).
         overlap: Context tokens before a window (and after it, if bidirectional) that are read but not pooled, O.
         mask: Attention inside a window.
         adapter: Kind of adapter.
@@ -96,10 +96,6 @@ class CompressionConfig:
     def causal(self) -> bool:
         """Whether a token sees only the tokens before it."""
         return self.mask == "causal"
-
-    def pooled_width(self, encoder_width: int) -> int:
-        """E, the width of a pooled vector."""
-        return encoder_width * {"concat": self.chunk_size, "rotary": 2}.get(self.pooling, 1)
 
     def with_chunk_size(self, chunk_size: int | None) -> CompressionConfig:
         """The same compression at another chunk size.

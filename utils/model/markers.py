@@ -1,4 +1,4 @@
-"""The three marker strings and how a tokenizer maps them to ids; their only home.
+"""The three marker strings: how a text is cut at them, and how a tokenizer maps them to ids; their only home.
 
 The prompt     "Explain <|memory_start|>def f(): …<|memory_end|>"
 becomes        "Explain <|memory_start|><|memory|><|memory|><|memory_end|>"   one placeholder a latent
@@ -6,15 +6,101 @@ becomes        "Explain <|memory_start|><|memory|><|memory|><|memory_end|>"   on
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, PromptError
 
 MEMORY_START = "<|memory_start|>"
 MEMORY_END = "<|memory_end|>"
 MEMORY = "<|memory|>"
 MARKERS = (MEMORY_START, MEMORY_END, MEMORY)
+# What a memory becomes before it is widened to one placeholder a latent.
+PLACEHOLDER = MEMORY_START + MEMORY + MEMORY_END
+
+_MARKER = re.compile("|".join(re.escape(marker) for marker in MARKERS))
+_LONGEST_MARKER = max(map(len, MARKERS))
+# Characters that are searched for markers in one go, in which Python runs nothing else.
+_STRETCH = 1 << 20
+_EXCERPT = 40
+
+
+def wrap(memory: str) -> str:
+    """A text as a prompt's memory: between the markers."""
+    return f"{MEMORY_START}{memory}{MEMORY_END}"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of a text as written: plain, or the inside of a memory span."""
+
+    text: str
+    is_memory: bool
+
+
+def split_spans(text: str, where: str) -> Iterator[Piece]:
+    """Cut a text into plain pieces and memory pieces, checking the markers' order on the way.
+
+    Plain and memory pieces take turns; the first and the last are plain and may be empty.
+
+    Args:
+        text: As written, with markers.
+        where: What the text is, for error messages.
+
+    Raises:
+        PromptError: Unpaired, nested or empty spans, a literal placeholder.
+    """
+    position, opened = 0, None
+    for match in _find_markers(text):
+        marker, at = match.group(), match.start()
+        if marker == MEMORY:
+            raise PromptError(
+                f"{_place(text, at, where)}: the text holds a literal {MEMORY}, which stands for a latent and cannot "
+                "be typed; remove it or write it differently"
+            )
+        if marker == MEMORY_START:
+            if opened is not None:
+                raise PromptError(
+                    f"{_place(text, at, where)}: {MEMORY_START} inside the span that begins at character {opened}; "
+                    f"spans do not nest, close it with {MEMORY_END} first"
+                )
+            yield Piece(text[position:at], False)
+            opened = at
+        else:
+            if opened is None:
+                raise PromptError(f"{_place(text, at, where)}: {MEMORY_END} without a {MEMORY_START} before it")
+            if at == position:
+                raise PromptError(f"{_place(text, opened, where)}: the memory span is empty; fill it or remove it")
+            yield Piece(text[position:at], True)
+            opened = None
+        position = match.end()
+    if opened is not None:
+        raise PromptError(f"{_place(text, opened, where)}: {MEMORY_START} without a {MEMORY_END} after it")
+    yield Piece(text[position:], False)
+
+
+def has_markers(text: str) -> bool:
+    """Whether a text holds a marker, paired or not."""
+    # A request may have a hundred thousand short texts.
+    return bool(_MARKER.search(text) if len(text) <= _STRETCH else next(_find_markers(text), None))
+
+
+def _find_markers(text: str) -> Iterator[re.Match[str]]:
+    begin = 0
+    while begin < len(text):
+        end = begin + _STRETCH
+        # A marker that begins in this stretch may end in the next.
+        for match in _MARKER.finditer(text, begin, end + _LONGEST_MARKER - 1):
+            yield match
+            end = max(end, match.end())
+        begin = end
+
+
+def _place(text: str, at: int, where: str) -> str:
+    excerpt = text[max(0, at - _EXCERPT // 2) : at + _EXCERPT]
+    return f"{where}, character {at} ({excerpt!r})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +118,8 @@ class MarkerIds:
         Raises:
             CheckpointError: A marker is not one token of this tokenizer.
         """
-        ids = [_marker_id(tokenizer, marker) for marker in (MEMORY_START, MEMORY_END, MEMORY)]
-        return cls(start=ids[0], end=ids[1], memory=ids[2])
+        start, end, memory = (_marker_id(tokenizer, marker) for marker in MARKERS)
+        return cls(start=start, end=end, memory=memory)
 
 
 def _marker_id(tokenizer: Any, marker: str) -> int:

@@ -108,7 +108,7 @@ def packed_attention_forward(
         raise ConfigError(f"{type(module).__name__} needs attention sinks or soft caps, which packed rows do not have")
     assert attention_mask is None
     assert query.shape[0] == 1
-    kernel = None if dropout or len(segments.runs) == 1 else _varlen_kernel(query)
+    kernel = None if dropout or len(segments.runs) == 1 else varlen_kernel(query)
     if kernel is not None:
         return _varlen_attention(kernel, query, key, value, segments, scaling, sliding_window), None
     pieces = []
@@ -125,8 +125,7 @@ def packed_attention_forward(
             mask = distance.abs() < sliding_window
             if segments.causal:
                 mask &= distance >= 0
-        attend = _plain_attention if _fused_is_slow(q) and not dropout else F.scaled_dot_product_attention
-        out = attend(
+        out = F.scaled_dot_product_attention(
             q,
             k,
             v,
@@ -140,7 +139,7 @@ def packed_attention_forward(
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[None], None
 
 
-def _varlen_kernel(query: torch.Tensor) -> Callable[..., Any] | None:
+def varlen_kernel(query: torch.Tensor) -> Callable[..., Any] | None:
     """Torch's variable-length attention where it serves: half precision, on an Ampere card or newer."""
     if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
         return None
@@ -196,94 +195,6 @@ def _borders(runs: tuple[tuple[int, int, int], ...], device: torch.device) -> tu
     borders = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     with torch.inference_mode(False):  # what is kept here may serve training next
         return to_device(borders, device), int(lengths.max())
-
-
-def _fused_is_slow(query: torch.Tensor) -> bool:
-    """Whether torch's fused kernel loses: its bfloat16 backward on the CPU takes several times the plain one's time."""
-    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
-
-
-def _plain_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    scale: float | None,
-    is_causal: bool,
-    enable_gqa: bool,
-) -> torch.Tensor:
-    """What `scaled_dot_product_attention` computes, from matrix products; without dropout.
-
-    Args:
-        query: [b, h, l, K].
-        key: [b, g, l, K]; the h / g query heads of a group are laid end to end, so that nothing is repeated.
-        value: [b, g, l, K].
-        attn_mask: Boolean [l, l], true where a query sees a key; None for no mask.
-        dropout_p: Must be 0.
-        scale: Factor on the scores; 1/sqrt(K) by default.
-        is_causal: Mask what comes later.
-        enable_gqa: Whether g is smaller than h; the shapes say it too.
-
-    Returns:
-        [b, h, l, K].
-    """
-    assert dropout_p == 0
-    assert enable_gqa == (key.shape[1] != query.shape[1])
-    length, width = query.shape[-2:]
-    hidden = None
-    if is_causal:
-        # A power of two, so that few masks serve all lengths.
-        hidden = _later_keys(1 << (length - 1).bit_length())[:length, :length]
-    elif attn_mask is not None:
-        hidden = ~attn_mask
-    return _attend(query, key, value, hidden, width**-0.5 if scale is None else scale)
-
-
-class _Attention(torch.autograd.Function):
-    """Attention and its gradient in as few passes over the scores as torch has operations for, all in one dtype."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        hidden_ll: torch.Tensor | None,
-        scale: float,
-    ) -> torch.Tensor:
-        batch, heads, length, width = query.shape
-        groups = key.shape[1]
-        # [b, g, h/g·l, K]: the query heads of a group side by side
-        grouped = (query * scale).reshape(batch, groups, -1, width)
-        scores = grouped @ key.transpose(-1, -2)
-        if hidden_ll is not None:
-            scores.view(batch, heads, length, length).masked_fill_(hidden_ll, float("-inf"))
-        weights = scores.softmax(dim=-1)
-        ctx.save_for_backward(grouped, key, value, weights)
-        ctx.scale = scale
-        return (weights @ value).view(query.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grouped, key, value, weights = ctx.saved_tensors
-        (dout,) = gradients
-        dgrouped_out = dout.reshape(grouped.shape)
-        dvalue = weights.transpose(-1, -2) @ dgrouped_out
-        dweights = dgrouped_out @ value.transpose(-1, -2)
-        dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
-        dquery = ((dscores @ key) * ctx.scale).view(dout.shape)
-        return dquery, dscores.transpose(-1, -2) @ grouped, dvalue, None, None
-
-
-_attend: Callable[..., torch.Tensor] = _Attention.apply
-
-
-@lru_cache(maxsize=4)
-def _later_keys(length: int) -> torch.Tensor:
-    """[l, l], true where a key comes after the query."""
-    return torch.ones(length, length, dtype=torch.bool).triu(1)
 
 
 AttentionInterface.register(PACKED, packed_attention_forward)

@@ -10,21 +10,16 @@ template, which see a single placeholder in its place. This module knows no torc
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from utils.errors import ConfigError, PromptError, first_line
-from utils.model.markers import MARKERS, MEMORY, MEMORY_END, MEMORY_START, MarkerIds
+from utils.model.markers import PLACEHOLDER, MarkerIds, has_markers, split_spans
 
-_MARKER = re.compile("|".join(re.escape(marker) for marker in MARKERS))
 _EXCERPT = 40
-# Characters that are searched for markers in one go, in which Python runs nothing else.
-_STRETCH = 1 << 20
-_LONGEST_MARKER = max(map(len, MARKERS))
 # Tokens of a text: a list where they come from a tokenizer, an array where they come from a file.
 TokenIds = Sequence[int] | np.ndarray
 
@@ -119,29 +114,28 @@ class MemoryLimit:
 
 
 def parse_raw_prompt(
-    text: str, tokenizers: PromptTokenizers, chunk_size: int | Sequence[int], limit: MemoryLimit | None = None
+    text: str, tokenizers: PromptTokenizers, chunk_size: int | Sequence[int] | None, limit: MemoryLimit | None = None
 ) -> MemoryPrompt:
     """Parse a prompt that is one text, as a base model reads it (the tokenizer's own special tokens are added).
 
     Args:
         text: The prompt with 0..n marked spans.
         tokenizers: Decoder and encoder tokenizer.
-        chunk_size: Encoder tokens per latent, one for all spans or one a span.
+        chunk_size: Encoder tokens per latent, one for all spans or one a span; None leaves each span one placeholder.
         limit: Longest allowed span; no limit by default.
 
     Raises:
         PromptError: Unpaired, nested or empty spans, a literal placeholder, a span over the limit.
     """
-    pieces = list(split_spans(text, "the prompt"))
-    shortened = _join_with_placeholders(pieces)
+    shortened, memories = _shorten(text, "the prompt")
     ids = tokenizers.decoder(shortened, add_special_tokens=True)["input_ids"]
-    return _assemble(ids, _memories(pieces), tokenizers, chunk_size, limit)
+    return _assemble(ids, memories, tokenizers, chunk_size, limit)
 
 
 def parse_chat_prompt(
     messages: Sequence[Mapping[str, Any]],
     tokenizers: PromptTokenizers,
-    chunk_size: int | Sequence[int],
+    chunk_size: int | Sequence[int] | None,
     limit: MemoryLimit | None = None,
     **template_arguments: Any,
 ) -> MemoryPrompt:
@@ -150,7 +144,7 @@ def parse_chat_prompt(
     Args:
         messages: `{"role": …, "content": …}` in order; memory may stand in any content.
         tokenizers: Decoder and encoder tokenizer.
-        chunk_size: Encoder tokens per latent, one for all spans or one a span.
+        chunk_size: Encoder tokens per latent, one for all spans or one a span; None leaves each span one placeholder.
         limit: Longest allowed span; no limit by default.
         template_arguments: Passed to the template, for example `enable_thinking=False`.
 
@@ -164,126 +158,36 @@ def parse_chat_prompt(
     memories: list[str] = []
     for number, message in enumerate(messages):
         role, content = _role_and_content(message, number)
-        pieces = list(split_spans(content, f"message {number}"))
-        memories += _memories(pieces)
-        shortened.append({**message, "role": role, "content": _join_with_placeholders(pieces)})
-    ids = chat_token_ids(shortened, tokenizers.decoder, **template_arguments)
+        text, own = _shorten(content, f"message {number}")
+        memories += own
+        shortened.append({**message, "role": role, "content": text})
+    # The template writes the special tokens; adding them again would put a second BOS in front.
+    text = chat_text(shortened, tokenizers.decoder, **template_arguments)
+    ids = list(tokenizers.decoder(text, add_special_tokens=False)["input_ids"])
     return _assemble(ids, memories, tokenizers, chunk_size, limit)
 
 
-def chat_token_ids(messages: Sequence[Mapping[str, Any]], tokenizer: Any, **template_arguments: Any) -> list[int]:
-    """Ids of a chat as the decoder reads it: its template with the generation prompt, and no further special tokens.
+def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any, **template_arguments: Any) -> str:
+    """A chat as the decoder reads it: its template with the generation prompt; no further special tokens belong to it.
 
     Raises:
         PromptError: The tokenizer has no chat template, or the template refuses the messages.
     """
-    text = chat_text(messages, tokenizer, **template_arguments)
-    # The template wrote the special tokens; adding them again would put a second BOS in front.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any, **template_arguments: Any) -> str:
-    """The text of a chat from which `chat_token_ids` makes ids.
-
-    Raises:
-        PromptError: As `chat_token_ids`.
-    """
     if not getattr(tokenizer, "chat_template", None):
         raise PromptError("the decoder tokenizer has no chat template: use the raw-text command instead")
     arguments = {"add_generation_prompt": True, **template_arguments, "tokenize": False}
-    return _apply_template(tokenizer, [dict(message) for message in messages], arguments)
-
-
-def _apply_template(tokenizer: Any, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> str:
-    from jinja2 import TemplateError
-
     try:
-        return tokenizer.apply_chat_template(messages, **arguments)
+        return tokenizer.apply_chat_template([dict(message) for message in messages], **arguments)
     except Exception as error:
         # A template is a program that came with the checkpoint: it may fail in any way.
-        name = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
-        message = first_line(error)[:200]
-        raise PromptError(f"the decoder's chat template refuses these messages: {name}{message}") from None
+        raise PromptError(f"the decoder's chat template refuses these messages: {first_line(error)[:200]}") from None
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A stretch of a text as written: plain, or the inside of a memory span."""
-
-    text: str
-    is_memory: bool
-
-
-def split_spans(text: str, where: str) -> Iterator[Piece]:
-    """Cut a text into plain pieces and memory pieces, checking the markers' order on the way.
-
-    Plain and memory pieces take turns; the first and the last are plain and may be empty.
-
-    Args:
-        text: As written, with markers.
-        where: What the text is, for error messages.
-
-    Raises:
-        PromptError: Unpaired, nested or empty spans, a literal placeholder.
-    """
-    position, opened = 0, None
-    for match in _find_markers(text):
-        marker, at = match.group(), match.start()
-        if marker == MEMORY:
-            raise PromptError(
-                f"{_place(text, at, where)}: the text holds a literal {MEMORY}, which stands for a latent and cannot "
-                "be typed; remove it or write it differently"
-            )
-        if marker == MEMORY_START:
-            if opened is not None:
-                raise PromptError(
-                    f"{_place(text, at, where)}: {MEMORY_START} inside the span that begins at character {opened}; "
-                    f"spans do not nest, close it with {MEMORY_END} first"
-                )
-            yield Piece(text[position:at], False)
-            opened = at
-        else:
-            if opened is None:
-                raise PromptError(f"{_place(text, at, where)}: {MEMORY_END} without a {MEMORY_START} before it")
-            if at == position:
-                raise PromptError(f"{_place(text, opened, where)}: the memory span is empty; fill it or remove it")
-            yield Piece(text[position:at], True)
-            opened = None
-        position = match.end()
-    if opened is not None:
-        raise PromptError(f"{_place(text, opened, where)}: {MEMORY_START} without a {MEMORY_END} after it")
-    yield Piece(text[position:], False)
-
-
-def has_markers(text: str) -> bool:
-    """Whether a text holds a marker, paired or not."""
-    # A request may have a hundred thousand short texts.
-    return bool(_MARKER.search(text) if len(text) <= _STRETCH else next(_find_markers(text), None))
-
-
-def _find_markers(text: str) -> Iterator[re.Match[str]]:
-    begin = 0
-    while begin < len(text):
-        end = begin + _STRETCH
-        # A marker that begins in this stretch may end in the next.
-        for match in _MARKER.finditer(text, begin, end + _LONGEST_MARKER - 1):
-            yield match
-            end = max(end, match.end())
-        begin = end
-
-
-def _place(text: str, at: int, where: str) -> str:
-    excerpt = text[max(0, at - _EXCERPT // 2) : at + _EXCERPT]
-    return f"{where}, character {at} ({excerpt!r})"
-
-
-def _memories(pieces: Sequence[Piece]) -> list[str]:
-    return [piece.text for piece in pieces if piece.is_memory]
-
-
-def _join_with_placeholders(pieces: Sequence[Piece]) -> str:
-    placeholder = MEMORY_START + MEMORY + MEMORY_END
-    return "".join(placeholder if piece.is_memory else piece.text for piece in pieces)
+def _shorten(text: str, where: str) -> tuple[str, list[str]]:
+    """A text with one placeholder for each memory, and the memories."""
+    pieces = list(split_spans(text, where))
+    memories = [piece.text for piece in pieces if piece.is_memory]
+    return "".join(PLACEHOLDER if piece.is_memory else piece.text for piece in pieces), memories
 
 
 def _role_and_content(message: Mapping[str, Any], number: int) -> tuple[str, str]:
@@ -300,15 +204,14 @@ def _role_and_content(message: Mapping[str, Any], number: int) -> tuple[str, str
 
 def _assemble(
     ids: list[int],
-    memories: Sequence[str],
+    memories: list[str],
     tokenizers: PromptTokenizers,
-    chunk_size: int | Sequence[int],
+    chunk_size: int | Sequence[int] | None,
     limit: MemoryLimit | None,
 ) -> MemoryPrompt:
     """Tokenise the spans and place them."""
-    texts = list(memories)
-    token_ids = tokenizers.encoder(texts, add_special_tokens=False)["input_ids"] if texts else []
-    return place_spans(ids, texts, token_ids, tokenizers.markers, chunk_size, limit)
+    token_ids = tokenizers.encoder(memories, add_special_tokens=False)["input_ids"] if memories else []
+    return place_spans(ids, memories, token_ids, tokenizers.markers, chunk_size, limit)
 
 
 def place_spans(
@@ -316,23 +219,22 @@ def place_spans(
     texts: Sequence[str],
     token_ids: Sequence[TokenIds],
     marks: MarkerIds,
-    chunk_size: int | Sequence[int],
+    chunk_size: int | Sequence[int] | None,
     limit: MemoryLimit | None = None,
 ) -> MemoryPrompt:
-    """Widen each single placeholder to its span's number of latents and note where it came to lie.
+    """Widen each single placeholder to its span's number of latents, and note where the spans come to lie.
 
     Args:
         ids: Decoder ids with one placeholder between markers for each span.
         texts: The spans' texts.
         token_ids: Their encoder tokens.
         marks: The decoder's marker ids.
-        chunk_size: Encoder tokens per latent, one for all spans or one a span.
+        chunk_size: Encoder tokens per latent, one for all spans or one a span; None leaves each span one placeholder.
         limit: Longest allowed span; no limit by default.
 
     Raises:
         PromptError: Another number of placeholders than spans, an empty span, a span over the limit.
     """
-    # Placeholders are special tokens: one, or a run of them, leaves the ids around them the same.
     places = [index for index, token in enumerate(ids) if token == marks.memory]
     intact = all(ids[at - 1] == marks.start and ids[at + 1 : at + 2] == [marks.end] for at in places)
     if len(places) != len(texts) or not intact:
@@ -340,25 +242,40 @@ def place_spans(
             f"the prompt has {len(texts)} memory spans but {len(places)} came out of the decoder's chat template "
             "and tokenizer; use a template that writes each message's content once and unchanged"
         )
-    sizes = _sizes_per_span(chunk_size, len(texts))
-    input_ids: list[int] = []
-    spans: list[MemorySpan] = []
-    copied = 0
-    for number, (place, text, tokens, size) in enumerate(zip(places, texts, token_ids, sizes, strict=True)):
-        kept, cut = _apply_limit(tokens, limit, number)
+    limited = [_apply_limit(tokens, limit, number) for number, tokens in enumerate(token_ids)]
+    for number, (text, (kept, _)) in enumerate(zip(texts, limited, strict=True)):
         if len(kept) == 0:
             raise PromptError(f"memory span {number} ({text[:_EXCERPT]!r}) has no encoder tokens; fill it or remove it")
-        input_ids += ids[copied:place]
-        start = len(input_ids)
-        input_ids += [marks.memory] * num_latents(len(kept), size)
-        spans.append(
-            MemorySpan(
-                text=text, token_ids=kept, start=start, stop=len(input_ids), chunk_size=size, truncated_tokens=cut
-            )
+    sizes = [len(kept) for kept, _ in limited] if chunk_size is None else _sizes_per_span(chunk_size, len(texts))
+    counts = [num_latents(len(kept), size) for (kept, _), size in zip(limited, sizes, strict=True)]
+    widened, begins = widen(ids, counts, marks.memory)
+    spans = [
+        MemorySpan(
+            text=text, token_ids=kept, start=int(begins[at]), stop=int(begins[at + 1]), chunk_size=size,
+            truncated_tokens=cut,
         )
-        copied = place + 1
-    input_ids += ids[copied:]
-    return MemoryPrompt(input_ids=input_ids, spans=tuple(spans))
+        for at, text, (kept, cut), size in zip(places, texts, limited, sizes, strict=True)
+    ]  # fmt: skip
+    return MemoryPrompt(input_ids=widened.tolist(), spans=tuple(spans))
+
+
+def widen(ids: TokenIds, counts: Sequence[int], placeholder: int) -> tuple[np.ndarray, np.ndarray]:
+    """Repeat each placeholder once a latent.
+
+    Placeholders are special tokens: one, or a run of them, leaves the ids around them the same.
+
+    Args:
+        ids: [T] decoder ids with one placeholder a span.
+        counts: Latents of each span.
+        placeholder: Its id.
+
+    Returns:
+        The wider ids, and where each of the given ones begins in them, [T + 1]: an id's rows end where the next begins.
+    """
+    narrow = np.asarray(ids)
+    repeats = np.ones(len(narrow), dtype=np.int64)
+    repeats[narrow == placeholder] = counts
+    return np.repeat(narrow, repeats), np.concatenate([[0], np.cumsum(repeats)])
 
 
 def _sizes_per_span(chunk_size: int | Sequence[int], num_spans: int) -> Sequence[int]:
@@ -374,11 +291,12 @@ def _sizes_per_span(chunk_size: int | Sequence[int], num_spans: int) -> Sequence
 
 
 def _apply_limit(tokens: TokenIds, limit: MemoryLimit | None, number: int) -> tuple[TokenIds, int]:
-    if limit is None or limit.max_tokens is None or len(tokens) <= limit.max_tokens:
+    most = limit.max_tokens if limit else None
+    if most is None or len(tokens) <= most:
         return tokens, 0
-    if not limit.truncate:
-        raise PromptError(
-            f"memory span {number} has {len(tokens)} encoder tokens, more than the limit of {limit.max_tokens}: raise "
-            "--max-memory-tokens, shorten the span, or pass --truncate-memory to keep its beginning"
-        )
-    return tokens[: limit.max_tokens], len(tokens) - limit.max_tokens
+    if limit and limit.truncate:
+        return tokens[:most], len(tokens) - most
+    raise PromptError(
+        f"memory span {number} has {len(tokens)} encoder tokens, more than the limit of {most}: raise "
+        "--max-memory-tokens, shorten the span, or pass --truncate-memory to keep its beginning"
+    )

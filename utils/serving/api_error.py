@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import orjson
+from starlette.responses import Response
+
 _SHOWN_CHARACTERS = 60
 
 
@@ -21,9 +24,10 @@ class ApiError(Exception):
         self.status = status
         self.headers = dict(headers or {})
 
-    def body(self) -> dict[str, Any]:
-        """The JSON body."""
-        return error_body(str(self), self.status)
+    def response(self) -> Response:
+        """The answer to the request."""
+        body = orjson.dumps(error_body(str(self), self.status))
+        return Response(body, self.status, self.headers, media_type="application/json")
 
 
 def error_body(message: str, status: int) -> dict[str, Any]:

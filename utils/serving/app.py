@@ -1,4 +1,4 @@
-"""The gateway's HTTP routes: an OpenAI-compatible API whose prompts may hold memory markers.
+"""The gateway and its HTTP routes: an OpenAI-compatible API whose prompts may hold memory markers.
 
 Requests without markers go to the backend byte for byte. Errors have OpenAI's shape. What was compressed is told in
 `X-Code-Llava-*` headers and, in answers that are not streamed, in the field `code_llava`.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx
 import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
@@ -21,20 +22,19 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from utils.compress.compressor import Compressor
 from utils.errors import PromptError
-from utils.inference.compressor import Compressor
 from utils.serving.api_error import ApiError
+from utils.serving.backend import Backend
 from utils.serving.bodies import BodyLimits
-from utils.serving.compress_request import EXTENSION, CompressedRequest, RequestCompressor
-from utils.serving.door import SECURITY_HEADERS, Door, DoorPolicy, json_error
+from utils.serving.compress_request import CHAT, COMPLETIONS, EXTENSION, CompressedRequest, RequestCompressor
+from utils.serving.door import SECURITY_HEADERS, Door, DoorPolicy
 from utils.serving.encoder_queue import EncoderQueue
 from utils.serving.json_body import read_object
 from utils.serving.memories import Memory, MemoryStore
 from utils.serving.metrics import Metrics
 from utils.serving.off_loop import OffLoop
-from utils.serving.page import PAGE_FILES, add_page
 from utils.serving.settings import GatewaySettings, owner_of
-from utils.serving.upstream import Upstream, json_object, media_type, retry_after
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -42,7 +42,140 @@ Result = TypeVar("Result")
 _HEADER = "X-Code-Llava-"
 # Per-span reports in a header stay below what servers and proxies take; the totals are always there.
 _MAX_HEADER_BYTES = 4096
+# Address → file in `page/`, media type: served to everyone; what they ask the API for needs the API's key.
+PAGE_FILES = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
 _OPEN_PATHS = ("/healthz", *PAGE_FILES)
+
+
+class Gateway:
+    """What lives as long as the gateway: queue, memories, counters, threads; and what each route does.
+
+    Args:
+        settings: Limits, keys and policies.
+        compressor: The checkpoint whose decoder the backend serves.
+        backend: Answers.
+    """
+
+    def __init__(self, settings: GatewaySettings, compressor: Compressor, backend: Backend) -> None:
+        self._settings = settings
+        self._backend = backend
+        self._metrics = Metrics()
+        self._queue = EncoderQueue(
+            compressor, settings.max_waiting, settings.max_batch_tokens, self._metrics.note_batch
+        )
+        self._metrics.watch_queue(lambda: self._queue.num_waiting)
+        self._memories = MemoryStore(
+            settings.max_memories, settings.max_memories_bytes, settings.memory_ttl_s, len(settings.api_keys)
+        )
+        self._requests = RequestCompressor(compressor, self._queue, self._memories, settings, backend.is_local)
+        self._long_work = OffLoop("answers")
+
+    def app(self) -> FastAPI:
+        """The application."""
+        settings = self._settings
+        app = FastAPI(
+            title="Code-LLaVA gateway", lifespan=self._lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
+        )
+        # The last one comes first: the door needs no key, and no body is read before the key.
+        app.add_middleware(BodyLimits, settings=settings)
+        app.add_middleware(Admission, api_keys=settings.api_keys, metrics=self._metrics)
+        app.add_middleware(Door, policy=DoorPolicy(settings.host, settings.allowed_hosts, settings.allowed_origins))
+        for kind in (ApiError, PromptError, HTTPException, Exception):
+            app.add_exception_handler(kind, _refuse)
+        for path in PAGE_FILES:
+            app.add_api_route(path, _page_file(path))
+        for method, path, endpoint in (
+            ("POST", "/v1" + CHAT, self.chat),
+            ("POST", "/v1" + COMPLETIONS, self.completions),
+            ("GET", "/v1/models", self.models),
+            ("GET", "/v1/compression", self.compression),
+            ("POST", "/v1/memories", self.add_memory),
+            ("GET", "/v1/memories", self.list_memories),
+            ("DELETE", "/v1/memories/{memory_id}", self.delete_memory),
+            ("GET", "/healthz", self.health),
+            ("GET", "/metrics", self.metrics),
+        ):
+            app.add_api_route(path, endpoint, methods=[method])
+        return app
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a chat."""
+        return await self._forward(request, CHAT)
+
+    async def completions(self, request: Request) -> Response:
+        """Continue a prompt."""
+        return await self._forward(request, COMPLETIONS)
+
+    async def models(self) -> Response:
+        """Show the backend's models."""
+        answer = await self._backend.models()
+        return Response(answer.content, answer.status, media_type=answer.media_type)
+
+    async def compression(self) -> Response:
+        """Show the checkpoint and the limits."""
+        return _json(self._requests.settings_report())
+
+    async def add_memory(self, request: Request) -> Response:
+        """Store a text."""
+        raw = await _read_body(request)
+
+        def add() -> Memory:
+            text = read_object(raw).get("text")
+            if not isinstance(text, str) or not text.strip():
+                raise ApiError(400, 'expected {"text": "…"} with a text that is not empty')
+            return self._memories.add(text, request.state.owner)
+
+        return _json((await self._long_work.run_if_long(len(raw), add)).summary(), 201)
+
+    async def list_memories(self, request: Request) -> Response:
+        """Show the key's own texts."""
+        data = [memory.summary() for memory in self._memories.list(request.state.owner)]
+        return _json({"object": "list", "data": data})
+
+    async def delete_memory(self, memory_id: str, request: Request) -> Response:
+        """Forget a text."""
+        self._memories.delete(memory_id, request.state.owner)
+        return _json({"id": memory_id, "object": "memory", "deleted": True})
+
+    async def health(self) -> Response:
+        """Say whether the backend answers."""
+        try:
+            status = (await self._backend.models()).status
+            problem = None if status == 200 else f"the backend answers {status}"
+        except ApiError as error:
+            problem = str(error)
+        return _json({"status": "unavailable" if problem else "ok", "problem": problem}, 503 if problem else 200)
+
+    async def metrics(self) -> Response:
+        """Show the counters."""
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _forward(self, request: Request, path: str) -> Response:
+        raw = await _read_body(request)
+        compressed = await _unless_gone(request, self._requests.compress(path, raw, request.state.owner))
+        self._metrics.note_spans(compressed.spans)
+        self._metrics.fallbacks.inc(compressed.fallback)
+        answer = await _unless_gone(request, self._backend.ask(compressed))
+        headers = {**_report_headers(compressed), **answer.headers}
+        content = answer.content
+        if not isinstance(content, bytes):
+            return StreamingResponse(content, answer.status, headers, media_type=answer.media_type)
+        if compressed.is_ours and answer.status == 200:
+            with_report = functools.partial(_with_report, content, compressed)
+            content = await self._long_work.run_if_long(len(content), with_report)
+        return Response(content, answer.status, headers, media_type=answer.media_type)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        yield
+        self._queue.close()
+        self._requests.close()
+        self._long_work.close()
+        await self._backend.close()
 
 
 class Admission:
@@ -75,7 +208,7 @@ class Admission:
                 await self._app(scope, receive, counting_send)
             else:
                 error = ApiError(401, "wrong or missing API key", headers={"WWW-Authenticate": "Bearer"})
-                await json_error(error)(scope, receive, counting_send)
+                await error.response()(scope, receive, counting_send)
 
     def _owner(self, scope: Scope) -> str | None:
         """Whose request this is; None for one that may not enter."""
@@ -87,135 +220,27 @@ class Admission:
         return matches[0] if matches else None
 
 
-def create_app(
-    settings: GatewaySettings, compressor: Compressor, backend: httpx.AsyncBaseTransport | None = None
-) -> FastAPI:
-    """Build the application.
+def _page_file(path: str) -> Callable[[], Coroutine[Any, Any, Response]]:
+    name, media_type = PAGE_FILES[path]
+    content = (Path(__file__).parent / "page" / name).read_bytes()
 
-    Args:
-        settings: Backend, limits, keys.
-        compressor: The checkpoint whose decoder the backend serves.
-        backend: A backend in this process, see `LocalBackend`; None: a server at the settings' address.
-    """
-    policy = DoorPolicy(settings.host, settings.allowed_hosts, settings.allowed_origins)
-    metrics = Metrics()
-    upstream = Upstream(
-        settings.backend_url, settings.backend_key, settings.timeout_s, backend, settings.max_answer_bytes
-    )
-    queue = EncoderQueue(compressor, settings.max_waiting, settings.max_batch_tokens, metrics.note_batch)
-    metrics.watch_queue(lambda: queue.num_waiting)
-    memories = MemoryStore(
-        settings.max_memories, settings.max_memories_bytes, settings.memory_ttl_s, len(settings.api_keys)
-    )
-    requests = RequestCompressor(compressor, queue, memories, settings, is_local=backend is not None)
-    long_work = OffLoop("answers")
+    async def page_file() -> Response:
+        return Response(content, headers={"Cache-Control": "no-cache"}, media_type=media_type)
 
-    @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        queue.close()
-        requests.close()
-        long_work.close()
-        await upstream.close()
+    return page_file
 
-    app = FastAPI(title="Code-LLaVA gateway", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
 
-    # The last one comes first: the door needs no key, and no body is read before the key.
-    app.add_middleware(BodyLimits, settings=settings)
-    app.add_middleware(Admission, api_keys=settings.api_keys, metrics=metrics)
-    app.add_middleware(Door, policy=policy)
-    add_page(app)
-
-    @app.exception_handler(ApiError)
-    async def api_error(_: Request, error: ApiError) -> Response:
-        return json_error(error)
-
-    @app.exception_handler(HTTPException)
-    async def no_such_route(request: Request, error: HTTPException) -> Response:
+async def _refuse(request: Request, error: Exception) -> Response:
+    """Any failure in the API's words."""
+    if isinstance(error, PromptError):
+        error = ApiError(400, str(error))
+    elif isinstance(error, HTTPException):
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return json_error(ApiError(error.status_code, message, headers=error.headers))
-
-    @app.exception_handler(PromptError)
-    async def prompt_error(_: Request, error: PromptError) -> Response:
-        return json_error(ApiError(400, str(error)))
-
-    @app.exception_handler(Exception)
-    async def own_error(_: Request, error: Exception) -> Response:
+        error = ApiError(error.status_code, message, headers=error.headers)
+    elif not isinstance(error, ApiError):
         logger.error("a request failed", exc_info=error)
-        return json_error(ApiError(500, "the gateway failed; its log says why", headers=SECURITY_HEADERS))
-
-    async def forward(
-        request: Request, path: str, compress: Callable[[bytes, str], Coroutine[Any, Any, CompressedRequest]]
-    ) -> Response:
-        raw = await _read_body(request)
-        compressed = await _unless_gone(request, compress(raw, request.state.owner))
-        metrics.note_spans(compressed.spans)
-        metrics.fallbacks.inc(compressed.fallback)
-        answer = await _unless_gone(request, upstream.post(path, compressed.content))
-        kind = media_type(answer)
-        headers = _report_headers(compressed)
-        if kind.startswith("text/event-stream"):
-            pieces = upstream.pieces(answer)
-            return StreamingResponse(pieces, answer.status_code, headers, media_type=kind)
-        content = await _unless_gone(request, upstream.whole(answer))
-        if compressed.is_ours and answer.status_code == 200:
-            content = await long_work.run_if_long(len(content), lambda: _with_report(content, compressed))
-        headers |= retry_after(answer)
-        return Response(content, answer.status_code, headers, media_type=kind)
-
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        return await forward(request, "/chat/completions", requests.chat)
-
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        return await forward(request, "/completions", requests.completion)
-
-    @app.get("/v1/models")
-    async def models() -> Response:
-        answer = await upstream.get("/models")
-        return Response(answer.content, answer.status_code, media_type=answer.media_type)
-
-    @app.get("/v1/compression")
-    async def compression() -> Response:
-        return _json(requests.settings_report())
-
-    @app.post("/v1/memories", status_code=201)
-    async def add_memory(request: Request) -> Response:
-        raw = await _read_body(request)
-
-        def add() -> Memory:
-            text = read_object(raw).get("text")
-            if not isinstance(text, str) or not text.strip():
-                raise ApiError(400, 'expected {"text": "…"} with a text that is not empty')
-            return memories.add(text, request.state.owner)
-
-        return _json((await long_work.run_if_long(len(raw), add)).summary(), 201)
-
-    @app.get("/v1/memories")
-    async def list_memories(request: Request) -> Response:
-        data = [memory.summary() for memory in memories.list(request.state.owner)]
-        return _json({"object": "list", "data": data})
-
-    @app.delete("/v1/memories/{memory_id}")
-    async def delete_memory(memory_id: str, request: Request) -> Response:
-        memories.delete(memory_id, request.state.owner)
-        return _json({"id": memory_id, "object": "memory", "deleted": True})
-
-    @app.get("/healthz")
-    async def healthz() -> Response:
-        try:
-            status = (await upstream.get("/models")).status_code
-            problem = None if status == 200 else f"the backend answers {status}"
-        except ApiError as error:
-            problem = str(error)
-        return _json({"status": "unavailable" if problem else "ok", "problem": problem}, 503 if problem else 200)
-
-    @app.get("/metrics")
-    async def show_metrics() -> Response:
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    return app
+        error = ApiError(500, "the gateway failed; its log says why", headers=SECURITY_HEADERS)
+    return error.response()
 
 
 async def _read_body(request: Request) -> bytes:
@@ -226,7 +251,12 @@ async def _read_body(request: Request) -> bytes:
 
 
 def _with_report(content: bytes, compressed: CompressedRequest) -> bytes:
-    answer = json_object(content)
+    try:
+        answer = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise ApiError(502, "the backend's answer is no JSON object")
     try:
         return orjson.dumps({**answer, EXTENSION: compressed.report()})
     except TypeError:  # nested deeper than can be written

@@ -8,7 +8,6 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from utils.serving.api_error import ApiError
-from utils.serving.door import json_error
 from utils.serving.settings import ConnectionLimits, GatewaySettings
 
 _CLOSE = {"Connection": "close"}
@@ -37,7 +36,7 @@ class BodyLimits:
         declared = Headers(scope=scope).get("content-length", "0")
         if declared.isdecimal() and int(declared) > self._max_bytes:
             # Before a byte of it is read.
-            await json_error(self._too_long())(scope, receive, send)
+            await self._too_long().response()(scope, receive, send)
             return
         body = _Body(self._limits)
 

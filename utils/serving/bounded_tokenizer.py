@@ -1,6 +1,6 @@
-"""A tokenizer that reads no further than there is room: what cannot fit is found out early.
+"""Tokenising no further than there is room: what cannot fit is found out early.
 
-    ids = BoundedTokenizer(tokenizer).ids(text, limit=8192)       # None: more than 8192 ids
+    ids = ids_within(tokenizer, text, limit=8192)       # None: more than 8192 ids
 
 A tokenizer needs some hundred bytes of memory for each byte of text, and a second for each megabyte.
 """
@@ -9,9 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers.models import BPE
-from tokenizers.normalizers import NFC
-
 # Ids before a cut that the text behind it could have changed.
 _UNSURE_IDS = 64
 # Characters of text that are looked at for each id there is room for, at first; most tokens are shorter.
@@ -19,46 +16,19 @@ _CHARACTERS_PER_ID = 4
 _LEAST_CHARACTERS = 4096
 
 
-class BoundedTokenizer:
-    """A Hugging Face tokenizer with a limit at each call; one thread at a time may use it."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._most_characters = _most_characters_per_id(tokenizer)
-
-    def ids(self, text: str, limit: int, *, special_tokens: bool = False) -> list[int] | None:
-        """The ids of a text; None where they are more than `limit`."""
-        if self._most_characters is not None and len(text) > (limit + 1) * self._most_characters:
-            return None
-        ids = self.first_ids(text, limit, special_tokens=special_tokens)
-        return ids if len(ids) <= limit else None
-
-    def first_ids(self, text: str, limit: int, *, special_tokens: bool = False) -> list[int]:
-        """The ids of a text; of one that has more than `limit`, its first ones, more than `limit` of them."""
-        size = max(_LEAST_CHARACTERS, _CHARACTERS_PER_ID * limit)
-        while size < len(text):
-            ids = self._all(text[:size], special_tokens)
-            if len(ids) - _UNSURE_IDS > limit:
-                return ids[:-_UNSURE_IDS]
-            size *= 4
-        return self._all(text, special_tokens)
-
-    def _all(self, text: str, special_tokens: bool) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
+def ids_within(tokenizer: Any, text: str, limit: int, *, special_tokens: bool = False) -> list[int] | None:
+    """The ids of a text; None where they are more than `limit`."""
+    ids = first_ids(tokenizer, text, limit, special_tokens=special_tokens)
+    return ids if len(ids) <= limit else None
 
 
-def _most_characters_per_id(tokenizer: Any) -> int | None:
-    """Characters that one id may stand for; None for a tokenizer that may drop text or take any length as one."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not isinstance(backend.model, BPE):
-        return None
-    splitter = str(backend.pre_tokenizer)
-    # Bytes as letters: no text is unknown. Some splitters, normalizers and added tokens drop any number of spaces.
-    drops = any(kind in splitter for kind in ("Whitespace", "Removed", "CharDelimiter"))
-    drops |= any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values())
-    drops |= not (backend.normalizer is None or isinstance(backend.normalizer, NFC))
-    if drops or "ByteLevel(" not in splitter:
-        return None
-    longest = max(map(len, backend.get_vocab(with_added_tokens=True)))
-    # Composing may make one character of four.
-    return longest if backend.normalizer is None else 4 * longest
+def first_ids(tokenizer: Any, text: str, limit: int, *, special_tokens: bool = False) -> list[int]:
+    """The ids of a text; of one that has more than `limit`, its first ones, more than `limit` of them."""
+    size = max(_LEAST_CHARACTERS, _CHARACTERS_PER_ID * limit)
+    while True:
+        ids = list(tokenizer(text[:size], add_special_tokens=special_tokens)["input_ids"])
+        if size >= len(text):
+            return ids
+        if len(ids) - _UNSURE_IDS > limit:
+            return ids[:-_UNSURE_IDS]
+        size *= 4

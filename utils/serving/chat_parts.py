@@ -1,21 +1,21 @@
-"""Chat messages with memory markers → messages whose content parts hold latents; pure functions on JSON.
+"""Chat messages with memory markers: their spans, and the messages with something else in the spans' places.
 
     outline = outline_chat(messages)       # outline.spans: the texts between the markers
-    outline.fill([part, …])                # one content part a span: latents between the markers, or plain text
-    flat_chat(messages)                    # contents as texts, as the local decoder's template takes them
+    outline.fill([part, …])                # content parts: latents between the markers, or plain text
+    outline.flat([text, …])                # contents as texts, as the local decoder's template takes them
 
-A message without memory stays as it was, strings included.
+Markers are looked for once. A message without memory stays as it was, strings included.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from utils.errors import PromptError
-from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START
-from utils.model.prompt import Piece, has_markers, split_spans
+from utils.model.markers import MEMORY_END, MEMORY_START, Piece, has_markers, split_spans
 from utils.serving.api_error import ApiError, shown
 
 Part = dict[str, Any]
@@ -27,12 +27,12 @@ class ChatOutline:
 
     Attributes:
         messages: As they came.
-        pieces: For each message, its content as pieces and foreign parts in order; None where there is no memory.
+        pieces: Each message's content as pieces of text and foreign parts, in order.
         spans: The spans' texts in order.
     """
 
     messages: list[dict[str, Any]]
-    pieces: list[list[Piece | Part] | None]
+    pieces: list[list[Piece | Part]]
     spans: list[str]
 
     def fill(self, span_parts: Sequence[Part]) -> list[dict[str, Any]]:
@@ -40,47 +40,42 @@ class ChatOutline:
         remaining = iter(span_parts)
         filled = []
         for message, pieces in zip(self.messages, self.pieces, strict=True):
-            if pieces is None:
-                filled.append(message)
-                continue
-            content = _Content()
-            for piece in pieces:
+            parts: list[Part] = []
+            for piece in pieces if _memories(pieces) else []:
                 if isinstance(piece, dict):
-                    content.add_part(piece)
+                    parts.append(piece)
                 elif not piece.is_memory:
-                    content.add_text(piece.text)
+                    parts.append(_text(piece.text))
                 elif (part := next(remaining))["type"] == "text":
-                    content.add_text(part["text"])
+                    parts.append(part)
                 else:
-                    content.add_text(MEMORY_START)
-                    content.add_part(part)
-                    content.add_text(MEMORY_END)
-            filled.append({**message, "content": content.parts()})
+                    parts += [_text(MEMORY_START), part, _text(MEMORY_END)]
+            filled.append({**message, "content": _joined(parts)} if parts else message)
         return filled
 
+    def flat(self, span_texts: Sequence[str]) -> list[dict[str, Any]]:
+        """The messages with texts as contents, in which each span is what is given for it.
 
-class _Content:
-    """Content parts in which neighbouring texts are one: parts then do not depend on where spans were cut."""
-
-    def __init__(self) -> None:
-        self._parts: list[Part] = []
-        self._texts: list[str] = []
-
-    def add_text(self, text: str) -> None:
-        self._texts.append(text)
-
-    def add_part(self, part: Part) -> None:
-        self._end_text()
-        self._parts.append(part)
-
-    def parts(self) -> list[Part]:
-        self._end_text()
-        return self._parts
-
-    def _end_text(self) -> None:
-        if text := "".join(self._texts):
-            self._parts.append({"type": "text", "text": text})
-        self._texts = []
+        Raises:
+            PromptError: A role or content of another shape, or a part that a local decoder cannot read.
+        """
+        remaining = iter(span_texts)
+        flat = []
+        for number, (message, pieces) in enumerate(zip(self.messages, self.pieces, strict=True)):
+            _check_role(message.get("role"), number)
+            content = message.get("content")
+            if not (content is None or isinstance(content, str | list)):
+                kind = type(content).__name__
+                raise PromptError(f"message {number}: a message's content is a text or a list of parts, got {kind}")
+            _check_texts(content, number)
+            texts = []
+            for piece in pieces:
+                if isinstance(piece, dict):
+                    kind = shown(piece.get("type"))
+                    raise PromptError(f"message {number}: content parts of type {kind} need a vLLM backend: send text")
+                texts.append(next(remaining) if piece.is_memory else piece.text)
+            flat.append({**message, "content": "".join(texts)})
+        return flat
 
 
 def outline_chat(messages: Any, max_spans: int | None = None) -> ChatOutline:
@@ -97,7 +92,7 @@ def outline_chat(messages: Any, max_spans: int | None = None) -> ChatOutline:
     """
     if not isinstance(messages, list) or not messages:
         raise PromptError("messages must be a list of at least one {'role': …, 'content': …}")
-    all_pieces: list[list[Piece | Part] | None] = []
+    all_pieces: list[list[Piece | Part]] = []
     spans: list[str] = []
     splitter = SpanSplitter(max_spans)
     for number, message in enumerate(messages):
@@ -107,27 +102,13 @@ def outline_chat(messages: Any, max_spans: int | None = None) -> ChatOutline:
         if isinstance(role, str) and len(splitter.split(role, f"the role of message {number}")) > 1:
             raise PromptError(f"message {number}: the role holds memory; memory belongs into the content")
         pieces = _content_pieces(message.get("content"), number, splitter)
-        memories = [piece.text for piece in pieces if isinstance(piece, Piece) and piece.is_memory]
-        if memories:
+        if memories := _memories(pieces):
+            # A message that is written anew must be understood; one that is passed on is the backend's to judge.
             _check_role(role, number)
             _check_texts(message["content"], number)
         spans += memories
-        all_pieces.append(pieces if memories else None)
+        all_pieces.append(pieces)
     return ChatOutline(messages=messages, pieces=all_pieces, spans=spans)
-
-
-def flat_chat(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Messages whose contents are texts with a placeholder for each part of latents; and the parts' data in order.
-
-    Raises:
-        PromptError: A role or content of another shape, or a part that a local decoder cannot read.
-    """
-    blobs: list[str] = []
-    flat = []
-    for number, message in enumerate(messages):
-        _check_role(message.get("role"), number)
-        flat.append({**message, "content": _flat_content(message.get("content"), number, blobs)})
-    return flat, blobs
 
 
 class SpanSplitter:
@@ -177,37 +158,33 @@ def _content_pieces(content: Any, number: int, splitter: SpanSplitter) -> list[P
     return pieces
 
 
+def _memories(pieces: Sequence[Piece | Part]) -> list[str]:
+    return [piece.text for piece in pieces if isinstance(piece, Piece) and piece.is_memory]
+
+
+def _text(text: str) -> Part:
+    return {"type": "text", "text": text}
+
+
+def _joined(parts: Sequence[Part]) -> list[Part]:
+    """Content parts in which neighbouring texts are one: parts then do not depend on where spans were cut."""
+    joined: list[Part] = []
+    for is_text, group in itertools.groupby(parts, lambda part: part.get("type") == "text"):
+        if not is_text:
+            joined += group
+        elif text := "".join(part["text"] for part in group):
+            joined.append(_text(text))
+    return joined
+
+
 def _check_role(role: Any, number: int) -> None:
     if not isinstance(role, str):
         raise PromptError(f"message {number}: the role is {shown(role)}, expected a text")
 
 
 def _check_texts(content: Any, number: int) -> None:
-    """A message that is written anew must be understood; one that is passed on is the backend's to judge."""
     for place, part in enumerate(content if isinstance(content, list) else []):
         if part.get("type") == "text" and not isinstance(part.get("text"), str):
             raise PromptError(
                 f"message {number}, part {place}: the field text is {shown(part.get('text'))}, expected a text"
             )
-
-
-def _flat_content(content: Any, number: int, blobs: list[str]) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise PromptError(
-            f"message {number}: a message's content is a text or a list of parts, got {type(content).__name__}"
-        )
-    texts = []
-    _check_texts(content, number)
-    for part in content:
-        if part.get("type") == "text":
-            texts.append(part["text"])
-        elif part.get("type") == "prompt_embeds":
-            blobs.append(part["data"])
-            texts.append(MEMORY)
-        else:
-            raise PromptError(
-                f"message {number}: content parts of type {shown(part.get('type'))} need a vLLM backend: send text"
-            )
-    return "".join(texts)

@@ -1,8 +1,8 @@
 """A client's request body → the body for the backend, with latents where memory markers were.
 
-compressed = await RequestCompressor(compressor, queue, memories, settings).chat(raw, owner)
-compressed.content    # the bytes to forward; the client's own where there is nothing to change
-compressed.report()   # what the answer says about the spans
+    compressed = await requests.compress(CHAT, raw, owner)
+    compressed.content    # the bytes to forward; the client's own where there is nothing to change
+    compressed.report()   # what the answer says about the spans
 
 In order: read the JSON, find the spans, count what all of it expands to, and only then encode. What cannot fit is
 refused before it costs anything; long bodies are read and written beside the event loop.
@@ -13,26 +13,29 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
+from utils.compress.compressor import Compressor
+from utils.compress.prompt_embeds import encode_wire
 from utils.errors import CodeLlavaError, PromptError
-from utils.inference.compressor import Compressor
-from utils.inference.prompt_embeds import encode_wire
-from utils.model.prompt import MemoryPrompt, has_markers
+from utils.model.markers import PLACEHOLDER, has_markers
+from utils.model.prompt import MemoryPrompt
 from utils.serving.api_error import ApiError, shown
 from utils.serving.chat_parts import ChatOutline, SpanSplitter, outline_chat
 from utils.serving.encoder_queue import EncodedSpan, EncoderQueue
 from utils.serving.json_body import MAX_DEPTH, MAX_VALUES, read_object
 from utils.serving.memories import Memory, MemoryStore
 from utils.serving.off_loop import OffLoop
-from utils.serving.prompt_rows import PromptRows
+from utils.serving.prompt_rows import ONE_PROMPT, PromptRows
 from utils.serving.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
 Body = dict[str, Any]
+
+CHAT, COMPLETIONS = "/chat/completions", "/completions"
 
 # A request may say {"code_llava": {"chunk_size": 16}}; the answer tells under the same name what was compressed.
 EXTENSION = "code_llava"
@@ -45,15 +48,21 @@ class CompressedRequest:
     """A request ready for the backend.
 
     Attributes:
-        content: The new body, or the client's own.
+        path: Its endpoint.
+        body: The client's fields, less what is the gateway's own.
+        content: The body as a server gets it: a new one, or the client's own bytes.
+        prompts: The same for a decoder in this process: ids whose placeholders `spans` fill.
         is_ours: The request asked something of the gateway, so that the answer tells what was done.
         spans: What was encoded, in order.
         fallback: The memory went as plain text, because the encoder failed.
     """
 
-    content: bytes
+    path: str
+    body: Body
+    content: bytes = b""
+    prompts: Sequence[MemoryPrompt] = ()
     is_ours: bool = False
-    spans: tuple[EncodedSpan, ...] = ()
+    spans: Sequence[EncodedSpan] = ()
     fallback: bool = False
 
     def report(self) -> Body:
@@ -73,28 +82,40 @@ class CompressedRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Read:
-    """A body that was read: what is forwarded of it beside the prompt, and what its spans stand for."""
+    """A body that was read: its fields, and where its spans are.
 
+    Attributes:
+        chat: A chat's messages; None for a completion.
+        prompts: A completion's marked prompts, each as texts and spans in turns: a text first and last.
+        sources: What the spans stand for; together no longer than a body.
+    """
+
+    path: str
     raw: bytes
     body: Body
     is_ours: bool
     is_changed: bool
     chunk_size: int | None
+    chat: ChatOutline | None
+    prompts: list[list[str]]
     sources: list[str | Memory]
 
     def unchanged(self) -> CompressedRequest:
         """Forward it without memory."""
-        return CompressedRequest(content=orjson.dumps(self.body) if self.is_changed else self.raw, is_ours=self.is_ours)
+        content = orjson.dumps(self.body) if self.is_changed else self.raw
+        return CompressedRequest(path=self.path, body=self.body, content=content, is_ours=self.is_ours)
 
-    def rewritten(self, spans: Sequence[EncodedSpan] | None, **fields: Any) -> CompressedRequest:
-        """Forward it with other fields."""
-        content = orjson.dumps({**self.body, **fields})
-        return CompressedRequest(content=content, is_ours=True, spans=tuple(spans or ()), fallback=spans is None)
-
-    @property
-    def texts(self) -> list[str]:
-        """What the spans stand for; together they were found to be no longer than a body."""
-        return [source.text if isinstance(source, Memory) else source for source in self.sources]
+    def with_plain_text(self) -> Body:
+        """The body with its memory as text."""
+        texts = [source.text if isinstance(source, Memory) else source for source in self.sources]
+        if self.chat is not None:
+            return {**self.body, "messages": self.chat.fill([{"type": "text", "text": text} for text in texts])}
+        remaining = iter(texts)
+        plain = [
+            "".join(next(remaining) if place % 2 else text for place, text in enumerate(pieces))
+            for pieces in self.prompts
+        ]
+        return {**self.body, "prompt": plain if isinstance(self.body["prompt"], list) else plain[0]}
 
 
 class RequestCompressor:
@@ -105,7 +126,7 @@ class RequestCompressor:
         queue: Encodes.
         memories: Stored texts that spans may name.
         settings: Limits, keys and the policy on failure.
-        is_local: The backend decodes in this process: its text is counted here, before the work begins.
+        is_local: The backend decodes in this process: its text is parsed here, too, once and before the work begins.
     """
 
     def __init__(
@@ -131,10 +152,11 @@ class RequestCompressor:
         self._tokenizer.close()
         self._bodies.close()
 
-    async def chat(self, raw: bytes, owner: str = "") -> CompressedRequest:
-        """Rewrite the body of `/v1/chat/completions`: spans become content parts.
+    async def compress(self, path: str, raw: bytes, owner: str = "") -> CompressedRequest:
+        """Rewrite a body: a chat's spans become content parts, a completion's prompt with memory becomes rows.
 
         Args:
+            path: The endpoint, `CHAT` or `COMPLETIONS`.
             raw: The body.
             owner: Whose memories and cache entries it may use, and what it may not share.
 
@@ -143,51 +165,12 @@ class RequestCompressor:
             ApiError: 400, a body of another shape; 413, too many spans or rows; also an unknown memory, a full queue,
                 an encoder that failed.
         """
-        read, outline = await self._bodies.run_if_long(len(raw), lambda: self._read_chat(raw, owner))
-        parsed = await self._count_chat(read, outline)
-        if not outline.spans:
+        read = await self._bodies.run_if_long(len(raw), lambda: self._read(path, raw, owner))
+        if not (read.sources or self._is_local):
             return await self._bodies.run_if_long(len(raw), read.unchanged)
-        encoded = await self._encode([parsed] if parsed else [], owner)
-
-        def write() -> CompressedRequest:
-            if encoded is None:
-                parts = [{"type": "text", "text": text} for text in read.texts]
-            else:
-                wires = (encode_wire(span.latents_ND, self._compressor.dtype) for span in encoded)
-                parts = [{"type": "prompt_embeds", "data": wire} for wire in wires]
-            return read.rewritten(encoded, messages=outline.fill(parts))
-
-        return await self._tokenizer.run(write)
-
-    async def completion(self, raw: bytes, owner: str = "") -> CompressedRequest:
-        """Rewrite the body of `/v1/completions`: a prompt with memory becomes rows as a whole.
-
-        Raises:
-            PromptError: As `chat`.
-            ApiError: As `chat`; also 400 for a list that mixes marked texts with token ids.
-        """
-        read, prompts = await self._bodies.run_if_long(len(raw), lambda: self._read_completion(raw, owner))
-        is_list = isinstance(read.body.get("prompt"), list)
-        if not read.sources:
-            if self._is_local:
-                await self._tokenizer.run(lambda: self._count_plain(read.body.get("prompt")))
-            return await self._bodies.run_if_long(len(raw), read.unchanged)
-        parsed = await self._tokenizer.run(lambda: self._parse_prompts(read, prompts))
-        encoded = await self._encode(parsed, owner)
-
-        def write() -> CompressedRequest:
-            if encoded is None:
-                texts = iter(read.texts)
-                plain = [
-                    "".join(next(texts) if place % 2 else text for place, text in enumerate(pieces))
-                    for pieces in prompts
-                ]
-                return read.rewritten(None, prompt=plain if is_list else plain[0])
-            rows = self._embed(parsed, encoded)
-            others = replace(read, body={name: value for name, value in read.body.items() if name != "prompt"})
-            return others.rewritten(encoded, prompt_embeds=rows if is_list else rows[0])
-
-        return await self._tokenizer.run(write)
+        prompts = await self._tokenizer.run(lambda: self._parse(read))
+        spans = await self._encode(prompts, owner) if read.sources else []
+        return await self._tokenizer.run(lambda: self._write(read, prompts, spans))
 
     def settings_report(self) -> Body:
         """What a client may want to know before it asks: the checkpoint, its chunk sizes and the limits."""
@@ -216,32 +199,17 @@ class RequestCompressor:
         config = self._compressor.files.config
         return {config.chunk_size, *config.chunk_sizes}
 
-    def _read_chat(self, raw: bytes, owner: str) -> tuple[_Read, ChatOutline]:
+    def _read(self, path: str, raw: bytes, owner: str) -> _Read:
         body = read_object(raw)
-        if self._is_local and isinstance(body.get("messages"), list):
-            self._rows.check_count(len(body["messages"]), "the chat, at one row a message or more")
-        outline = outline_chat(body.get("messages"), self._settings.max_spans)
-        return self._read(raw, body, owner, outline.spans), outline
-
-    def _read_completion(self, raw: bytes, owner: str) -> tuple[_Read, list[list[str]]]:
-        """The body, and each prompt's texts and spans in turns: a text first and last."""
-        body = read_object(raw)
-        if body.get("prompt_embeds") is not None:
-            raise PromptError("prompt_embeds are not taken from clients: send text")
-        given = body.get("prompt")
-        prompts = given if isinstance(given, list) else [given]
-        texts = [text for text in prompts if isinstance(text, str)]
-        if not any(map(has_markers, texts)):
-            return self._read(raw, body, owner, []), []
-        if len(texts) < len(prompts):
-            raise ApiError(400, "prompts with memory and prompts of token ids cannot share a request")
-        self._rows.check_together(len(texts))
-        splitter = SpanSplitter(self._settings.max_spans)
-        pieces = [splitter.split(text, "the prompt") for text in texts]
-        spans = [piece.text for prompt in pieces for piece in prompt if piece.is_memory]
-        return self._read(raw, body, owner, spans), [[piece.text for piece in prompt] for prompt in pieces]
-
-    def _read(self, raw: bytes, body: Body, owner: str, spans: Sequence[str]) -> _Read:
+        chat, prompts = None, []
+        if path == CHAT:
+            if self._is_local and isinstance(body.get("messages"), list):
+                self._rows.check_count(len(body["messages"]), "the chat, at one row a message or more")
+            chat = outline_chat(body.get("messages"), self._settings.max_spans)
+            spans = chat.spans
+        else:
+            prompts = self._marked_prompts(body)
+            spans = [span for pieces in prompts for span in pieces[1::2]]
         chunk_size = self._chunk_size(body)
         sources = [self._memories.resolve(span, owner) or span for span in spans]
         num_bytes = len(raw) + sum(source.size_bytes for source in sources if isinstance(source, Memory))
@@ -252,13 +220,31 @@ class RequestCompressor:
             )  # fmt: skip
         salt = {_CACHE_SALT: _cache_salt(owner, body.get(_CACHE_SALT))} if owner and not self._is_local else {}
         return _Read(
+            path=path,
             raw=raw,
             body={name: value for name, value in body.items() if name != EXTENSION} | salt,
-            is_ours=EXTENSION in body,
+            is_ours=EXTENSION in body or bool(sources),
             is_changed=EXTENSION in body or bool(salt),
             chunk_size=chunk_size,
+            chat=chat,
+            prompts=prompts,
             sources=sources,
         )
+
+    def _marked_prompts(self, body: Body) -> list[list[str]]:
+        """A completion's prompts as texts and spans in turns; none where no prompt has memory."""
+        if body.get("prompt_embeds") is not None:
+            raise PromptError("prompt_embeds are not taken from clients: send text")
+        given = body.get("prompt")
+        prompts = given if isinstance(given, list) else [given]
+        texts = [text for text in prompts if isinstance(text, str)]
+        if not any(map(has_markers, texts)):
+            return []
+        if len(texts) < len(prompts):
+            raise ApiError(400, "prompts with memory and prompts of token ids cannot share a request")
+        self._rows.check_together(len(texts))
+        splitter = SpanSplitter(self._settings.max_spans)
+        return [[piece.text for piece in splitter.split(text, "the prompt")] for text in texts]
 
     def _chunk_size(self, body: Body) -> int | None:
         """The chunk size that a request asks for."""
@@ -271,35 +257,25 @@ class RequestCompressor:
             raise ApiError(400, f"chunk_size is {shown(chunk_size)}, this checkpoint has {sizes}")
         return chunk_size
 
-    async def _count_chat(self, read: _Read, outline: ChatOutline) -> MemoryPrompt | None:
-        """The chat's spans where it has any; a chat that cannot fit is refused."""
-        if self._is_local:
-            latents = [{"type": "prompt_embeds", "data": ""}] * len(outline.spans)
-            return await self._tokenizer.run(
-                lambda: self._rows.chat(outline.fill(latents), read.sources, read.chunk_size)
-            )
-        if not outline.spans:
-            return None
-        return await self._tokenizer.run(lambda: self._rows.spans_alone(read.sources, read.chunk_size))
-
-    def _count_plain(self, prompt: Any) -> None:
-        """Refuse a completion without memory that cannot fit; what the backend refuses anyway is left to it."""
-        if isinstance(prompt, list) and len(prompt) == 1:
-            prompt = prompt[0]
-        if isinstance(prompt, str):
-            self._rows.raw([prompt], [], None)
-        elif isinstance(prompt, list):
-            self._rows.check_count(len(prompt))
-
-    def _parse_prompts(self, read: _Read, prompts: list[list[str]]) -> list[MemoryPrompt]:
-        sources = iter(read.sources)
+    def _parse(self, read: _Read) -> list[MemoryPrompt]:
+        """What the backend will read, or of a server's chat the spans alone; what cannot fit is refused."""
+        rows, size = self._rows, read.chunk_size
+        if read.chat is not None and self._is_local:
+            return [rows.chat(read.chat.flat([PLACEHOLDER] * len(read.sources)), read.sources, size)]
+        if read.chat is not None:
+            return [rows.spans_alone(read.sources, size)]
+        if not read.sources:
+            return [rows.plain(read.body.get("prompt"))]
+        remaining = iter(read.sources)
         parsed: list[MemoryPrompt] = []
         num_rows = 0
-        for pieces in prompts:
-            own = [next(sources) for _ in pieces[1::2]]
-            parsed.append(self._rows.raw(pieces[::2], own, read.chunk_size))
+        for pieces in read.prompts:
+            own = [next(remaining) for _ in pieces[1::2]]
+            parsed.append(rows.raw(pieces[::2], own, size))
             num_rows += len(parsed[-1].input_ids)
-            self._rows.check_together(num_rows)
+            rows.check_together(num_rows)
+        if self._is_local and len(parsed) > 1:
+            raise ApiError(400, ONE_PROMPT)
         return parsed
 
     async def _encode(self, prompts: Sequence[MemoryPrompt], owner: str) -> list[EncodedSpan] | None:
@@ -314,13 +290,40 @@ class RequestCompressor:
                 return None
             raise ApiError(500, f"the encoder failed ({type(error).__name__}): nothing was sent") from None
 
-    def _embed(self, prompts: list[MemoryPrompt], encoded: list[EncodedSpan]) -> list[str]:
-        remaining = iter(encoded)
+    def _write(
+        self, read: _Read, prompts: Sequence[MemoryPrompt], spans: Sequence[EncodedSpan] | None
+    ) -> CompressedRequest:
+        """The request as the backend takes it; without spans the encoder has failed."""
+        if spans is not None:
+            body = read.body if self._is_local else self._with_latents(read, prompts, spans)
+        else:
+            body = read.with_plain_text()
+            if self._is_local and read.chat is not None:
+                prompts = [self._rows.chat(outline_chat(body["messages"]).flat([]), [], None)]
+            elif self._is_local:
+                prompts = [self._rows.plain(body["prompt"])]
+        return CompressedRequest(
+            path=read.path,
+            body=body,
+            content=b"" if self._is_local else orjson.dumps(body),
+            prompts=prompts,
+            is_ours=read.is_ours,
+            spans=spans or (),
+            fallback=spans is None,
+        )
+
+    def _with_latents(self, read: _Read, prompts: Sequence[MemoryPrompt], spans: Sequence[EncodedSpan]) -> Body:
+        if read.chat is not None:
+            wires = (encode_wire(span.latents_ND, self._compressor.dtype) for span in spans)
+            parts = [{"type": "prompt_embeds", "data": wire} for wire in wires]
+            return {**read.body, "messages": read.chat.fill(parts)}
+        remaining = iter(spans)
         rows = []
         for prompt in prompts:
             own = [(span.latents_ND, span.cached_tokens) for _, span in zip(prompt.spans, remaining, strict=False)]
             rows.append(encode_wire(self._compressor.embed(prompt, own).values_TD))
-        return rows
+        others = {name: value for name, value in read.body.items() if name != "prompt"}
+        return {**others, "prompt_embeds": rows if isinstance(read.body["prompt"], list) else rows[0]}
 
 
 def _cache_salt(owner: str, given: Any) -> str:

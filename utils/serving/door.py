@@ -15,13 +15,13 @@ import ipaddress
 import re
 from collections.abc import Iterable
 
-import orjson
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from utils.errors import ConfigError
 from utils.serving.api_error import ApiError
+from utils.serving.settings import is_loopback
 
 # On every answer. Nothing from elsewhere, nothing inline: a text that is shown can never become a script.
 SECURITY_HEADERS = {
@@ -121,7 +121,7 @@ class Door:
         try:
             self._policy.check(scope, headers)
         except ApiError as error:
-            await json_error(error)(scope, receive, send_with_headers)
+            await error.response()(scope, receive, send_with_headers)
             return
         origin = self._policy.asks_as(headers)
         if origin and scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
@@ -141,21 +141,6 @@ class Door:
             told = [name for name in headers if name.startswith("x-code-llava-") or name == "retry-after"]
             if told:
                 headers["Access-Control-Expose-Headers"] = ", ".join(told)
-
-
-def json_error(error: ApiError) -> Response:
-    """The answer to a request that is refused."""
-    return Response(orjson.dumps(error.body()), error.status, error.headers, media_type="application/json")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address; a name other than localhost may lead anywhere."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def _check_media_type(scope: Scope, headers: Headers) -> None:

@@ -16,17 +16,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from utils.inference.span_encoder import EncodingStopped
+from utils.compress.span_encoder import EncodingStopped
 from utils.serving.api_error import ApiError
 
 if TYPE_CHECKING:
     import torch
 
-    from utils.inference.compressor import Compressor
+    from utils.compress.compressor import Compressor
     from utils.model.prompt import MemorySpan
 
 
@@ -60,7 +60,7 @@ class EncodedSpan:
 class _Job:
     spans: Sequence[MemorySpan]
     salt: bytes
-    done: asyncio.Future[list[EncodedSpan]]
+    done: Future[list[EncodedSpan]] = field(default_factory=Future)
 
     @property
     def num_tokens(self) -> int:
@@ -109,7 +109,7 @@ class EncoderQueue:
             ApiError: 429, too many requests wait.
             Exception: What the encoder raised.
         """
-        job = _Job(spans, salt, asyncio.get_running_loop().create_future())
+        job = _Job(spans, salt)
         with self._lock:
             if len(self._jobs) >= self._max_waiting:
                 raise ApiError(
@@ -121,7 +121,7 @@ class EncoderQueue:
                 self._is_working = True
                 self._thread.submit(self._work)
         try:
-            return await job.done
+            return await asyncio.wrap_future(job.done)
         finally:
             # One that has been left makes room for another at once.
             with self._lock, contextlib.suppress(ValueError):
@@ -156,7 +156,8 @@ class EncoderQueue:
             return
         except Exception as error:  # whatever it is, it belongs to the requests of this batch and not to the queue
             for job in batch:
-                _settle(job, error)
+                with contextlib.suppress(InvalidStateError):  # its client has gone
+                    job.done.set_exception(error)
             return
         seconds = time.perf_counter() - started
         self._on_batch(len(batch), seconds)
@@ -171,7 +172,8 @@ class EncoderQueue:
                 )
                 for span, (latents, cached) in (next(results) for _ in job.spans)
             ]
-            _settle(job, own)
+            with contextlib.suppress(InvalidStateError):
+                job.done.set_result(own)
 
     def _take_batch(self, *, only_short: bool = False) -> list[_Job]:
         """The next jobs up to the token limit, but one at least; those whose client has gone are dropped.
@@ -196,18 +198,3 @@ class EncoderQueue:
             if not batch and not only_short:
                 self._is_working = False
         return batch
-
-
-def _settle(job: _Job, outcome: list[EncodedSpan] | Exception) -> None:
-    """Give a job's outcome to its event loop, if there still is one that waits."""
-
-    def settle() -> None:
-        if job.done.done():
-            return
-        if isinstance(outcome, Exception):
-            job.done.set_exception(outcome)
-        else:
-            job.done.set_result(outcome)
-
-    with contextlib.suppress(RuntimeError):
-        job.done.get_loop().call_soon_threadsafe(settle)

@@ -6,27 +6,18 @@ python -m utils.serving.gateway --backend-url http://127.0.0.1:8000 --port 8080
 from __future__ import annotations
 
 import argparse
-import asyncio
-import gc
 import logging
 import os
 import sys
-from typing import Any
 
 from utils.cli import make_parser, run_command
 from utils.errors import ConfigError
-from utils.inference.flags import (
-    add_cache_flags,
-    add_checkpoint_flags,
-    add_memory_limit_flags,
-    memory_limit,
-    open_cache,
-)
+from utils.flags import add_cache_flags, add_checkpoint_flags, add_memory_limit_flags
+from utils.serving.settings import DEFAULT_BACKEND_URL, GatewaySettings, is_loopback, read_keys
 
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "CODE_LLAVA_GATEWAY_KEY"
-_BACKEND_URL = "http://127.0.0.1:8000"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     "messages": [{"role": "user", "content": "What is this? <|memory_start|>def f(): …<|memory_end|>"}]}'""",
         prog="python -m utils.serving.gateway",
     )
-    add_checkpoint_flags(parser, path_flags=("--checkpoint", "--model-path"))
+    add_checkpoint_flags(parser)
     add_memory_limit_flags(parser)
     add_cache_flags(parser)
     backend = parser.add_argument_group("backend")
@@ -49,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--backend", choices=("vllm", "local"), default="vllm",
         help="a vLLM server, or the checkpoint's decoder in this process, one request at a time; default vllm",
     )  # fmt: skip
-    backend.add_argument("--backend-url", help=f"vLLM server; default {_BACKEND_URL}")
+    backend.add_argument("--backend-url", help=f"vLLM server; default {DEFAULT_BACKEND_URL}")
     backend.add_argument("--backend-key", help="its key; default $VLLM_API_KEY, else $OPENAI_API_KEY")
     backend.add_argument("--timeout", type=float, default=600.0, help="its longest silence in seconds; default 600")
     server = parser.add_argument_group("server")
@@ -99,22 +90,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from utils.inference.compressor import Compressor
-    from utils.serving.app import create_app
-    from utils.serving.backend_check import check_backend
-    from utils.serving.door import DoorPolicy, is_loopback
-    from utils.serving.local_backend import LOCAL_URL, LocalBackend
-    from utils.serving.local_decoder import LocalDecoder
-    from utils.serving.server import GatewayServer
-    from utils.serving.settings import GatewaySettings, read_keys
-
     for flag in ("max_body_mb", "max_spans", "max_waiting", "max_batch_tokens"):
         if getattr(args, flag) < 1:
             raise ConfigError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
     if args.backend == "local" and args.backend_url:
         raise ConfigError("--backend local answers in this process: leave --backend-url out")
     settings = GatewaySettings(
-        backend_url=LOCAL_URL if args.backend == "local" else args.backend_url or _BACKEND_URL,
+        backend_url=args.backend_url or DEFAULT_BACKEND_URL,
         backend_key=args.backend_key,
         api_keys=read_keys(args.api_key, os.environ.get(KEY_VARIABLE), KEY_VARIABLE),
         host=args.host,
@@ -128,7 +110,6 @@ def _run(args: argparse.Namespace) -> int:
         memory_ttl_s=args.memory_ttl,
         timeout_s=args.timeout,
     )
-    DoorPolicy(settings.host, settings.allowed_hosts, settings.allowed_origins)  # before the weights are loaded
     if not settings.api_keys and not is_loopback(args.host):
         if not args.allow_no_key:
             raise ConfigError(
@@ -139,29 +120,9 @@ def _run(args: argparse.Namespace) -> int:
             "NO KEY: everyone who reaches %s can use this gateway, and so can every web page they open; "
             "set --api-key, or at least --allowed-host", args.host,
         )  # fmt: skip
-    weights: dict[str, Any] = {
-        "device": args.device, "dtype": args.dtype, "attn_implementation": args.attn_implementation,
-    }  # fmt: skip
-    cache = open_cache(args)
-    try:
-        compressor = Compressor.load(
-            args.checkpoint, chunk_size=args.chunk_size, batch_tokens=args.batch_tokens, limit=memory_limit(args),
-            cache=cache, **weights,
-        )  # fmt: skip
-        backend = None
-        if args.backend == "local":
-            backend = LocalBackend(LocalDecoder.load(compressor.files, **weights), args.max_waiting)
-        else:
-            asyncio.run(check_backend(settings, compressor.width))
-        logger.info("gateway on http://%s:%d in front of %s", args.host, args.port, settings.backend_url)
-        app = create_app(settings, compressor, backend)
-        # What was loaded stays: the collector need not go through it for each long body, while nothing else runs.
-        gc.collect()
-        gc.freeze()
-        return GatewayServer(app, settings.connections, args.host, args.port).run_process(os._exit)
-    finally:
-        if cache is not None:
-            cache.close()
+    from utils.serving.start import serve
+
+    return serve(args, settings)
 
 
 def _each(values: list[str]) -> tuple[str, ...]:

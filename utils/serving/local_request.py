@@ -7,15 +7,13 @@ what is the case anyway (`n: 1`, penalties of 0, null, …) are let through.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from utils.client.completion import Sampling
 from utils.serving.api_error import ApiError, shown
-from utils.serving.local_decoder import LocalDecoder, Sampling
-
-if TYPE_CHECKING:
-    import torch
 
 # The API's own default for completions; a chat may go on to the end of the positions.
 _COMPLETION_TOKENS = 16
@@ -26,7 +24,7 @@ _COMMON = {
     "cache_salt",
 }  # fmt: skip
 _CHAT = _COMMON | {"messages", "max_completion_tokens"}
-_COMPLETION = _COMMON | {"prompt", "prompt_embeds"}
+_COMPLETION = _COMMON | {"prompt"}
 _WITHOUT_EFFECT: dict[str, Any] = {
     "n": 1, "best_of": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "echo": False,
     "suffix": "", "tools": [], "logit_bias": {}, "store": False,
@@ -35,37 +33,32 @@ _WITHOUT_EFFECT: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalRequest:
-    """One request.
+    """How one request is to be answered.
 
     Attributes:
         chat: Whether it is a chat or a completion.
-        prompt: The chat's messages; the completion's text or token ids.
-        is_embeds: The prompt is a blob of rows.
-        sampling: How to answer.
+        sampling: How to draw.
         stream: Whether the answer is streamed.
         include_usage: Whether the stream ends with the usage.
     """
 
     chat: bool
-    prompt: Any
-    is_embeds: bool
     sampling: Sampling
     stream: bool
     include_usage: bool
 
     @classmethod
-    def read(cls, path: str, body: Mapping[str, Any], model: str) -> LocalRequest:
+    def read(cls, body: Mapping[str, Any], chat: bool, model: str) -> LocalRequest:
         """Check a body.
 
         Args:
-            path: Ends in the endpoint's name.
-            body: The JSON object.
+            body: The JSON object; its prompt is not looked at.
+            chat: Whether it is a chat or a completion.
             model: The one model that is served.
 
         Raises:
             ApiError: 404, another model; 400, a field with an impossible value, or one that is not honoured.
         """
-        chat = path.endswith("/chat/completions")
         given = {name: value for name, value in body.items() if value is not None}
         for name in given.keys() - (_CHAT if chat else _COMPLETION):
             if name not in _WITHOUT_EFFECT or given[name] != _WITHOUT_EFFECT[name]:
@@ -77,38 +70,16 @@ class LocalRequest:
         options = given.get("stream_options", {})
         return cls(
             chat=chat,
-            prompt=given.get("messages") if chat else _one(given.get("prompt_embeds", given.get("prompt"))),
-            is_embeds="prompt_embeds" in given,
             sampling=Sampling(
                 max_tokens=_whole(given, limit, default, at_least=1),
                 temperature=_number(given, "temperature", 1.0, 0.0, 100.0),
                 top_p=_number(given, "top_p", 1.0, 1e-6, 1.0),
-                seed=_whole(given, "seed", None, at_least=-(1 << 63)),
+                seed=_whole(given, "seed", secrets.randbits(63), at_least=-(1 << 63)),
                 stop=_texts(given.get("stop", [])),
             ),
             stream=given.get("stream", False) is True,
             include_usage=isinstance(options, dict) and options.get("include_usage") is True,
         )
-
-    def rows(self, decoder: LocalDecoder) -> torch.Tensor:
-        """The prompt's rows [T, D].
-
-        Raises:
-            PromptError: The decoder cannot read the prompt.
-        """
-        if self.chat:
-            return decoder.chat_rows(self.prompt)
-        return decoder.wire_rows(self.prompt) if self.is_embeds else decoder.text_rows(self.prompt)
-
-
-def _one(prompt: Any) -> Any:
-    """The only prompt of a completion: a text, or a list of token ids."""
-    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-        prompt = prompt[0]
-    is_ids = isinstance(prompt, list) and all(type(token) is int and token >= 0 for token in prompt)
-    if not prompt or not (isinstance(prompt, str) or is_ids):
-        raise ApiError(400, "the local backend takes one prompt a request: a text that is not empty, or token ids")
-    return prompt
 
 
 def _number(given: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:

@@ -1,6 +1,6 @@
-"""Counts what a prompt expands to before anything is encoded: latents, markers and, where this process decodes, text.
+"""Prompts tokenised, and what they expand to counted, before anything is encoded: 413 where it cannot fit.
 
-    spans = counter.read_spans(sources, chunk_size)       # tokenised; 413 where they cannot fit
+    prompt = PromptRows(compressor).raw(["Explain ", "."], ["def f(): …"], chunk_size=None)
 
 Everything here runs in the tokenizer's thread.
 """
@@ -11,15 +11,14 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from utils.inference.compressor import Compressor
-from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START
+from utils.compress.compressor import Compressor
+from utils.model.markers import PLACEHOLDER
 from utils.model.prompt import MemoryPrompt, chat_text, num_latents, place_spans
 from utils.serving.api_error import ApiError
-from utils.serving.bounded_tokenizer import BoundedTokenizer
-from utils.serving.chat_parts import flat_chat
+from utils.serving.bounded_tokenizer import first_ids, ids_within
 from utils.serving.memories import Memory
 
-PLACEHOLDER = MEMORY_START + MEMORY + MEMORY_END
+ONE_PROMPT = "the local backend takes one prompt a request: a text that is not empty, or token ids"
 # A decoder that does not say how many positions it has.
 _NO_LIMIT = 1 << 20
 
@@ -39,10 +38,7 @@ class PromptRows:
         self.max_request_rows = max_request_rows or 4 * self.max_prompt_rows
         self._chunk_size = config.chunk_size
         self._limit = processor.limit
-        self._tokenizer = processor.tokenizers.decoder
-        self._markers = processor.tokenizers.markers
-        self._decoder = BoundedTokenizer(processor.tokenizers.decoder)
-        self._encoder = BoundedTokenizer(processor.tokenizers.encoder)
+        self._tokenizers = processor.tokenizers
         # More tokens than this are in no prompt, whatever its chunk size.
         self._most_tokens = self.max_prompt_rows * max(config.chunk_size, *config.chunk_sizes, 1)
 
@@ -53,7 +49,7 @@ class PromptRows:
             ApiError: 413, it needs more rows than the decoder has positions.
             PromptError: A span is empty or over its limit.
         """
-        marks = self._markers
+        marks = self._tokenizers.markers
         return self._place([marks.start, marks.memory, marks.end] * len(sources), sources, chunk_size)
 
     def raw(self, texts: Sequence[str], sources: Sequence[str | Memory], chunk_size: int | None) -> MemoryPrompt:
@@ -70,15 +66,30 @@ class PromptRows:
         """A chat as the decoder in this process reads it.
 
         Args:
-            messages: With one part of latents for each span, whose data does not matter.
+            messages: With texts as contents, in which each span is a placeholder between its markers.
             sources: The spans.
             chunk_size: Encoder tokens per latent; None for the checkpoint's own.
 
         Raises:
-            ApiError, PromptError: As `spans_alone`; also roles and contents of other shapes.
+            ApiError, PromptError: As `spans_alone`; also messages that the chat template refuses.
         """
-        flat, _ = flat_chat(messages)
-        return self._place(self._text_ids(chat_text(flat, self._tokenizer)), sources, chunk_size)
+        return self._place(self._text_ids(chat_text(messages, self._tokenizers.decoder)), sources, chunk_size)
+
+    def plain(self, prompt: Any) -> MemoryPrompt:
+        """The only prompt of a completion without memory: a text, or a list of token ids.
+
+        Raises:
+            ApiError: 400, it is something else; 413, as `spans_alone`.
+        """
+        if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+            prompt = prompt[0]
+        if prompt and isinstance(prompt, str):
+            return self.raw([prompt], [], None)
+        if prompt and isinstance(prompt, list):
+            self.check_count(len(prompt))
+            if all(type(token) is int and token >= 0 for token in prompt):
+                return MemoryPrompt(input_ids=prompt, spans=())
+        raise ApiError(400, ONE_PROMPT)
 
     def check_count(self, num_rows: int, what: str = "the prompt") -> None:
         """Refuse a prompt of too many rows."""
@@ -94,7 +105,7 @@ class PromptRows:
             )  # fmt: skip
 
     def _text_ids(self, text: str, *, special_tokens: bool = False) -> list[int]:
-        ids = self._decoder.ids(text, self.max_prompt_rows, special_tokens=special_tokens)
+        ids = ids_within(self._tokenizers.decoder, text, self.max_prompt_rows, special_tokens=special_tokens)
         if ids is None:
             raise self._too_long("the text outside the memory")
         return ids
@@ -117,7 +128,7 @@ class PromptRows:
             token_ids.append(tokens)
             texts.append(source.text if isinstance(source, Memory) else source)
         self.check_count(self.max_prompt_rows - room + taken)
-        return place_spans(ids, texts, token_ids, self._markers, size, self._limit)
+        return place_spans(ids, texts, token_ids, self._tokenizers.markers, size, self._limit)
 
     def _tokens(self, source: str | Memory, most: int) -> array[int] | None:
         """A span's encoder tokens; of one of more than `most` perhaps None. A stored text is tokenised once."""
@@ -129,10 +140,10 @@ class PromptRows:
         return source.token_ids
 
     def _encoder_ids(self, text: str, most: int) -> array[int] | None:
-        limit = self._limit
+        limit, encoder = self._limit, self._tokenizers.encoder
         if limit is not None and limit.truncate and limit.max_tokens is not None:
-            return array("I", self._encoder.first_ids(text, limit.max_tokens)[: limit.max_tokens])
-        ids = self._encoder.ids(text, most)
+            return array("I", first_ids(encoder, text, limit.max_tokens)[: limit.max_tokens])
+        ids = ids_within(encoder, text, most)
         return None if ids is None else array("I", ids)
 
     def _too_long(self, what: str, num_rows: int | None = None) -> ApiError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,6 +11,7 @@ from typing import Literal
 from utils.errors import ConfigError
 
 OnError = Literal["fail", "plain-text"]
+DEFAULT_BACKEND_URL = "http://127.0.0.1:8000"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +68,7 @@ class GatewaySettings:
         max_answer_bytes: Longest answer of the backend that is not streamed.
     """
 
-    backend_url: str
+    backend_url: str = DEFAULT_BACKEND_URL
     backend_key: str | None = None
     host: str = "127.0.0.1"
     allowed_hosts: tuple[str, ...] = ()
@@ -116,6 +118,16 @@ def read_keys(flags: Sequence[str] | None, variable: str | None, variable_name: 
             "serve without keys"
         )
     return tuple(dict.fromkeys(keys))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address; a name other than localhost may lead anywhere."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def owner_of(key: bytes) -> str:

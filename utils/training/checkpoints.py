@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from utils.errors import CheckpointError, ConfigError, DatasetError, first_line
 from utils.files import atomic_folder, read_json, write_json
 from utils.training.config import UNPACKER, TrainConfig
+from utils.training.plain import from_plain
 from utils.training.sharding import full, part_of
 
 logger = logging.getLogger(__name__)
@@ -36,13 +37,10 @@ STEPS = "step_*"
 TRAINED, OPTIMIZER, PROGRESS = "trained.safetensors", "optimizer.safetensors", "progress.json"
 _RNG = "rng.cpu"
 _NAME = re.compile(r"step_(\d{8,})")
-_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
-# Not in the checkpoints of older runs.
-_LATER_FIELDS = {"place", "started_from"}
-_LARGEST = 1 << 53
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Progress:
     """Where a run stands; stored in checkpoints as JSON.
 
@@ -58,20 +56,28 @@ class Progress:
         started_from: The trained part that the run began with: its fingerprint, run and configuration.
     """
 
-    stage: int = 0
-    step: int = 0
+    stage: int
+    step: int
+    global_step: int
+    skipped: int
+    labels: int
+    seconds: float
+    packer: dict[str, Any] | None
+    # Not in the checkpoints of older runs.
     place: float = 0.0
-    global_step: int = 0
-    skipped: int = 0
-    labels: int = 0
-    seconds: float = 0.0
-    packer: dict[str, Any] | None = None
     started_from: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        numbers = (self.stage, self.step, self.global_step, self.skipped, self.labels, self.seconds, self.place)
+        if not all(0 <= number < 1 << 53 for number in numbers):
+            raise ConfigError("a number that cannot be")
+        if self.step > self.global_step or (self.step > 0 and self.packer is None):
+            raise ConfigError("steps and data cursor do not go together")
 
 
 def save_checkpoint(
     config: TrainConfig,
-    progress: Mapping[str, Any],
+    progress: Progress,
     trained: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer | None,
     *,
@@ -83,7 +89,7 @@ def save_checkpoint(
 
     Args:
         config: The run's settings, stored with it.
-        progress: JSON values; `global_step` names the folder.
+        progress: Where it stands; `global_step` names the folder.
         trained: Name → parameter.
         optimizer: The current stage's; None between stages.
         write: False on processes that only take part in the gathering.
@@ -92,7 +98,7 @@ def save_checkpoint(
         CheckpointError: The disk is full or not writable; earlier checkpoints are as they were.
     """
     root = Path(config.output) / FOLDER
-    target = root / f"step_{progress['global_step']:08d}"
+    target = root / f"step_{progress.global_step:08d}"
     names = {id(parameter): name for name, parameter in trained.items()}
     states = [(names[id(parameter)], state) for parameter, state in (optimizer.state if optimizer else {}).items()]
     tensors = _gather(trained.items(), write)
@@ -103,7 +109,7 @@ def save_checkpoint(
         with atomic_folder(target) as folder:
             save_file(tensors, folder / TRAINED)
             save_file({_RNG: torch.get_rng_state(), **moments}, folder / OPTIMIZER)
-            write_json(folder / PROGRESS, {**progress, "config": config.what_is_trained()})
+            write_json(folder / PROGRESS, {**dataclasses.asdict(progress), "config": config.what_is_trained()})
     except (OSError, SafetensorError) as error:
         kept = newest_checkpoint(config.output)
         raise CheckpointError(
@@ -140,8 +146,9 @@ def whole_checkpoint(
     damaged = []
     for folder in reversed(_all(config.output)):
         try:
-            progress = read_progress(folder, config)
-            _check_trained(folder)
+            progress = _read_progress(folder, config)
+            if not _shapes(folder / TRAINED):
+                raise CheckpointError(f"{folder / TRAINED} is damaged: it has no tensor")
             if check is not None:
                 check(folder, progress)
         except CheckpointError as error:
@@ -157,52 +164,26 @@ def whole_checkpoint(
     return None
 
 
-def read_progress(folder: Path, config: TrainConfig) -> Progress:
-    """Where a checkpoint stands.
-
-    Raises:
-        ConfigError: It was written under other settings; the message names the first that differs.
-        CheckpointError: Its file is missing or damaged.
-    """
+def _read_progress(folder: Path, config: TrainConfig) -> Progress:
     path = folder / PROGRESS
     try:
         values = read_json(path)
         if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
             raise CheckpointError(f"{path} is damaged (it has no settings)")
         saved, now = _flat(values.pop("config")), _flat(config.what_is_trained())
-        _check_values(path, values, len(config.stages))
-    except DatasetError as error:
-        raise CheckpointError(str(error)) from None
-    except (OSError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from None
+        progress: Progress = from_plain(Progress, values)
+    except (ConfigError, OSError, RecursionError, DatasetError) as error:
+        raise CheckpointError(f"{path} is damaged or cannot be read ({error})") from None
+    named = _NAME.fullmatch(folder.name)
+    if named is None or int(named[1]) != progress.global_step or progress.stage > len(config.stages):
+        raise CheckpointError(f"{path} is damaged (its stage and steps cannot be this checkpoint's)")
     for key in sorted(saved | now):
         if saved.get(key) != now.get(key):
             raise ConfigError(
                 f"{folder} was written with {key} = {saved.get(key)!r}, the configuration says {now.get(key)!r}: go "
                 "back to the old value, or choose another output folder for a new run"
             )
-    return Progress(**values)
-
-
-def _check_values(path: Path, values: Mapping[str, Any], num_stages: int) -> None:
-    types = {field.name: field.type for field in dataclasses.fields(Progress)}
-    if not types.keys() - _LATER_FIELDS <= values.keys() <= types.keys():
-        differing = sorted(values.keys() ^ types.keys())[0]
-        raise CheckpointError(f"{path} is damaged ({differing} is missing or unknown)")
-    for name, value in values.items():
-        if types[name] == "int":
-            good = type(value) is int and 0 <= value < _LARGEST
-        elif types[name] == "float":
-            good = type(value) in (int, float) and 0 <= value < _LARGEST
-        else:
-            good = value is None or isinstance(value, dict)
-        if not good:
-            raise CheckpointError(f"{path} is damaged ({name} has a value that it cannot have)")
-    named = _NAME.fullmatch(path.parent.name)
-    if named is None or int(named[1]) != values["global_step"] or not values["stage"] <= num_stages:
-        raise CheckpointError(f"{path} is damaged (its stage and steps cannot be this checkpoint's)")
-    if values["step"] > values["global_step"] or (values["step"] > 0 and values["packer"] is None):
-        raise CheckpointError(f"{path} is damaged (its steps and data cursor do not go together)")
+    return progress
 
 
 def load_trained(folder: Path) -> dict[str, torch.Tensor]:
@@ -226,24 +207,23 @@ def check_fits(folder: Path, trained: Mapping[str, torch.nn.Parameter], within_s
         CheckpointError: Tensors are missing, unknown or of another shape, or a file is damaged.
     """
     wanted = {name: list(parameter.shape) for name, parameter in trained.items()}
-    path = folder / TRAINED
-    _compare(path, {name: shape for name, (shape, _) in _shapes(path).items()}, wanted)
+    _compare(folder / TRAINED, _shapes(folder / TRAINED), wanted)
     path = folder / OPTIMIZER
     found = _shapes(path)
-    rng = torch.get_rng_state()
-    if found.pop(_RNG, None) != (list(rng.shape), "U8"):
-        raise CheckpointError(f"{path} is damaged: the state of the random generator is missing or another")
     try:
-        torch.Generator().set_state(_load(path, _RNG)[_RNG])
-    except RuntimeError as error:
+        with _explained(path), safe_open(path, framework="pt") as file:
+            torch.Generator().set_state(file.get_tensor(_RNG))
+    except (RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {first_line(error)}") from None
+    del found[_RNG]
     learnt = {key.rpartition("|")[0] for key in found}
     if not learnt <= wanted.keys() or bool(learnt) != within_stage:
         raise CheckpointError(f"{path} is damaged: the state of other parameters, or of none")
-    moments = {
-        f"{name}|{field}": [] if field == "step" else wanted[name] for name in learnt for field in sorted(_MOMENTS)
-    }
-    _compare(path, {name: shape for name, (shape, _) in found.items()}, moments)
+    _compare(
+        path,
+        found,
+        {f"{name}|{field}": [] if field == "step" else wanted[name] for name in learnt for field in _MOMENTS},
+    )
 
 
 def _compare(path: Path, found: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> None:
@@ -254,26 +234,12 @@ def _compare(path: Path, found: Mapping[str, list[int]], wanted: Mapping[str, li
             raise CheckpointError(f"{path}: {name} has the shape {found[name]}, expected {wanted[name]}")
 
 
-def _check_trained(folder: Path) -> None:
-    if not _shapes(folder / TRAINED):
-        raise CheckpointError(f"{folder / TRAINED} is damaged: it has no tensor")
-
-
 def restore(
     folder: Path, trained: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Put a checkpoint's tensors into the parameters, and into the optimiser if one is given.
-
-    Raises:
-        CheckpointError: Tensors are missing, unknown or of another shape.
-    """
+    """Put a checkpoint's tensors, which `check_fits` has seen, into the parameters, or into the optimiser if given."""
     if optimizer is None:
         state = _load(folder / TRAINED)
-        _compare(
-            folder / TRAINED,
-            {name: list(t.shape) for name, t in state.items()},
-            {name: list(p.shape) for name, p in trained.items()},
-        )
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(part_of(state[name], parameter))
@@ -293,20 +259,15 @@ def _all(output: str | Path) -> list[Path]:
     return sorted(path for path in root.glob(STEPS) if _NAME.fullmatch(path.name) and path.is_dir())
 
 
-def _load(path: Path, *names: str) -> dict[str, torch.Tensor]:
-    """Tensors of a file; all of them where none is named."""
+def _load(path: Path) -> dict[str, torch.Tensor]:
     with _explained(path):
-        if not names:
-            return load_file(path)
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in names}
+        return load_file(path)
 
 
-def _shapes(path: Path) -> dict[str, tuple[list[int], str]]:
-    """Name → shape and dtype of a file's tensors, from its header; the library compares its length with them."""
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """Name → shape of a file's tensors, from its header; the library compares its length with them."""
     with _explained(path), safe_open(path, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-        return {name: (x.get_shape(), x.get_dtype()) for name, x in slices.items()}
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is no mapping
 
 
 @contextlib.contextmanager

@@ -18,21 +18,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import types
-import typing
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from utils.errors import ConfigError
+from utils.training.plain import from_plain
 
 UNPACKER = "unpacker"
-PARTS = ("adapter", "markers", "encoder", "decoder", UNPACKER)
-METHODS = ("full", "lora")
-PRECISIONS = ("float32", "bfloat16")
 PRESETS: dict[str, dict[str, Any]] = {
     "align": {"learning_rates": {"adapter": 1e-3}, "chunk_sizes": {1: 1.0}},
     "adapter": {"learning_rates": {"adapter": 1e-3, "markers": 1e-3}},
@@ -55,13 +52,12 @@ class TuningConfig:
         alpha: LoRA scale times rank.
     """
 
-    method: str = "full"
+    method: Literal["full", "lora"] = "full"
     rank: int = 32
     alpha: float = 64.0
 
     def __post_init__(self) -> None:
-        _check_choice("method", self.method, METHODS)
-        _check_at_least("rank", self.rank, 1)
+        _check_range("rank", self.rank, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,11 +119,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         low, high = self.memory_tokens
         if not 1 <= low <= high:
-            raise ConfigError(f"data.memory_tokens: expected [shortest, longest] from 1 up, got [{low}, {high}]")
-        for package, weight in self.package_weights.items():
-            _check_at_least(f"data.package_weights.{package}", weight, 1)
-        if not 0 <= self.question_first <= 1:
-            raise ConfigError(f"data.question_first: expected a number from 0 to 1, got {self.question_first}")
+            raise ConfigError(f"memory_tokens: expected [shortest, longest] from 1 up, got [{low}, {high}]")
+        for name in ("tasks", "package_weights"):
+            for key, number in getattr(self, name).items():
+                _check_range(f"{name}.{key}", number, 1)
+        _check_range("question_first", self.question_first, 0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +152,7 @@ class StageConfig:
 
     preset: str
     steps: int
-    learning_rates: dict[str, float]
+    learning_rates: dict[Literal["adapter", "markers", "encoder", "decoder", "unpacker"], float]
     chunk_sizes: dict[int, float]
     mixture: dict[str, float] = field(default_factory=dict)
     row_tokens: int = 2048
@@ -171,13 +167,10 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "row_tokens", "rows"):
-            _check_at_least(name, getattr(self, name), 1)
-        if not 0 <= self.length_discount <= 1:
-            raise ConfigError(f"length_discount: expected a number from 0 to 1, got {self.length_discount}")
+            _check_range(name, getattr(self, name), 1)
+        _check_range("length_discount", self.length_discount, 0, 1)
         _check_weights("chunk_sizes", self.chunk_sizes)
         _check_weights("mixture", self.mixture)
-        for part in self.learning_rates:
-            _check_choice("learning_rates", part, PARTS)
         if not self.learning_rates:
             raise ConfigError("learning_rates: name at least one part that learns")
         if self.unpack_weight < 0 or (self.unpack_weight > 0) != (UNPACKER in self.learning_rates):
@@ -218,7 +211,7 @@ class TrainConfig:
     stages: tuple[StageConfig, ...]
     encoder_tuning: TuningConfig = field(default_factory=TuningConfig)
     decoder_tuning: TuningConfig = field(default_factory=TuningConfig)
-    precision: str = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     seed: int = 0
     threads: int | None = None
@@ -228,8 +221,7 @@ class TrainConfig:
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_choice("precision", self.precision, PRECISIONS)
-        _check_at_least("keep_checkpoints", self.keep_checkpoints, 1)
+        _check_range("keep_checkpoints", self.keep_checkpoints, 1)
         if not self.stages:
             raise ConfigError("stages: a run needs at least one")
         order = [_ORDER.index(stage.preset) for stage in self.stages]
@@ -244,21 +236,25 @@ class TrainConfig:
         """Optimiser steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
+    @property
+    def trained_chunk_sizes(self) -> tuple[int, ...]:
+        """The chunk sizes that the last stage trains for."""
+        return tuple(sorted(size for size, weight in self.stages[-1].chunk_sizes.items() if weight))
+
+    @property
+    def trained_parts(self) -> set[str]:
+        """The parts that some stage trains."""
+        return {part for stage in self.stages for part in stage.learning_rates}
+
     def what_is_trained(self) -> dict[str, Any]:
         """The settings that decide the trained numbers, as JSON: a run resumes only under the same ones."""
-        values = dataclasses.asdict(self)
-        for name in _FREE_ON_RESUME:
-            del values[name]
-        return _plain(values)
+        values = {name: v for name, v in dataclasses.asdict(self).items() if name not in _FREE_ON_RESUME}
+        plain: dict[str, Any] = json.loads(json.dumps(values))
+        return plain
 
 
 def load_config(path: str | Path) -> TrainConfig:
-    """Read a run's YAML file.
-
-    Raises:
-        ConfigError: It is missing, not YAML, has unknown or missing keys or impossible values; the message names the
-            file and the key.
-    """
+    """Read a run's YAML file; a `ConfigError` names the file and the key of what is wrong."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -272,93 +268,25 @@ def load_config(path: str | Path) -> TrainConfig:
 
 
 def parse_config(values: Any) -> TrainConfig:
-    """Build a run's settings from plain values, presets applied.
-
-    Raises:
-        ConfigError: As `load_config`.
-    """
+    """Build a run's settings from plain values, presets applied; a `ConfigError` names the key."""
     if isinstance(values, Mapping) and isinstance(values.get("stages"), list):
         stages = [_apply_preset(stage, number) for number, stage in enumerate(values["stages"])]
         values = {**values, "stages": stages}
-    return _convert(TrainConfig, values, "the configuration")
+    config: TrainConfig = from_plain(TrainConfig, values)
+    return config
 
 
 def _apply_preset(stage: Any, number: int) -> Any:
     if not isinstance(stage, Mapping):
         return stage
-    preset = stage.get("preset")
-    if preset not in PRESETS:
-        raise ConfigError(f"stages[{number}].preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    preset = from_plain(Literal[tuple(PRESETS)], stage.get("preset"), f"stages[{number}].preset")
     return {**PRESETS[preset], **stage}
 
 
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    """Turn a YAML value into the annotated type, strictly."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _convert_dataclass(kind, value, where)
-    if origin in (types.UnionType, typing.Union):
-        inner = next(a for a in arguments if a is not type(None))
-        return None if value is None else _convert(inner, value, where)
-    if origin is tuple and isinstance(value, list):
-        kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
-        if len(kinds) != len(value):
-            raise ConfigError(f"{where}: expected {len(kinds)} values, got {len(value)}")
-        return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if origin is dict and isinstance(value, Mapping):
-        key_kind, value_kind = arguments
-        return {_convert(key_kind, k, where): _convert(value_kind, v, f"{where}.{k}") for k, v in value.items()}
-    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-3 as a text
-        except ValueError:
-            pass
-    if kind in (int, str, bool) and type(value) is kind:
-        return value
-    raise ConfigError(f"{where}: expected {_type_name(kind)}, got {value!r}")
-
-
-def _convert_dataclass(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: expected keys and values, got {value!r}")
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(str(key) for key in value if key not in hints)
-    if unknown:
-        raise ConfigError(f"{where}: unknown key {unknown[0]}; the keys are {', '.join(sorted(hints))}")
-    required = [f for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING]
-    missing = [f.name for f in required if f.name not in value]
-    if missing:
-        raise ConfigError(f"{where}: key {missing[0]} is missing")
-    prefix = "" if kind is TrainConfig else f"{where}."
-    arguments = {name: _convert(hints[name], v, f"{prefix}{name}") for name, v in value.items()}
-    try:
-        return kind(**arguments)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}" if prefix else str(error)) from None
-
-
-def _type_name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    origin = typing.get_origin(kind)
-    return names.get(kind) or {tuple: "a list", dict: "keys and values"}.get(origin or kind, str(kind))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _check_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{key}: expected one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_at_least(key: str, value: int, minimum: int) -> None:
-    if value < minimum:
-        raise ConfigError(f"{key}: expected at least {minimum}, got {value}")
+def _check_range(key: str, value: float, low: int, high: int | None = None) -> None:
+    if value < low or (high is not None and value > high):
+        expected = f"at least {low}" if high is None else f"a number from {low} to {high}"
+        raise ConfigError(f"{key}: expected {expected}, got {value}")
 
 
 def _check_weights(key: str, weights: Mapping[Any, float]) -> None:

@@ -1,6 +1,6 @@
 """What a run will cost, before it runs: parameters and FLOPs counted, memory reckoned, time measured on two steps.
 
-Operations are those of `utils.model.cost`, whose counts are tested against torch's.
+Operations are those of `utils.training.flops`, whose counts are tested against torch's.
 """
 
 from __future__ import annotations
@@ -8,17 +8,16 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
-from utils.model.cost import PairCost, layer_matrices
 from utils.model.prompt import num_latents
 from utils.training.config import StageConfig, TrainConfig
+from utils.training.flops import PairCost, layer_matrices
 from utils.training.loop import Trainer
 from utils.training.packing import PackedRow
 
 _PROBED_STEPS = 2
-_GB = 1e9
 # Bytes that AdamW keeps beside a float32 weight: gradient and two moments.
 _LEARNING_BYTES = 12
 # Activations kept a token and layer, in units of the width: inputs of the matrix products, of norms and of attention.
@@ -32,7 +31,7 @@ def estimate_run(config: TrainConfig, device: str = "auto") -> dict[str, Any]:
         JSON values: parameters by part, and for each stage FLOPs, memory and time.
     """
     with tempfile.TemporaryDirectory() as output:
-        trainer = Trainer(dataclasses.replace(config, output=str(Path(output))), device=device)
+        trainer = Trainer(dataclasses.replace(config, output=output), device=device)
         total = sum(parameter.numel() for parameter in trainer.pair.parameters())
         stages = [_estimate_stage(trainer, number) for number in range(len(config.stages))]
     return {
@@ -46,25 +45,23 @@ def estimate_run(config: TrainConfig, device: str = "auto") -> dict[str, Any]:
 
 def describe(estimate: dict[str, Any]) -> str:
     """An estimate as a table."""
-    head = ("stage", "steps", "learns (M)", "rows/step", "labels/step", "TFLOP/step", "memory (GB)", "s/step", "hours")
+    columns = {
+        "stage": lambda stage: stage["preset"],
+        "steps": lambda stage: stage["steps"],
+        "learns (M)": lambda stage: f"{stage['learning_parameters'] / 1e6:.2f}",
+        "rows/step": lambda stage: f"{stage['decoder_rows']:.0f}",
+        "labels/step": lambda stage: f"{stage['labels']:.0f}",
+        "TFLOP/step": lambda stage: f"{stage['flops'] / 1e12:.3f}",
+        "memory (GB)": lambda stage: f"{stage['memory_bytes'] / 1e9:.2f}",
+        "s/step": lambda stage: f"{stage['seconds']:.2f}",
+        "hours": lambda stage: f"{stage['hours']:.2f}",
+    }
     lines = [
         f"{estimate['name']} on {estimate['device']}: {estimate['parameters'] / 1e6:.1f} M parameters, "
         f"about {estimate['hours']:.2f} hours in all (measured on {_PROBED_STEPS} steps a stage)",
-        "  ".join(f"{title:>12}" for title in head),
+        "  ".join(f"{title:>12}" for title in columns),
     ]
-    for stage in estimate["stages"]:
-        values = (
-            stage["preset"],
-            stage["steps"],
-            f"{stage['learning_parameters'] / 1e6:.2f}",
-            f"{stage['decoder_rows']:.0f}",
-            f"{stage['labels']:.0f}",
-            f"{stage['flops'] / 1e12:.3f}",
-            f"{stage['memory_bytes'] / _GB:.2f}",
-            f"{stage['seconds']:.2f}",
-            f"{stage['hours']:.2f}",
-        )
-        lines.append("  ".join(f"{value:>12}" for value in values))
+    lines += ["  ".join(f"{show(stage):>12}" for show in columns.values()) for stage in estimate["stages"]]
     return "\n".join(lines)
 
 
@@ -87,13 +84,17 @@ def _estimate_stage(trainer: Trainer, number: int) -> dict[str, Any]:
     mean_seconds = sum(seconds[1:]) / _PROBED_STEPS
     flat = [row for rows in steps for row in rows]
     learning = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+
+    def mean(values: Iterable[int]) -> float:
+        return sum(values) / len(steps)
+
     return {
         "preset": stage.preset,
         "steps": stage.steps,
         "learning_parameters": learning,
-        "decoder_rows": sum(len(row.input_ids) for row in flat) / len(steps),
-        "memory_tokens": sum(row.memory_tokens for row in flat) / len(steps),
-        "labels": sum(row.num_labels for row in flat) / len(steps),
+        "decoder_rows": mean(len(row.input_ids) for row in flat),
+        "memory_tokens": mean(row.memory_tokens for row in flat),
+        "labels": mean(row.num_labels for row in flat),
         "flops": step_flops(trainer, stage, flat) / len(steps),
         "memory_bytes": _memory_bytes(trainer, stage, flat, learning),
         "seconds": mean_seconds,
@@ -112,10 +113,8 @@ def step_flops(trainer: Trainer, stage: StageConfig, rows: list[PackedRow]) -> i
     sizes = [(len(span.token_ids), 1 if align else span.chunk_size) for span in spans]
     windows = [rows for length, size in sizes for rows in cost.window_lengths([length], size)]
     latents = [num_latents(length, size) for length, size in sizes]
-    again = trainer.config.gradient_checkpointing
-    causal = cost.config.causal
-    adapter = cost.adapter
-    total = adapter.training_flops(latents, causal=False, learning_weights=adapter.matrix_weights)
+    again, causal = trainer.config.gradient_checkpointing, cost.config.causal
+    total = cost.adapter.training_flops(latents, causal=False, learning_weights=cost.adapter.matrix_weights)
     if align or "encoder" not in stage.learning_rates:
         total += cost.encoder.forward_flops(windows, causal=causal)
     else:

@@ -25,6 +25,7 @@ METRICS_FILE = "metrics.jsonl"
 CURVE_FILE = "loss.png"
 _SMOOTHING = 0.9
 _READ_EVERY_S = 1.0
+_MAX_SKIPPED_IN_A_ROW = 20
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -47,14 +48,11 @@ class StepResults:
 
     Args:
         names: Of the numbers that a step gives.
-
-    Attributes:
-        skipped_in_a_row: Steps that were left out, up to the last that was read; counted by the reader.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        self.skipped_in_a_row = 0
         self._names = names
+        self._skipped_in_a_row = 0
         self._waiting: list[torch.Tensor] = []
         self._last: dict[str, Any] = {}
         self._read_at = time.monotonic()
@@ -77,11 +75,22 @@ class StepResults:
         return time.monotonic() - self._read_at >= _READ_EVERY_S
 
     def read(self) -> list[dict[str, float]]:
-        """The named numbers of each step since the last reading, in order."""
+        """The named numbers of each step since the last reading, in order.
+
+        Raises:
+            ConfigError: Step after step was not finite.
+        """
         rows = torch.stack(self._waiting).tolist() if self._waiting else []
         read = [dict(zip(self._names, row, strict=True)) for row in rows]
         self._waiting, self._read_at = [], time.monotonic()
         self._last |= read[-1] if read else {}
+        for step in read:
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if step["skipped"] else 0
+            if self._skipped_in_a_row == _MAX_SKIPPED_IN_A_ROW:
+                raise ConfigError(
+                    f"{_MAX_SKIPPED_IN_A_ROW} steps in a row without a finite loss and gradient: lower the learning "
+                    "rates of the stage, or train in float32"
+                )
         return read
 
     @property
@@ -156,14 +165,12 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     """A line of metrics; None for anything else."""
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):
+        good = all(type(row[name]) is int and row[name] >= 0 for name in ("stage", "global_step"))
+        good = good and type(row["loss"]) in (int, float)
+        math.isfinite(row["loss"])  # an error for a whole number that is larger than any float
+    except (ValueError, RecursionError, TypeError, KeyError, OverflowError):
         return None
-    loss = row.get("loss") if isinstance(row, dict) else None
-    # A whole number may be larger than a float.
-    if type(loss) is not float and not (type(loss) is int and abs(loss) < 1 << 53):
-        return None
-    whole = all(type(row.get(name)) is int and row[name] >= 0 for name in ("stage", "global_step"))
-    return row if whole else None
+    return row if good else None
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.errors import DatasetError
+from utils.errors import ConfigError, DatasetError
 from utils.model.markers import MarkerIds
 from utils.model.packed_attention import Segments
-from utils.model.prompt import MemorySpan, num_latents
+from utils.model.prompt import MemorySpan, num_latents, widen
 from utils.model.transfer import to_device
 from utils.training.data.cache import TokenCache, TokenizedExample
+from utils.training.plain import from_plain
 
 # Examples in a row that may be too long before the data are called unsuitable.
 _MAX_TOO_LONG = 1000
@@ -43,7 +44,6 @@ class PackedRow:
         labels: [n] long, those next tokens.
         label_weights: [n] float32, what each counts in the loss.
         spans: All memory spans, with their places in the row; their tokens are arrays, int32.
-        tasks: Task of each example.
     """
 
     input_ids: torch.Tensor
@@ -53,13 +53,12 @@ class PackedRow:
     labels: torch.Tensor
     label_weights: torch.Tensor
     spans: tuple[MemorySpan, ...]
-    tasks: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> PackedRow:
         """The same row with its tensors on a device; what Python looks at stays on the host."""
         if self.input_ids.device == device:
             return self
-        names = [x.name for x in dataclasses.fields(self) if isinstance(getattr(self, x.name), torch.Tensor)]
+        names = ("input_ids", "position_ids", "label_rows", "labels", "label_weights")
         moved: dict[str, Any] = {name: to_device(getattr(self, name), device) for name in names}
         return dataclasses.replace(self, **moved)
 
@@ -97,57 +96,49 @@ class ExampleStream:
         mixture: Task → weight.
         chunk_sizes: Chunk size → weight.
         seed: Of everything drawn.
+        cursor: Task → how many of its examples were drawn.
+        drawn: Draws so far.
     """
 
     caches: Mapping[str, TokenCache]
     mixture: Mapping[str, float]
     chunk_sizes: Mapping[int, float]
     seed: str
-    _cursor: dict[str, int] = field(default_factory=dict)
-    _drawn: int = 0
+    cursor: dict[str, int] = field(default_factory=dict)
+    drawn: int = 0
     _orders: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
 
     def next(self) -> Draw:
         """The next draw."""
-        random = Random(f"{self.seed} draw {self._drawn}")
-        self._drawn += 1
-        task = _choose(random, self.mixture)
-        chunk_size = _choose(random, self.chunk_sizes)
-        position = self._cursor.get(task, 0)
-        self._cursor[task] = position + 1
+        random = Random(f"{self.seed} draw {self.drawn}")
+        self.drawn += 1
+        weights: tuple[Mapping[Any, float], ...] = (self.mixture, self.chunk_sizes)
+        task, chunk_size = (random.choices(list(w), list(w.values()))[0] for w in weights)
+        position = self.cursor.get(task, 0)
+        self.cursor[task] = position + 1
         epoch, place = divmod(position, len(self.caches[task]))
         return Draw(task, self._order(task, epoch)[place], chunk_size)
 
-    def state(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON."""
-        return {"cursor": dict(self._cursor), "drawn": self._drawn}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from an earlier `state`.
-
-        Raises:
-            DatasetError: It is none of a stream over these tasks.
-        """
-        cursor, drawn = state.get("cursor"), state.get("drawn")
-        if not isinstance(cursor, dict) or not cursor.keys() <= self.caches.keys():
-            raise DatasetError("the data cursor is of other tasks")
-        if not all(_is_count(number) for number in (drawn, *cursor.values())):
-            raise DatasetError("the data cursor has a place that cannot be")
-        self._cursor, self._drawn = dict(cursor), drawn  # type: ignore[assignment]
-
-    def has(self, task: Any, number: Any, chunk_size: Any) -> bool:
-        """Whether this is a draw that the stream could give."""
-        cache = self.caches.get(task) if isinstance(task, str) else None
-        chosen = type(chunk_size) is int and chunk_size in self.chunk_sizes
-        return cache is not None and chosen and _is_count(number) and number < len(cache)
-
     def _order(self, task: str, epoch: int) -> list[int]:
-        known = self._orders.get(task)
-        if known is None or known[0] != epoch:
+        if self._orders.get(task, (None, []))[0] != epoch:
             order = list(range(len(self.caches[task])))
             Random(f"{self.seed} {task} epoch {epoch}").shuffle(order)
-            known = self._orders[task] = (epoch, order)
-        return known[1]
+            self._orders[task] = (epoch, order)
+        return self._orders[task][1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cursor:
+    """Where a packer stands, as `RowPacker.state` says it."""
+
+    cursor: dict[str, int]
+    drawn: int
+    waiting: tuple[str, int, int] | None
+    too_long: int
+
+    def __post_init__(self) -> None:
+        if not all(0 <= number < 1 << 53 for number in (self.drawn, self.too_long, *self.cursor.values())):
+            raise ConfigError("the data cursor has a place that cannot be")
 
 
 @dataclass
@@ -201,25 +192,35 @@ class RowPacker:
             rows, memory = rows + num_rows, memory + num_memory
 
     def state(self) -> dict[str, Any]:
-        """Where the packer stands, as JSON."""
+        """Where the packer and its stream stand, as JSON."""
         waiting = self._waiting and [self._waiting.task, self._waiting.number, self._waiting.chunk_size]
-        return {**self.stream.state(), "waiting": waiting, "too_long": self.too_long}
+        return {
+            "cursor": dict(self.stream.cursor),
+            "drawn": self.stream.drawn,
+            "waiting": waiting,
+            "too_long": self.too_long,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from an earlier `state`.
 
         Raises:
+            ConfigError: It is no packer's.
             DatasetError: It is none of a packer over these data.
         """
-        self.stream.restore(state)
-        waiting, too_long = state.get("waiting"), state.get("too_long")
-        if waiting is not None:
-            if not isinstance(waiting, list) or len(waiting) != 3 or not self.stream.has(*waiting):
-                raise DatasetError("the example that waits for the next row is none of these data")
-            self._waiting = Draw(*waiting)
-        if not _is_count(too_long):
-            raise DatasetError("the number of examples that were left out is none")
-        self.too_long = too_long  # type: ignore[assignment]
+        cursor: Cursor = from_plain(Cursor, state)
+        caches, draw = self.stream.caches, cursor.waiting and Draw(*cursor.waiting)
+        if not cursor.cursor.keys() <= caches.keys() or (
+            draw is not None
+            and not (
+                draw.task in caches
+                and 0 <= draw.number < len(caches[draw.task])
+                and draw.chunk_size in self.stream.chunk_sizes
+            )
+        ):
+            raise DatasetError("the data cursor is of other data")
+        self.stream.cursor, self.stream.drawn = cursor.cursor, cursor.drawn
+        self._waiting, self.too_long = draw, cursor.too_long
 
     def _exceeds(self, rows: int, memory: int) -> bool:
         return rows > self.row_tokens or (self.memory_tokens is not None and memory > self.memory_tokens)
@@ -264,54 +265,35 @@ def pack(
     labels: list[np.ndarray] = []
     weights: list[np.ndarray] = []
     spans: list[MemorySpan] = []
-    lengths: list[int] = []
     start = 0
     for draw, example in chosen:
-        widened, targets, places = _widen(example, draw.chunk_size, markers.memory)
-        for first, stop in targets:
-            wanted = np.arange(first, stop)
+        plain = np.asarray(example.decoder_ids)
+        # Spans become their latents' placeholders; the places of targets and spans move along.
+        widened, begins = widen(
+            plain, [num_latents(len(span), draw.chunk_size) for span in example.spans], markers.memory
+        )
+        for first, stop in example.targets:
+            wanted = np.arange(begins[first], begins[stop])
             wanted = wanted[~np.isin(widened[wanted], (markers.start, markers.end, markers.memory))]
             label_rows.append(start + wanted - 1)
             labels.append(widened[wanted])
             weights.append(np.full(len(wanted), max(1, len(wanted)) ** -length_discount))
-        spans += [
+        for tokens, at in zip(example.spans, np.flatnonzero(plain == markers.memory), strict=True):
+            place = {"start": start + int(begins[at]), "stop": start + int(begins[at + 1])}
             # Read here: the file behind the tokens is not looked at again.
-            MemorySpan(text="", token_ids=np.array(tokens), start=start + a, stop=start + b, chunk_size=draw.chunk_size)
-            for tokens, (a, b) in zip(example.spans, places, strict=True)
-        ]
+            spans.append(MemorySpan(text="", token_ids=np.array(tokens), chunk_size=draw.chunk_size, **place))
         ids.append(widened)
-        lengths.append(len(widened))
         start += len(widened)
     return PackedRow(
         input_ids=_tensor(ids),
-        position_ids=_tensor([np.arange(length) for length in lengths]),
-        lengths=tuple(lengths),
+        position_ids=_tensor([np.arange(len(widened)) for widened in ids]),
+        lengths=tuple(map(len, ids)),
         label_rows=_tensor(label_rows),
         labels=_tensor(labels),
         label_weights=torch.from_numpy(np.concatenate(weights).astype(np.float32)),
         spans=tuple(spans),
-        tasks=tuple(draw.task for draw, _ in chosen),
     )
-
-
-def _widen(example: TokenizedExample, chunk_size: int, placeholder: int) -> tuple[np.ndarray, list[Any], list[Any]]:
-    """Repeat each placeholder once a latent; the places of targets and spans move along."""
-    ids = np.asarray(example.decoder_ids)
-    at = np.flatnonzero(ids == placeholder)
-    counts = np.ones(len(ids), dtype=np.int64)
-    counts[at] = [num_latents(len(span), chunk_size) for span in example.spans]
-    begins = np.concatenate([[0], np.cumsum(counts)])
-    targets = [(int(begins[first]), int(begins[stop])) for first, stop in example.targets]
-    return np.repeat(ids, counts), targets, [(int(begins[a]), int(begins[a + 1])) for a in at]
 
 
 def _tensor(parts: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 53
-
-
-def _choose(random: Random, weights: Mapping[Any, float]) -> Any:
-    return random.choices(list(weights), weights=list(weights.values()))[0]

@@ -1,6 +1,6 @@
 """The pair that a run trains: the toy, the embedded default, a checkpoint, or two models put together anew.
 
-model, tokenizers = load_pair(config.pair, seed=0)
+model, tokenizers = starting_pair(config.pair, seed=0)
 """
 
 from __future__ import annotations
@@ -8,17 +8,17 @@ from __future__ import annotations
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from utils.inference.checkpoint import find_checkpoint
-from utils.inference.default_checkpoint import assemble_default_checkpoint
-from utils.inference.inference import end_tokens, load_model
-from utils.inference.weights import check_report, resize_table, without_progress_bars
+from utils.checkpoint.default.assemble import assemble_default_checkpoint
+from utils.checkpoint.load import check_report, resize_table
+from utils.checkpoint.locate import find_checkpoint
+from utils.checkpoint.pair import end_tokens, load_pair
 from utils.model.adapter import Adapter
 from utils.model.code_chunker import CodeChunker
 from utils.model.code_llava_model import CodeLLaVAModel, MemoryEncoder
 from utils.model.config import CompressionConfig
 from utils.model.markers import MARKERS
 from utils.model.prompt import PromptTokenizers
-from utils.pretrained import fetch, read_model, read_tokenizer
+from utils.pretrained import fetch, read_model, read_tokenizer, without_progress_bars
 from utils.training.config import PairConfig
 from utils.training.toy import build_toy_pair
 
@@ -26,7 +26,7 @@ DEFAULT = "default"
 TOY = "toy"
 
 
-def load_pair(config: PairConfig, seed: int = 0) -> tuple[CodeLLaVAModel, PromptTokenizers]:
+def starting_pair(config: PairConfig, seed: int = 0) -> tuple[CodeLLaVAModel, PromptTokenizers]:
     """Load or build the pair on the CPU, weights as stored, before any training of this run.
 
     Args:
@@ -41,8 +41,7 @@ def load_pair(config: PairConfig, seed: int = 0) -> tuple[CodeLLaVAModel, Prompt
         return build_toy_pair(seed)
     if config.checkpoint:
         root = assemble_default_checkpoint(trained=False) if config.checkpoint == DEFAULT else config.checkpoint
-        model, _, processor = load_model(find_checkpoint(root).root, device="cpu")
-        return model, processor.tokenizers
+        return load_pair(find_checkpoint(root))
     return _new_pair(config, seed)
 
 

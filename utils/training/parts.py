@@ -1,4 +1,4 @@
-"""The parts of a pair that can learn, found by module identity: which learn, how fast, and how to keep them.
+"""The parts of a pair that can learn: which learn, how fast, and how to keep them.
 
     add_lora(pair, config)                                # once: LoRA where the configuration says so
     groups = parameter_groups(pair, config, stage)        # per stage: freezes the rest, gives the optimiser's groups
@@ -12,33 +12,37 @@ The unpacker is no part of the pair: it learns beside it and is left behind.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from utils.checkpoint.default.trained_part import TrainedPart
+from utils.checkpoint.trained_state import merge_trained_state
 from utils.errors import CheckpointError, ConfigError
-from utils.inference.trained_part import TrainedPart, merge_trained_state
 from utils.model.code_llava_model import CodeLLaVAModel
 from utils.model.markers import MarkerIds
 from utils.training import lora
 from utils.training.config import UNPACKER, StageConfig, TrainConfig, TuningConfig
-from utils.training.objective import TrainedPair
+from utils.training.losses import TrainedPair
 
 _LORA = re.compile(r"\.lora_[AB]\.")
 
 
+def _tunings(config: TrainConfig) -> dict[str, tuple[str, TuningConfig]]:
+    """Part → the prefix of its parameters' names, and how it learns; for the two language models."""
+    return {
+        "encoder": ("memory_encoder.chunker.encoder.", config.encoder_tuning),
+        "decoder": ("decoder.", config.decoder_tuning),
+    }
+
+
 def add_lora(pair: TrainedPair, config: TrainConfig) -> None:
     """Put LoRA weights beside all linear layers of the models that learn that way; at first they change nothing."""
-    for model, tuning in _models(pair, config):
+    for prefix, tuning in _tunings(config).values():
         if tuning.method == "lora":
-            lora.add_lora(model, tuning.rank, tuning.alpha)
-
-
-def _models(pair: TrainedPair, config: TrainConfig) -> Iterator[tuple[Any, TuningConfig]]:
-    yield pair.memory_encoder.chunker.encoder, config.encoder_tuning
-    yield pair.decoder, config.decoder_tuning
+            lora.add_lora(pair.get_submodule(prefix[:-1]), tuning.rank, tuning.alpha)
 
 
 def learnable(pair: TrainedPair, config: TrainConfig) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -47,34 +51,23 @@ def learnable(pair: TrainedPair, config: TrainConfig) -> dict[str, list[tuple[st
     A model that learns by LoRA keeps everything else frozen; one that learns fully keeps its embedding table (and a
     head tied to it) frozen, which the other parts are aligned with.
     """
-    names = {id(parameter): name for name, parameter in pair.named_parameters()}
-
-    def named(parameters: Iterator[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
-        return [(names[id(parameter)], parameter) for parameter in parameters]
-
-    parts = {
-        "adapter": named(pair.memory_encoder.adapter.parameters()),
-        "markers": named(pair.marker_rows.parameters()),
-        UNPACKER: named(pair.unpacker.parameters()) if pair.unpacker is not None else [],
-    }
-    for part, (model, tuning) in zip(("encoder", "decoder"), _models(pair, config), strict=True):
-        if tuning.method == "lora":
-            parts[part] = [(n, p) for n, p in named(model.parameters()) if _LORA.search(n)]
-        else:
-            table = model.get_input_embeddings().weight
-            parts[part] = named(p for p in model.parameters() if p is not table)
+    named = list(pair.named_parameters())
+    prefixes = {"adapter": "memory_encoder.adapter.", "markers": "marker_rows.", UNPACKER: f"{UNPACKER}."}
+    parts = {part: [(n, p) for n, p in named if n.startswith(prefix)] for part, prefix in prefixes.items()}
+    for part, (prefix, tuning) in _tunings(config).items():
+        model: Any = pair.get_submodule(prefix[:-1])
+        table = model.get_input_embeddings().weight
+        is_lora = tuning.method == "lora"
+        parts[part] = [
+            (n, p) for n, p in named if n.startswith(prefix) and (_LORA.search(n) if is_lora else p is not table)
+        ]
     return parts
-
-
-def parts_that_learn(config: TrainConfig) -> set[str]:
-    """The parts that some stage of a run trains."""
-    return {part for stage in config.stages for part in stage.learning_rates}
 
 
 def trained_names(pair: TrainedPair, config: TrainConfig) -> dict[str, nn.Parameter]:
     """Every parameter that some stage of the run trains, by name."""
     parts = learnable(pair, config)
-    return {name: parameter for part in sorted(parts_that_learn(config)) for name, parameter in parts[part]}
+    return {name: parameter for part in sorted(config.trained_parts) for name, parameter in parts[part]}
 
 
 def start_from(part: TrainedPart, trained: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
@@ -132,19 +125,16 @@ def set_precision(pair: TrainedPair, config: TrainConfig) -> None:
         parameter.data = parameter.data.to(torch.float32 if id(parameter) in trained else frozen)
 
 
-def checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(pair: TrainedPair) -> None:
     """Keep inputs of layers only; the method's name changed within transformers 5."""
-    settings = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(settings)
-    else:
-        model.gradient_checkpointing_enable(settings)
+    for model in (pair.decoder, pair.memory_encoder.chunker.encoder):
+        name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
 
 
 def lora_scales(config: TrainConfig) -> dict[str, float]:
     """Prefix of parameter names → LoRA scale (alpha / rank), for the models that learn by LoRA."""
-    tunings = {"memory_encoder.chunker.encoder.": config.encoder_tuning, "decoder.": config.decoder_tuning}
-    return {prefix: t.alpha / t.rank for prefix, t in tunings.items() if t.method == "lora"}
+    return {prefix: t.alpha / t.rank for prefix, t in _tunings(config).values() if t.method == "lora"}
 
 
 def apply_trained_state(

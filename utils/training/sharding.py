@@ -24,7 +24,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from utils.errors import ConfigError
-from utils.training.objective import TrainedPair
+from utils.training.config import TrainConfig
+from utils.training.losses import TrainedPair
 
 # More than any row holds: the encoder then runs once a row.
 _ONE_PASS = 1 << 40
@@ -44,6 +45,16 @@ def wants_sharding() -> bool:
             "trainer: use utils/training/configs/accelerate_fsdp2.yaml, which shards the same things"
         )
     return _is_set("ACCELERATE_USE_FSDP")
+
+
+def check_shares(config: TrainConfig, num_processes: int) -> None:
+    """Raise `ConfigError` unless the processes can share each stage's rows evenly."""
+    for number, stage in enumerate(config.stages):
+        if stage.rows % num_processes:
+            raise ConfigError(
+                f"stages[{number}].rows is {stage.rows}, which {num_processes} processes cannot share evenly: choose a "
+                f"multiple of {num_processes}"
+            )
 
 
 def _is_set(name: str) -> bool:

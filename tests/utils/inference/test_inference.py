@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from utils.errors import PromptError
-from utils.inference import inference
-from utils.inference.inference import batches_by_length, build_messages, complete, generate_text, load_model, main
+from utils.inference.generation import Generator
+from utils.inference.inference import (
+    TEST_DATA,
+    build_messages,
+    generate_text,
+    load_model,
+    main,
+    published_sampling,
+    read_test_data,
+)
 from utils.model.markers import MEMORY
-from utils.model.prompt import MemoryPrompt
 
 EXAMPLES = [
     {"code": "def f(): return 1", "prompt": f"Look: {MEMORY} What is returned?"},
@@ -34,30 +39,6 @@ def flags(checkpoints: dict[str, Path], tmp_path: Path) -> list[str]:
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> list[dict[str, Any]]:
     assert main([*argv, "--json"]) == 0
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-
-@given(lengths=st.lists(st.integers(1, 50), max_size=40), batch_size=st.integers(1, 5), window=st.integers(1, 4))
-def test_batches_hold_each_prompt_once_and_none_waits_long(lengths: list[int], batch_size: int, window: int) -> None:
-    prompts = [MemoryPrompt(input_ids=[0] * length, spans=()) for length in lengths]
-    batches = batches_by_length(prompts, batch_size, window)
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    assert all(batch == sorted(batch) and 1 <= len(batch) <= batch_size for batch in batches)
-    done = 0
-    for batch in batches:
-        assert max(batch) < done // (window * batch_size) * window * batch_size + window * batch_size
-        done += len(batch)
-
-
-def test_batches_are_of_similar_lengths() -> None:
-    prompts = [MemoryPrompt(input_ids=[0] * length, spans=()) for length in (9, 1, 8, 2, 7, 3)]
-    assert batches_by_length(prompts, 2) == [[1, 3], [4, 5], [0, 2]]
-
-
-def test_results_come_in_the_order_of_the_examples(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    together = run(capsys, *flags, "--temperature", "0", "--batch-size", "2")
-    alone = run(capsys, *flags, "--temperature", "0", "--batch-size", "1")
-    assert [result["index"] for result in together] == [0, 1, 2]
-    assert [result["text"] for result in together] == [result["text"] for result in alone]
 
 
 def test_published_signatures() -> None:
@@ -81,11 +62,12 @@ def test_code_stands_for_each_placeholder_or_at_the_end() -> None:
 def test_generate_text_is_the_new_text(checkpoints: dict[str, Path]) -> None:
     model, tokenizer, processor = load_model(checkpoints["lclm"], device="cpu")
     prompt = processor.parse_chat(build_messages(**EXAMPLES[0]))
-    greedy = {"do_sample": False, "repetition_penalty": inference.SAMPLING["repetition_penalty"]}
+    greedy = {"do_sample": False, "repetition_penalty": 1.1}
     ids = model.generate([prompt], max_new_tokens=6, **greedy)[0]
     text = generate_text(model, tokenizer, processor, **EXAMPLES[0], max_tokens=6, temperature=0)
     assert text == tokenizer.decode(ids, skip_special_tokens=True)
-    completion = complete(model, tokenizer, [prompt], max_tokens=6)[0]
+    generator = Generator(model.decoder, tokenizer)
+    completion = generator.complete([model.embed_prompt(prompt)], published_sampling(6, 0.0))[0]
     assert (completion.text, completion.completion_tokens) == (text, len(ids))
     assert completion.finish_reason == ("length" if len(ids) == 6 else "stop")
     assert completion.prompt_tokens == len(prompt.input_ids)
@@ -104,23 +86,18 @@ def test_limits_of_a_loaded_model(checkpoints: dict[str, Path]) -> None:
     assert processor.parse_chat(build_messages(**EXAMPLES[0])).spans[0].truncated_tokens == 13
 
 
-def test_rows(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    rows = run(capsys, *flags, "--temperature", "0")
-    assert [row["index"] for row in rows] == [0, 1, 2]
-    assert [row["prompt"] for row in rows] == [example["prompt"] for example in EXAMPLES]
-    assert [row["memory_tokens"] for row in rows] == [17, 6, 26]
-    assert [row["num_latents"] for row in rows] == [5, 2, 8]
-    assert [row["ratio"] for row in rows] == [3.4, 3.0, 3.25]
-    assert all(row["completion_tokens"] <= 6 and row["seconds"] >= 0 for row in rows)
-
-
-def test_batches_change_no_greedy_answer(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    answers = [
-        [row["text"] for row in run(capsys, *flags, "--temperature", "0", "--batch-size", size)] for size in ("1", "3")
-    ]
-    assert answers[0] == answers[1]
+def test_rows_are_the_same_in_batches_of_any_size(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    alone = run(capsys, *flags, "--temperature", "0", "--batch-size", "1")
+    together = run(capsys, *flags, "--temperature", "0", "--batch-size", "2")
+    assert [row["text"] for row in alone] == [row["text"] for row in together]
+    assert [row["index"] for row in together] == [0, 1, 2]
+    assert [row["prompt"] for row in together] == [example["prompt"] for example in EXAMPLES]
+    assert [row["memory_tokens"] for row in together] == [17, 6, 26]
+    assert [row["num_latents"] for row in together] == [5, 2, 8]
+    assert [row["ratio"] for row in together] == [3.4, 3.0, 3.25]
+    assert all(row["completion_tokens"] <= 6 and row["seconds"] >= 0 for row in together)
     first = run(capsys, *flags, "--temperature", "0", "--num_examples", "1")
-    assert [row["text"] for row in first] == answers[0][:1]
+    assert [row["text"] for row in first] == [alone[0]["text"]]
 
 
 def test_a_seed_repeats_its_samples(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,12 +110,31 @@ def test_a_seed_repeats_its_samples(flags: list[str], capsys: pytest.CaptureFixt
 def test_for_a_person(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*flags, "--temperature", "0"]) == 0
     out = capsys.readouterr().out
-    assert "--- example 1: 6 memory tokens → 2 latents (3.0×)" in out
+    assert "What is x?\n> " in out
+    assert "6 memory tokens → 2 latents, ratio 3.0" in out
 
 
-def test_built_in_examples(checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_prompts_the_test_data_is_answered(
+    checkpoints: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = run(capsys, "--checkpoint", str(checkpoints["code-llava"]), "--device", "cpu", "--max-tokens", "2")
-    assert len(rows) == len(inference.BUILT_IN_EXAMPLES)
+    assert [row["prompt"] for row in rows] == [example["prompt"] for example in read_test_data(TEST_DATA)]
+
+
+def test_questions_about_files(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--checkpoint", str(checkpoints["lclm"]), "--device", "cpu", "--max-tokens", "6", "--temperature", "0"]
+    for name, text in (("a.py", "x = 2\n"), ("b.py", "y = 3\n")):
+        (tmp_path / name).write_text(text)
+    memory = ["--memory", str(tmp_path / "a.py"), str(tmp_path / "b.py")]
+    rows = run(capsys, *flags, *memory, "--text", "What is x?", "And y?")
+    assert [(row["prompt"], row["memory_tokens"]) for row in rows] == [("What is x?", 12), ("And y?", 12)]
+    # The same prompt as marked text.
+    marked = "".join(f"<|memory_start|>{text}<|memory_end|>\n" for text in ("x = 2\n", "y = 3\n")) + "And y?"
+    assert run(capsys, *flags, "--text", marked)[0]["text"] == rows[1]["text"]
+    assert main([*flags, *memory]) == 1
+    assert "--memory needs --text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from tests.support.marks import DEVICES
+from tests.support.reference import next_token_losses
 from tests.support.tiny import DECODER_WIDTH, MAX_POSITIONS, make_model, tokenizers
 from utils.errors import ConfigError, PromptError
-from utils.model.code_llava_model import CodeLLaVAModel, pad_left
+from utils.model.code_llava_model import CodeLLaVAModel
 from utils.model.config import CompressionConfig
+from utils.model.generate import pad_left
 from utils.model.markers import MEMORY_END, MEMORY_START
 from utils.model.processor import Processor
 from utils.model.prompt import MemoryPrompt
@@ -26,7 +28,6 @@ TEXTS = [
     f"{MEMORY_START}x{MEMORY_END}{MEMORY_START}x{MEMORY_END} and a much longer text around two equal spans",
 ]
 PROMPTS = [PROCESSOR.parse_raw(text) for text in TEXTS]
-TARGETS = ["It adds.", "ok", "They are equal."]
 
 
 @pytest.fixture(scope="module", params=["qwen3", "llama"])
@@ -50,37 +51,12 @@ def test_prompt_embeddings(model: CodeLLaVAModel) -> None:
         torch.testing.assert_close(embeds, model.embed_prompt(prompt), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@torch.inference_mode()
-def test_loss_is_the_mean_over_all_target_tokens(model: CodeLLaVAModel, side: Any) -> None:
-    inputs = PROCESSOR.collate(PROMPTS, TARGETS, padding_side=side)
-    out = model(inputs)
-    losses = []
-    for row, prompt in zip(inputs.prompts, PROMPTS, strict=True):
-        logits = model.decoder(inputs_embeds=model.embed_prompt(row)[None]).logits[0]
-        first = len(prompt.input_ids)
-        log_probs = logits.log_softmax(dim=-1)
-        losses += [-log_probs[i - 1, row.input_ids[i]] for i in range(first, len(row.input_ids))]
-    torch.testing.assert_close(out.loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-5)
-    assert out.logits.shape == (*inputs.attention_mask.shape, model.decoder.config.vocab_size)
-
-
 def test_gradients_reach_every_part() -> None:
     model = make_model(CONFIG).train()
-    model(PROCESSOR.collate(PROMPTS, TARGETS)).loss.backward()
+    sum(next_token_losses(model, PROCESSOR, prompt, "ok").mean() for prompt in PROMPTS).backward()
     for part in (model.memory_encoder.adapter, model.code_chunker.encoder, model.decoder):
         without = [n for n, p in part.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
         assert without == []
-
-
-def test_a_step_lowers_the_loss() -> None:
-    model = make_model(CONFIG)
-    inputs = PROCESSOR.collate(PROMPTS, TARGETS)
-    optimizer = torch.optim.SGD(model.memory_encoder.parameters(), lr=1e-3)
-    before = model(inputs).loss
-    before.backward()
-    optimizer.step()
-    assert model(inputs).loss < before
 
 
 def test_batched_greedy_generation_is_that_of_one_by_one(model: CodeLLaVAModel) -> None:
@@ -161,7 +137,7 @@ def test_sampling_is_seeded() -> None:
 def test_a_prompt_without_room_is_refused_with_both_counts(model: CodeLLaVAModel) -> None:
     long = PROCESSOR.parse_raw("x" * 500)
     model.check_room([long], MAX_POSITIONS - 500)
-    with pytest.raises(PromptError, match=r"prompt 1 needs 500 rows \+ 20 new tokens, .* has 512 positions"):
+    with pytest.raises(PromptError, match=r"prompt 1.* 500 .* 20 .* 512 "):
         model.generate([PROMPTS[0], long], max_new_tokens=20)
 
 
@@ -205,10 +181,10 @@ def test_memory_that_runs_out_names_the_batch_and_the_flag(error: Exception, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(model.code_chunker.encoder, "forward", fail)
-        with pytest.raises(ConfigError, match=r"while encoding \d windows, 64 tokens .* --batch-tokens"):
+        with pytest.raises(ConfigError, match=r" 64 tokens .* --batch-tokens"):
             model.embed_prompts(PROMPTS)
     monkeypatch.setattr(model.decoder, "generate", fail)
-    with pytest.raises(ConfigError, match=r"out of memory while generating for 3 prompts .* lower --batch-size"):
+    with pytest.raises(ConfigError, match=r"3 prompts .* --batch-size"):
         model.generate(PROMPTS, max_new_tokens=8)
 
 

@@ -110,7 +110,7 @@ def test_another_chunk_size(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
     config.with_chunk_size(16)
     assert "chunk size 16: this checkpoint was trained for 4, 8" in caplog.text
-    with pytest.raises(ConfigError, match="not a multiple of the chunk size 5: choose one of 1, 2, 4, 8, 16, 32"):
+    with pytest.raises(ConfigError, match=r" 5: .* 1, 2, 4, 8, 16, 32"):
         config.with_chunk_size(5)
     with pytest.raises(ConfigError, match="concat pooling fixes it to 4"):
         from_json(pooling="concat").with_chunk_size(8)

@@ -88,7 +88,7 @@ def test_one_call_computes_what_the_runs_do(
         return packed_attention_forward(torch.nn.Identity(), *qkv, None, **settings)[0]
 
     expected = attend()
-    monkeypatch.setattr(packed_attention, "_varlen_kernel", lambda query: kernel)
+    monkeypatch.setattr(packed_attention, "varlen_kernel", lambda query: kernel)
     torch.testing.assert_close(attend(), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -129,7 +129,7 @@ def test_flex_attention_with_a_document_mask_agrees(groups: int, causal: bool, s
 
 
 def test_it_serves_no_cpu_tensors() -> None:
-    assert packed_attention._varlen_kernel(tensors(2, dtype=torch.bfloat16)[0]) is None
+    assert packed_attention.varlen_kernel(tensors(2, dtype=torch.bfloat16)[0]) is None
 
 
 @requires_gpu
@@ -145,8 +145,8 @@ def test_the_flash_kernel_agrees_with_the_runs_in_value_and_gradient(
         out, _ = packed_attention_forward(torch.nn.Identity(), *qkv, None, segments=segments)
         return [out, *torch.autograd.grad(out.float().square().sum(), qkv)]
 
-    assert packed_attention._varlen_kernel(tensors(groups, device="cuda", dtype=torch.bfloat16)[0]) is not None
+    assert packed_attention.varlen_kernel(tensors(groups, device="cuda", dtype=torch.bfloat16)[0]) is not None
     fast = run(torch.bfloat16)
-    monkeypatch.setattr(packed_attention, "_varlen_kernel", lambda query: None)
+    monkeypatch.setattr(packed_attention, "varlen_kernel", lambda query: None)
     for got, expected in zip(fast, run(torch.float32), strict=True):
         torch.testing.assert_close(got.float(), expected, atol=3e-2, rtol=3e-2)

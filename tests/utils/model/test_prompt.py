@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.processes import traced
 from tests.support.tiny import CHATML, byte_tokenizer, tokenizers
 from utils.errors import CheckpointError, ConfigError, PromptError
-from utils.model.markers import MARKERS, MEMORY, MEMORY_END, MEMORY_START
+from utils.model.markers import MARKERS, MEMORY, MEMORY_END, MEMORY_START, wrap
 from utils.model.prompt import (
     MemoryLimit,
     MemoryPrompt,
@@ -200,7 +199,7 @@ def test_a_chat_needs_a_template() -> None:
 def test_a_template_that_changes_the_spans_is_refused(template: str) -> None:
     odd = PromptTokenizers(decoder=byte_tokenizer(markers=True, template=template), encoder=TOKENIZERS.encoder)
     with pytest.raises(PromptError, match="chat template"):
-        parse_chat_prompt([{"role": "user", "content": f"{MEMORY_START}abc{MEMORY_END}"}], odd, 4)
+        parse_chat_prompt([{"role": "user", "content": wrap("abc")}], odd, 4)
 
 
 def test_template_arguments_reach_the_template() -> None:
@@ -216,7 +215,7 @@ def test_one_beginning_token_and_never_two() -> None:
         decoder=byte_tokenizer(markers=True, template=template, bos=True),
         encoder=byte_tokenizer(markers=False, bos=True),
     )
-    text = f"{MEMORY_START}abc{MEMORY_END}"
+    text = wrap("abc")
     raw = parse_raw_prompt(text, with_bos, 4)
     chat = parse_chat_prompt([{"role": "user", "content": text}], with_bos, 4)
     assert raw.input_ids == chat.input_ids
@@ -238,11 +237,11 @@ def test_chunk_size_per_span() -> None:
 def test_the_limit_refuses_or_reports() -> None:
     text = write(["", ""], ["abcdef"])
     assert parse_raw_prompt(text, TOKENIZERS, 4, MemoryLimit(max_tokens=6)).spans[0].truncated_tokens == 0
-    with pytest.raises(PromptError, match="span 0 has 6 encoder tokens, more than the limit of 5"):
+    with pytest.raises(PromptError, match=r"span 0 has 6 .* 5"):
         parse_raw_prompt(text, TOKENIZERS, 4, MemoryLimit(max_tokens=5))
     span = parse_raw_prompt(text, TOKENIZERS, 4, MemoryLimit(max_tokens=4, truncate=True)).spans[0]
     assert (list(span.token_ids), span.truncated_tokens, span.num_latents) == (memory_ids("abcd"), 2, 1)
-    with pytest.raises(ConfigError, match="--max-memory-tokens must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="--max-memory-tokens"):
         MemoryLimit(max_tokens=0)
 
 
@@ -266,8 +265,7 @@ def test_a_tokenizer_without_markers(lost: str) -> None:
 
 
 def test_parsing_needs_no_torch() -> None:
-    code = "import sys, utils.model.prompt; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert not {"torch", "transformers"} & traced("-c", "import utils.model.prompt")[1]
 
 
 @pytest.mark.parametrize("before", [(1 << 20) - 20, (1 << 20) - 1, 1 << 20, 3 << 20])

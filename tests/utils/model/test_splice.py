@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.errors import SpliceError
-from utils.model.splice import join_rows, splice_latents
+from utils.model.splice import splice_latents
 
 WIDTH = 3
 
@@ -71,14 +71,3 @@ def test_dtype_is_that_of_the_embeddings_and_gradients_flow() -> None:
 def test_disagreement_is_an_error(shapes: Any, spans: Any, reason: str) -> None:
     with pytest.raises(SpliceError, match=reason):
         splice_latents(torch.zeros(5, WIDTH), [torch.zeros(shape) for shape in shapes], spans)
-
-
-def test_all_parts_of_one_tensor_in_order_are_joined_without_a_copy() -> None:
-    whole = torch.randn(9, 4).bfloat16()
-    parts = list(whole.split([2, 3, 4]))
-    assert join_rows(parts).data_ptr() == whole.data_ptr()
-    assert torch.equal(join_rows(parts), whole)
-    for some in (parts[:2], parts[1:], [parts[1], parts[0], parts[2]], [*parts, parts[0]]):
-        joined = join_rows(some)
-        assert torch.equal(joined, torch.cat(some))
-        assert joined.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr()

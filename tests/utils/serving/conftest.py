@@ -9,17 +9,25 @@ import pytest
 
 from tests.support import fake_server
 from tests.support.fake_server import FakeServer
-from utils.inference.compressor import Compressor
-from utils.inference.latent_cache import LatentCache
+from utils.checkpoint.settings import ON_CPU
+from utils.compress.compressor import Compressor
+from utils.compress.latent_cache import LatentCache
 
 
 @pytest.fixture(scope="module")
 def compressor(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compressor]:
     with LatentCache.open(tmp_path_factory.mktemp("cache")) as cache:
-        yield Compressor.load(checkpoints["lclm"], device="cpu", cache=cache)
+        yield Compressor.load(checkpoints["lclm"], settings=ON_CPU, cache=cache)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FakeServer]:
+    with fake_server.running() as running:
+        yield running
 
 
 @pytest.fixture
-def backend() -> Iterator[FakeServer]:
-    with fake_server.running() as running:
-        yield running
+def backend(server: FakeServer) -> FakeServer:
+    """The module's server, as new."""
+    server.forget(fake_server.answer("fine"))
+    return server

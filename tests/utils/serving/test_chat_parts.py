@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytest.importorskip("fastapi")
+pytest.importorskip("orjson")
+
 from utils.errors import PromptError
-from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START
+from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START, wrap
 from utils.serving.chat_parts import outline_chat
 
 LATENTS = {"type": "prompt_embeds", "data": "…"}
@@ -19,23 +22,19 @@ def text(value: str) -> dict[str, str]:
     return {"type": "text", "text": value}
 
 
-def marked(value: str) -> str:
-    return MEMORY_START + value + MEMORY_END
-
-
 def fill(content: Any, *parts: dict[str, Any]) -> Any:
     return outline_chat([{"role": "user", "content": content}]).fill(parts)[0]["content"]
 
 
 def test_latents_stand_between_the_markers() -> None:
-    assert fill(f"a {marked('x')} b {marked('y')}", LATENTS, LATENTS) == [
+    assert fill(f"a {wrap('x')} b {wrap('y')}", LATENTS, LATENTS) == [
         text(f"a {MEMORY_START}"), LATENTS, text(f"{MEMORY_END} b {MEMORY_START}"), LATENTS, text(MEMORY_END),
     ]  # fmt: skip
 
 
 def test_text_parts_and_foreign_parts_keep_their_places() -> None:
     image = {"type": "image_url", "image_url": {"url": "…"}}
-    assert fill([text("a"), image, text(marked("x"))], LATENTS) == [
+    assert fill([text("a"), image, text(wrap("x"))], LATENTS) == [
         text("a"), image, text(MEMORY_START), LATENTS, text(MEMORY_END),
     ]  # fmt: skip
 
@@ -43,13 +42,13 @@ def test_text_parts_and_foreign_parts_keep_their_places() -> None:
 @given(texts=st.lists(st.text(st.characters(exclude_characters="<|>")), min_size=3, max_size=3))
 def test_plain_text_in_place_of_latents_is_the_message_without_markers(texts: list[str]) -> None:
     before, memory, after = texts[0], texts[1] or "x", texts[2]
-    assert fill(before + marked(memory) + after, text(memory)) == [text(before + memory + after)]
+    assert fill(before + wrap(memory) + after, text(memory)) == [text(before + memory + after)]
 
 
 def test_messages_without_memory_stay_as_they_are() -> None:
     messages = [
         {"role": "system", "content": "be short", "name": "s"},
-        {"role": "user", "content": f"a {marked('x')}"},
+        {"role": "user", "content": f"a {wrap('x')}"},
         {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
         {"role": "tool", "content": [text("plain")], "tool_call_id": "1"},
     ]
@@ -68,7 +67,7 @@ def test_messages_without_memory_stay_as_they_are() -> None:
         (["x"], "message 0: expected an object"),
         ([{"role": "user", "content": f"{MEMORY_START}x"}], "message 0, character 0"),
         ([{"role": "user", "content": f"a {MEMORY}"}], "literal"),
-        ([{"role": marked("user"), "content": "x"}], "role"),
+        ([{"role": wrap("user"), "content": "x"}], "role"),
         ([{"role": "user", "content": ["x"]}], "content part must be an object"),
         ([{"role": "user", "content": [LATENTS]}], "not taken from clients"),
     ],

@@ -8,7 +8,6 @@ import http.client
 import json
 import re
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -18,7 +17,14 @@ from urllib.parse import urlsplit
 
 import pytest
 
+pytest.importorskip("starlette")
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, StreamingResponse
+
 from tests.support import gateway_server
+from tests.support.processes import free_port, start_python, wait_until
+from utils.serving.api_error import ApiError
 from utils.serving.bodies import BodyLimits
 from utils.serving.settings import ConnectionLimits, GatewaySettings
 
@@ -51,11 +57,6 @@ class Application:
         if scope["type"] != "http":
             return
         # As the gateway's own routes do.
-        from starlette.requests import ClientDisconnect, Request
-        from starlette.responses import JSONResponse, StreamingResponse
-
-        from utils.serving.api_error import ApiError
-
         request = Request(scope, receive)
         try:
             if scope["path"] == "/endless":
@@ -70,7 +71,7 @@ class Application:
         except ClientDisconnect:
             return
         except ApiError as error:
-            response = JSONResponse(error.body(), error.status, error.headers)
+            response = error.response()
         await response(scope, receive, send)
 
     async def _endless(self) -> Any:
@@ -382,15 +383,12 @@ sys.exit(server.run_process(os._exit))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit")
-@pytest.mark.parametrize("limit", [256, 1024])
+@pytest.mark.parametrize("limit", [256, pytest.param(1024, marks=pytest.mark.slow)])
 def test_idle_sockets_beyond_the_open_files_lock_nobody_out(limit: int) -> None:
-    from tests.support.vllm_server import free_port
-
     address = ("127.0.0.1", free_port())
-    command = [sys.executable, "-c", FEW_FILES, str(limit), str(address[1])]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process, contextlib.ExitStack() as stack:
+    with start_python("-c", FEW_FILES, limit, address[1]) as process, contextlib.ExitStack() as stack:
         try:
-            wait_until_up(address, process)
+            wait_until(lambda: ask(address), process)
             for _ in range(2 * limit):
                 stack.enter_context(connected(address))
             began = time.monotonic()
@@ -402,13 +400,3 @@ def test_idle_sockets_beyond_the_open_files_lock_nobody_out(limit: int) -> None:
             process.kill()
             _, errors = process.communicate()
     assert errors == ""
-
-
-def wait_until_up(address: tuple[str, int], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError):
-            ask(address)
-            return
-        time.sleep(0.05)
-    raise AssertionError("the server did not start")

@@ -5,17 +5,17 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 from tests.support import gateway_server
+from utils.compress.compressor import Compressor
 from utils.errors import ConfigError
-from utils.inference.compressor import Compressor
-from utils.serving.door import DoorPolicy, is_loopback
-from utils.serving.page import PAGE_FILES
+from utils.serving.app import PAGE_FILES
+from utils.serving.door import DoorPolicy
+from utils.serving.settings import is_loopback
 
 PAGE = "http://localhost:3000"
 KEY = "front door"
@@ -24,11 +24,6 @@ EVERY_ROUTE = [*PAGE_FILES, "/healthz", "/metrics", "/v1/models", "/v1/memories"
 
 Headers = dict[str, str]
 Got = tuple[int, Headers, Any]
-
-
-@pytest.fixture(scope="module")
-def compressor(checkpoints: dict[str, Path]) -> Compressor:
-    return Compressor.load(checkpoints["lclm"], device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("fastapi")
 pytest.importorskip("orjson")
 
-from utils.inference.span_encoder import EncodingStopped
+from utils.compress.span_encoder import EncodingStopped
 from utils.model.prompt import MemorySpan
 from utils.serving.api_error import ApiError
 from utils.serving.encoder_queue import EncoderQueue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import socket
 import threading
 import time
@@ -13,35 +14,31 @@ import httpx
 import pytest
 import torch
 
-from tests.support import gateway_server
+from tests.support import gateway_server, prompts
 from tests.support.fake_server import FakeServer, drop, refuse, rows_of, silence, stream
-from utils.inference.compressor import Compressor
-from utils.model.markers import MEMORY_END, MEMORY_START
+from tests.support.prompts import CHAT, CODE
+from utils.compress.compressor import Compressor
+from utils.model.markers import MEMORY_END, MEMORY_START, wrap
 
 openai = pytest.importorskip("openai")
 
-CODE = "def area(width, height):\n    return width * height\n"
-CHAT = "/v1/chat/completions"
+chat_body = functools.partial(prompts.chat_body, model="tiny")
 
 
-def marked(text: str) -> str:
-    return MEMORY_START + text + MEMORY_END
-
-
-def chat_body(content: Any, **fields: Any) -> dict[str, Any]:
-    return {"model": "tiny", "messages": [{"role": "user", "content": content}], **fields}
+@pytest.fixture(scope="module")
+def url(compressor: Compressor, server: FakeServer) -> Iterator[str]:
+    with gateway_server.running(compressor, server.url) as address:
+        yield address
 
 
 @pytest.fixture
-def gateway(compressor: Compressor, backend: FakeServer) -> Iterator[httpx.Client]:
-    with gateway_server.running(compressor, backend.url) as url:
-        json_type = {"Content-Type": "application/json"}
-        with httpx.Client(base_url=url, timeout=20, headers=json_type) as client:
-            yield client
+def gateway(url: str, backend: FakeServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=20, headers={"Content-Type": "application/json"}) as client:
+        yield client
 
 
 def latents_of(compressor: Compressor, text: str) -> torch.Tensor:
-    prompt = compressor.parse_raw(marked(text))
+    prompt = compressor.parse_raw(wrap(text))
     return compressor.encode_spans(prompt.spans)[0][0]
 
 
@@ -49,7 +46,7 @@ def test_chat_sends_latents_and_reports_them(
     gateway: httpx.Client, backend: FakeServer, compressor: Compressor
 ) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
-    got = gateway.post(CHAT, json=chat_body(f"What is {marked(CODE)}?", tools=tools, temperature=0.3))
+    got = gateway.post(CHAT, json=chat_body(f"What is {wrap(CODE)}?", tools=tools, temperature=0.3))
     assert got.status_code == 200
     ((path, body),) = backend.requests
     assert path == CHAT
@@ -67,7 +64,7 @@ def test_chat_sends_latents_and_reports_them(
 def test_completion_sends_the_whole_prompt_as_rows(
     gateway: httpx.Client, backend: FakeServer, compressor: Compressor
 ) -> None:
-    text = f"Explain {marked(CODE)} now"
+    text = f"Explain {wrap(CODE)} now"
     gateway.post("/v1/completions", json={"model": "tiny", "prompt": text, "max_tokens": 2}).raise_for_status()
     gateway.post("/v1/completions", json={"model": "tiny", "prompt": [text, "plain"]}).raise_for_status()
     expected = compressor.compress([compressor.parse_raw(text)])[0].values_TD
@@ -99,13 +96,13 @@ def test_requests_without_markers_pass_through(
 def test_the_openai_package_streams_through(gateway: httpx.Client, backend: FakeServer) -> None:
     backend.script = [stream("one ", "two")]
     with openai.OpenAI(base_url=f"{gateway.base_url}/v1", api_key="x", max_retries=0) as client:
-        pieces = client.chat.completions.create(**chat_body(f"What is {marked(CODE)}?"), stream=True)
+        pieces = client.chat.completions.create(**chat_body(f"What is {wrap(CODE)}?"), stream=True)
         texts = [piece.choices[0].delta.content for piece in pieces if piece.choices]
     assert "".join(text or "" for text in texts) == "one two"
 
 
 def test_a_second_request_takes_its_latents_from_the_cache(gateway: httpx.Client, backend: FakeServer) -> None:
-    text = marked("a text that no other test uses\n" * 5)
+    text = wrap("a text that no other test uses\n" * 5)
     first, second = (gateway.post(CHAT, json=chat_body(text)).json()["code_llava"] for _ in range(2))
     assert first["cached_tokens"] == 0
     assert second["cached_tokens"] == second["memory_tokens"] > 0
@@ -118,11 +115,11 @@ def test_stored_memories(gateway: httpx.Client, backend: FakeServer, compressor:
     assert stored.status_code == 201
     name = stored.json()["id"]
     assert [memory["id"] for memory in gateway.get("/v1/memories").json()["data"]] == [name]
-    gateway.post(CHAT, json=chat_body(marked("@" + name))).raise_for_status()
+    gateway.post(CHAT, json=chat_body(wrap("@" + name))).raise_for_status()
     part = backend.requests[-1][1]["messages"][0]["content"][1]
     assert torch.equal(rows_of(part["data"]), latents_of(compressor, CODE))
     assert gateway.delete(f"/v1/memories/{name}").json()["deleted"]
-    assert gateway.post(CHAT, json=chat_body(marked("@" + name))).status_code == 404
+    assert gateway.post(CHAT, json=chat_body(wrap("@" + name))).status_code == 404
     assert gateway.delete(f"/v1/memories/{name}").status_code == 404
     assert gateway.post("/v1/memories", json={"text": " "}).status_code == 400
 
@@ -153,7 +150,7 @@ def test_limits(compressor: Compressor, backend: FakeServer) -> None:
     with gateway_server.running(compressor, backend.url, **limits) as url, httpx.Client(base_url=url) as gateway:
         json_type = {"Content-Type": "application/json"}
         assert gateway.post(CHAT, content=b"x" * 2001, headers=json_type).status_code == 413
-        assert gateway.post(CHAT, json=chat_body(marked("x") * 3)).status_code == 413
+        assert gateway.post(CHAT, json=chat_body(wrap("x") * 3)).status_code == 413
         assert gateway.post("/v1/memories", json={"text": "a"}).status_code == 201
     assert backend.requests == []
 
@@ -174,7 +171,7 @@ def test_keys(compressor: Compressor, backend: FakeServer) -> None:
 def test_backend_errors_come_through_as_the_backend_said_them(gateway: httpx.Client, backend: FakeServer) -> None:
     said = {"error": {"message": "too long", "code": 400}}
     backend.script = [refuse(400, said), refuse(429, said, **{"Retry-After": "7"})]
-    first, second = (gateway.post(CHAT, json=chat_body(marked("x"))) for _ in range(2))
+    first, second = (gateway.post(CHAT, json=chat_body(wrap("x"))) for _ in range(2))
     assert (first.status_code, first.json()) == (400, said)
     assert (second.status_code, second.headers["Retry-After"]) == (429, "7")
 
@@ -196,7 +193,7 @@ def test_a_backend_that_is_gone_or_slow(compressor: Compressor, backend: FakeSer
 
 def test_a_stream_that_breaks_ends_with_an_error_event(gateway: httpx.Client, backend: FakeServer) -> None:
     backend.script = [stream("a", then=lambda handler: handler.reset())]
-    got = gateway.post(CHAT, json=chat_body(marked("x"), stream=True))
+    got = gateway.post(CHAT, json=chat_body(wrap("x"), stream=True))
     assert '"content": "a"' in got.text
     assert '"error"' in got.text
     assert "[DONE]" not in got.text
@@ -215,7 +212,7 @@ def test_a_client_that_goes_away_ends_the_backends_work(
 
     backend.script = [stream("a", then=until_closed) if streamed else until_closed]
     with pytest.raises(httpx.TimeoutException):
-        gateway.post(CHAT, json=chat_body(marked("x"), stream=streamed), timeout=0.5)
+        gateway.post(CHAT, json=chat_body(wrap("x"), stream=streamed), timeout=0.5)
     assert ended.wait(5)
 
 
@@ -247,11 +244,11 @@ def test_waiting_requests_are_encoded_together_and_more_are_told_to_come_back(
         httpx.Client(base_url=url, timeout=20) as gateway,
         concurrent.futures.ThreadPoolExecutor(4) as pool,
     ):
-        answers = [pool.submit(gateway.post, CHAT, json=chat_body(marked("x")))]
+        answers = [pool.submit(gateway.post, CHAT, json=chat_body(wrap("x")))]
         _wait_for(lambda: stuck.batches == [1])
-        answers += [pool.submit(gateway.post, CHAT, json=chat_body(marked(f"{n}") * 2)) for n in range(3)]
+        answers += [pool.submit(gateway.post, CHAT, json=chat_body(wrap(f"{n}") * 2)) for n in range(3)]
         _wait_for(lambda: "code_llava_waiting_requests 3.0" in gateway.get("/metrics").text)
-        refused = gateway.post(CHAT, json=chat_body(marked("y")))
+        refused = gateway.post(CHAT, json=chat_body(wrap("y")))
         assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
         stuck.released.set()
         assert [answer.result().status_code for answer in answers] == [200] * 4
@@ -261,7 +258,7 @@ def test_waiting_requests_are_encoded_together_and_more_are_told_to_come_back(
 def test_an_encoder_that_fails(compressor: Compressor, backend: FakeServer) -> None:
     broken = Stuck(compressor, RuntimeError("out of memory"))
     with gateway_server.running(broken, backend.url) as url, httpx.Client(base_url=url) as gateway:
-        got = gateway.post(CHAT, json=chat_body(marked("x")))
+        got = gateway.post(CHAT, json=chat_body(wrap("x")))
         assert got.status_code == 500
         assert "the encoder failed (RuntimeError)" in got.json()["error"]["message"]
     assert backend.requests == []
@@ -269,29 +266,34 @@ def test_an_encoder_that_fails(compressor: Compressor, backend: FakeServer) -> N
         gateway_server.running(broken, backend.url, on_error="plain-text") as url,
         httpx.Client(base_url=url) as gateway,
     ):
-        got = gateway.post(CHAT, json=chat_body(f"a {marked('x')} b"))
+        got = gateway.post(CHAT, json=chat_body(f"a {wrap('x')} b"))
         assert got.json()["code_llava"]["fallback"] == "plain-text"
         assert got.headers["x-code-llava-fallback"] == "plain-text"
         assert backend.requests[-1][1]["messages"][0]["content"] == [{"type": "text", "text": "a x b"}]
-        gateway.post("/v1/completions", json={"prompt": f"a {marked('x')} b"})
+        gateway.post("/v1/completions", json={"prompt": f"a {wrap('x')} b"})
         assert backend.requests[-1][1]["prompt"] == "a x b"
 
 
 def test_models_and_metrics(gateway: httpx.Client) -> None:
     assert [model["id"] for model in gateway.get("/v1/models").json()["data"]] == ["tiny"]
-    gateway.post(CHAT, json=chat_body(marked(CODE)))
-    shown = gateway.get("/metrics").text
-    assert f'code_llava_requests_total{{endpoint="{CHAT}",status="200"}} 1.0' in shown
-    assert "code_llava_spans_total 1.0" in shown
+    counters = (f'code_llava_requests_total{{endpoint="{CHAT}",status="200"}}', "code_llava_spans_total")
+
+    def counts() -> list[float]:
+        shown = dict(line.rsplit(" ", 1) for line in gateway.get("/metrics").text.splitlines())
+        return [float(shown.get(name, 0)) for name in counters]
+
+    before = counts()
+    gateway.post(CHAT, json=chat_body(wrap(CODE)))
+    assert counts() == [number + 1 for number in before]
 
 
 def test_concurrent_clients_get_their_own_latents(
     compressor: Compressor, backend: FakeServer, gateway: httpx.Client
 ) -> None:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        bodies = [chat_body(f"{n} {marked(f'secret number {n}')}") for n in range(24)]
+        bodies = [chat_body(f"{n} {wrap(f'secret number {n}')}") for n in range(12)]
         assert {got.status_code for got in pool.map(lambda body: gateway.post(CHAT, json=body), bodies)} == {200}
-    assert len(backend.requests) == 24
+    assert len(backend.requests) == 12
     for _, body in backend.requests:
         before, part, _ = body["messages"][0]["content"]
         number = before["text"].split()[0]

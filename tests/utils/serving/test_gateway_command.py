@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ import pytest
 
 from tests.support import fake_server
 from tests.support.fake_server import stream
-from tests.support.vllm_server import free_port
-from utils.model.markers import MEMORY_END, MEMORY_START
+from tests.support.processes import free_port, start_python, wait_until
+from tests.support.prompts import CHAT, chat_body
+from utils.model.markers import wrap
 from utils.serving import gateway
 
 pytest.importorskip("fastapi")
@@ -41,18 +41,18 @@ def test_sigterm_lets_streams_finish(checkpoints: dict[str, Path], tmp_path: Pat
             handler.wfile.write(f"data: {json.dumps(end)}\n\ndata: [DONE]\n\n".encode())
 
         command = [
-            sys.executable, "-m", "utils.serving.gateway", "--checkpoint", str(checkpoints["lclm"]), "--device", "cpu",
+            "-m", "utils.serving.gateway", "--checkpoint", str(checkpoints["lclm"]), "--device", "cpu",
             "--backend-url", backend.url, "--port", str(port), "--cache-dir", str(tmp_path),
         ]  # fmt: skip
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = start_python(*command)
         try:
             url = f"http://127.0.0.1:{port}"
-            _wait_until_up(url, process)
+            wait_until(lambda: urllib.request.urlopen(f"{url}/healthz").close() is None, process, 180)
             backend.default_action = stream("begin ", then=slow_end)
             begun = threading.Barrier(clients + 1)
 
             def follow(number: int) -> str:
-                with httpx.stream("POST", f"{url}/v1/chat/completions", json=body(number), timeout=60) as answer:
+                with httpx.stream("POST", url + CHAT, json=body(number), timeout=60) as answer:
                     lines = answer.iter_lines()
                     first = next(lines)
                     begun.wait(60)
@@ -105,8 +105,7 @@ def test_names_of_the_door_are_checked_before_the_checkpoint(
 
 
 def body(number: int) -> dict[str, Any]:
-    content = f"{MEMORY_START}def f_{number}(): pass{MEMORY_END}"
-    return {"model": "tiny", "stream": True, "messages": [{"role": "user", "content": content}]}
+    return chat_body(wrap(f"def f_{number}(): pass"), model="tiny", stream=True)
 
 
 def _wait_until_refused(port: int) -> None:
@@ -119,14 +118,3 @@ def _wait_until_refused(port: int) -> None:
             return
         time.sleep(0.05)
     raise AssertionError("the gateway still takes connections")
-
-
-def _wait_until_up(url: str, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/healthz").status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.1)
-    raise AssertionError("the gateway did not start")

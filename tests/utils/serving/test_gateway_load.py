@@ -13,14 +13,15 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support import fake_server, gateway_server
+from tests.support import fake_server, gateway_server, prompts
 from tests.support.fake_server import Handler
-from utils.inference.compressor import Compressor
-from utils.inference.latent_cache import LatentCache
-from utils.inference.prompt_embeds import encode_wire
-from utils.model.markers import MEMORY_END, MEMORY_START
+from tests.support.prompts import CHAT
+from utils.checkpoint.settings import ON_CPU
+from utils.compress.compressor import Compressor
+from utils.compress.latent_cache import LatentCache
+from utils.compress.prompt_embeds import encode_wire
+from utils.model.markers import MEMORY_START, wrap
 
-CHAT = "/v1/chat/completions"
 NUM_CLIENTS = 100
 
 
@@ -29,8 +30,7 @@ def secret(number: int) -> str:
 
 
 def chat_body(number: int, **fields: Any) -> dict[str, Any]:
-    content = f"{number}: {MEMORY_START}{secret(number)}{MEMORY_END}"
-    return {"model": "tiny", "messages": [{"role": "user", "content": content}], **fields}
+    return prompts.chat_body(f"{number}: {wrap(secret(number))}", model="tiny", **fields)
 
 
 def digest(*parts: str) -> str:
@@ -50,7 +50,7 @@ def echo_digest(handler: Handler) -> None:
 
 
 def expected_digest(compressor: Compressor, number: int) -> str:
-    prompt = compressor.parse_raw(f"{MEMORY_START}{secret(number)}{MEMORY_END}")
+    prompt = compressor.parse_raw(wrap(secret(number)))
     ((latents, _),) = compressor.encode_spans(prompt.spans)
     return digest(f"{number}: {MEMORY_START}", encode_wire(latents, compressor.dtype))
 
@@ -119,18 +119,19 @@ def test_a_backend_that_is_killed_in_a_stream_and_comes_back(compressor: Compres
             first.shutdown()
             first.server_close()
             assert gateway.post(CHAT, json=chat_body(1)).status_code == 502
-            with fake_server.running(port) as second:
+            with fake_server.running(port=port) as second:
                 answered = gateway.post(CHAT, json=chat_body(1))
                 assert answered.status_code == 200
                 assert answered.json()["code_llava"]["cached_tokens"] == answered.json()["code_llava"]["memory_tokens"]
                 assert len(second.requests) == 1
 
 
+@pytest.mark.slow
 def test_two_gateways_share_one_cache(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     with fake_server.running() as backend, LatentCache.open(tmp_path) as one, LatentCache.open(tmp_path) as two:
         reports, sent = [], []
         for cache in (one, two, one):
-            compressor = Compressor.load(checkpoints["lclm"], device="cpu", cache=cache)
+            compressor = Compressor.load(checkpoints["lclm"], settings=ON_CPU, cache=cache)
             with gateway_server.running(compressor, backend.url) as url:
                 reports.append(httpx.post(url + CHAT, json=chat_body(7)).json()["code_llava"])
             sent.append(backend.requests[-1][1]["messages"])
@@ -141,9 +142,9 @@ def test_two_gateways_share_one_cache(checkpoints: dict[str, Path], tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_damaged_cache_and_a_full_disk_change_no_answer(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    plain = Compressor.load(checkpoints["lclm"], device="cpu")
+    plain = Compressor.load(checkpoints["lclm"], settings=ON_CPU)
     with fake_server.running() as backend, LatentCache.open(tmp_path) as cache:
-        compressor = Compressor.load(checkpoints["lclm"], device="cpu", cache=cache)
+        compressor = Compressor.load(checkpoints["lclm"], settings=ON_CPU, cache=cache)
         with gateway_server.running(compressor, backend.url) as url:
 
             def cached_tokens(number: int) -> int:

@@ -13,9 +13,11 @@ import httpx
 import pytest
 
 from tests.support import gateway_server, vllm_server
+from tests.support.processes import free_port
+from tests.support.prompts import CHAT, chat_body
 from tests.support.vllm_server import local_answer
-from utils.inference.compressor import Compressor
-from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.compress.compressor import Compressor
+from utils.model.markers import wrap
 
 openai = pytest.importorskip("openai")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -34,7 +36,7 @@ def code(number: int) -> str:
 
 
 def prompt_text(count: int, first: int = 0) -> str:
-    spans = " ".join(f"{MEMORY_START}{code(first + n)}{MEMORY_END}" for n in range(count))
+    spans = " ".join(wrap(code(first + n)) for n in range(count))
     return f"Prompt {first}: what is this? {spans} One word."
 
 
@@ -56,8 +58,8 @@ def test_answers_are_the_local_decoders(gateway: str, default_compressor: Compre
 
 
 def test_a_second_request_costs_no_encoding_and_hits_the_backends_prefix_cache(gateway: str) -> None:
-    long = f"{MEMORY_START}{''.join(code(n) for n in range(120))}{MEMORY_END} What is this?"
-    body = {"model": "tiny", "max_tokens": 1, "messages": [{"role": "user", "content": long}]}
+    long = wrap("".join(code(n) for n in range(120))) + " What is this?"
+    body = chat_body(long, model="tiny", max_tokens=1)
     first, second = (httpx.post(f"{gateway}/v1/chat/completions", json=body, timeout=300).json() for _ in range(2))
     assert first["code_llava"]["cached_tokens"] == 0
     assert second["code_llava"]["cached_tokens"] == second["code_llava"]["memory_tokens"]
@@ -99,8 +101,8 @@ def test_a_minute_of_a_hundred_clients_each_with_its_own_secret(
 def test_a_server_that_is_killed_in_a_stream_and_started_again(
     default_checkpoint: Path, default_compressor: Compressor, decoder: Any, tmp_path: Path
 ) -> None:
-    port = vllm_server.free_port()
-    body: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": prompt_text(1, first=7)}]}
+    port = free_port()
+    body = chat_body(prompt_text(1, first=7), model="tiny")
     long = {**body, "stream": True, "max_tokens": 2000, "ignore_eos": True}
     with (
         gateway_server.running(default_compressor, f"http://127.0.0.1:{port}") as url,
@@ -108,7 +110,7 @@ def test_a_server_that_is_killed_in_a_stream_and_started_again(
     ):
         with (
             vllm_server.started(default_checkpoint / "llm", tmp_path / "first.log", port) as process,
-            client.stream("POST", "/v1/chat/completions", json=long) as answer,
+            client.stream("POST", CHAT, json=long) as answer,
         ):
             lines = answer.iter_lines()
             seen = [next(lines) for _ in range(20)]
@@ -117,12 +119,12 @@ def test_a_server_that_is_killed_in_a_stream_and_started_again(
         events = [line[6:] for line in seen if line.startswith("data: ")]
         assert events[-1] != "[DONE]"
         assert "error" in json.loads(events[-1])
-        refused = client.post("/v1/chat/completions", json=body)
+        refused = client.post(CHAT, json=body)
         assert refused.status_code == 502
         assert "not running" in refused.text or "cannot be reached" in refused.text, refused.text
         with vllm_server.started(default_checkpoint / "llm", tmp_path / "second.log", port):
             fields = {"max_tokens": NEW_TOKENS, "temperature": 0}
-            again = client.post("/v1/chat/completions", json={**body, **fields}).json()
+            again = client.post(CHAT, json={**body, **fields}).json()
     assert again["code_llava"]["cached_tokens"] == again["code_llava"]["memory_tokens"]
     expected = local_answer(decoder, default_compressor, default_compressor.parse_chat(body["messages"]), NEW_TOKENS)
     assert again["choices"][0]["message"]["content"] == expected

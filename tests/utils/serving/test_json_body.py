@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("fastapi")
 pytest.importorskip("orjson")
 
 from utils.serving.api_error import ApiError, shown

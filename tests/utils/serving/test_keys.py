@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import pytest
 
-from tests.support import fake_server, gateway_server, local_gateway
+from tests.support import fake_server, gateway_server, local_gateway, prompts
 from tests.support.fake_server import FakeServer
+from tests.support.prompts import CHAT, COMPLETIONS
+from utils.compress.compressor import Compressor
 from utils.errors import ConfigError
-from utils.inference.compressor import Compressor
-from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.model.markers import wrap
 from utils.serving.settings import GatewaySettings, read_keys
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 KEYS = ("alice's", "bob's", "é")
 
-
-def marked(text: str) -> str:
-    return MEMORY_START + text + MEMORY_END
+chat_body = functools.partial(prompts.chat_body, max_tokens=1)
 
 
-def chat_body(content: str, **fields: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": content}], "max_tokens": 1, **fields}
-
-
-@pytest.fixture
-def clients(compressor: Compressor, backend: FakeServer) -> Iterator[list[httpx.Client]]:
+@pytest.fixture(scope="module")
+def clients(compressor: Compressor, server: FakeServer) -> Iterator[list[httpx.Client]]:
     """One client a key."""
-    with gateway_server.running(compressor, backend.url, api_keys=KEYS) as url:
+    with gateway_server.running(compressor, server.url, api_keys=KEYS) as url:
         made = [client(url, key) for key in KEYS]
         yield made
         for each in made:
@@ -45,7 +39,7 @@ def client(url: str, key: str) -> httpx.Client:
 
 
 def cached_tokens(who: httpx.Client, text: str) -> int:
-    return int(who.post(CHAT, json=chat_body(marked(text))).raise_for_status().json()["code_llava"]["cached_tokens"])
+    return int(who.post(CHAT, json=chat_body(wrap(text))).raise_for_status().json()["code_llava"]["cached_tokens"])
 
 
 def test_every_key_enters_and_no_other(clients: list[httpx.Client]) -> None:
@@ -64,8 +58,8 @@ def test_memories_are_their_owners(clients: list[httpx.Client]) -> None:
     unknown = "mem-" + "0" * 32
     assert bob.get("/v1/memories").json()["data"] == []
     for ask in (
-        lambda memory: bob.post(CHAT, json=chat_body(marked("@" + memory))),
-        lambda memory: bob.post(COMPLETIONS, json={"prompt": marked("@" + memory)}),
+        lambda memory: bob.post(CHAT, json=chat_body(wrap("@" + memory))),
+        lambda memory: bob.post(COMPLETIONS, json={"prompt": wrap("@" + memory)}),
         lambda memory: bob.delete(f"/v1/memories/{memory}"),
     ):
         foreign, missing = ask(name), ask(unknown)
@@ -73,7 +67,7 @@ def test_memories_are_their_owners(clients: list[httpx.Client]) -> None:
         assert foreign.text.replace(name, unknown) == missing.text
     (summary,) = alice.get("/v1/memories").json()["data"]
     assert summary["expires"] > summary["created"]
-    assert alice.post(CHAT, json=chat_body(marked("@" + name))).status_code == 200
+    assert alice.post(CHAT, json=chat_body(wrap("@" + name))).status_code == 200
     assert alice.delete(f"/v1/memories/{name}").status_code == 200
 
 
@@ -84,12 +78,12 @@ def test_cached_tokens_tell_only_what_the_same_key_sent(clients: list[httpx.Clie
     assert cached_tokens(bob, secret) == 0
     assert cached_tokens(alice, secret) == cached_tokens(bob, secret) == len(secret)
     shared = "what the operator has encoded\n" * 9
-    compressor.encode_spans(compressor.parse_raw(marked(shared)).spans)
+    compressor.encode_spans(compressor.parse_raw(wrap(shared)).spans)
     assert cached_tokens(bob, shared) == len(shared)
 
 
 def test_salts_keep_the_servers_prefix_cache_apart(clients: list[httpx.Client], backend: FakeServer) -> None:
-    bodies = [chat_body(text, **salt) for text in ("plain", marked("x")) for salt in ({}, {"cache_salt": "mine"})]
+    bodies = [chat_body(text, **salt) for text in ("plain", wrap("x")) for salt in ({}, {"cache_salt": "mine"})]
     for each in (*clients[:2], clients[0]):
         for body in bodies:
             assert each.post(CHAT, json=body).status_code == 200
@@ -122,7 +116,7 @@ def test_without_keys_bodies_pass_byte_for_byte(compressor: Compressor, backend:
 
 def test_the_local_backend_has_no_use_for_salts(compressor: Compressor) -> None:
     with local_gateway.running(compressor, api_keys=KEYS) as url, client(url, KEYS[1]) as bob:
-        assert bob.post(CHAT, json=chat_body(marked("x"), cache_salt="mine")).status_code == 200
+        assert bob.post(CHAT, json=chat_body(wrap("x"), cache_salt="mine")).status_code == 200
 
 
 def test_reading_keys() -> None:

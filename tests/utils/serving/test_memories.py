@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+pytest.importorskip("fastapi")
+pytest.importorskip("orjson")
+
 from utils.serving.api_error import ApiError
 from utils.serving.memories import MemoryStore
 

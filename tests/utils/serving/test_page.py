@@ -10,19 +10,12 @@ import httpx
 import pytest
 
 from tests.support import chromium, fake_server, gateway_server, local_gateway
-from utils.inference.compressor import Compressor
-from utils.inference.latent_cache import LatentCache
-from utils.serving.page import PAGE_FILES
+from tests.support.prompts import CODE
+from utils.compress.compressor import Compressor
+from utils.serving.app import PAGE_FILES
 
-CODE = "def area(width, height):\n    return width * height\n"
 DONE = "document.querySelector('#status').innerText == 'Done.'"
 KEY = "front door"
-
-
-@pytest.fixture(scope="module")
-def compressor(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compressor]:
-    with LatentCache.open(tmp_path_factory.mktemp("cache")) as cache:
-        yield Compressor.load(checkpoints["lclm"], device="cpu", cache=cache)
 
 
 @pytest.fixture(scope="module")

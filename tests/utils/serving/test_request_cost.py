@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 import time
@@ -13,27 +14,22 @@ import httpx
 import orjson
 import pytest
 
-from tests.support import fake_server, gateway_server, local_gateway
+from tests.support import fake_server, gateway_server, local_gateway, prompts
 from tests.support.fake_server import FakeServer
+from tests.support.prompts import CHAT, COMPLETIONS
 from tests.support.tiny import MAX_POSITIONS
-from utils.inference.compressor import Compressor
-from utils.model.markers import MEMORY, MEMORY_END, MEMORY_START
+from utils.checkpoint.settings import ON_CPU
+from utils.compress.compressor import Compressor
+from utils.model.markers import MEMORY, MEMORY_START, wrap
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 CHUNK = 4
 
-
-def marked(text: str) -> str:
-    return MEMORY_START + text + MEMORY_END
-
-
-def chat_body(content: Any, **fields: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": content}], "max_tokens": 1, **fields}
+chat_body = functools.partial(prompts.chat_body, max_tokens=1)
 
 
 @pytest.fixture(scope="module")
 def compressor(checkpoints: dict[str, Path]) -> Compressor:
-    return Compressor.load(checkpoints["lclm"], device="cpu")
+    return Compressor.load(checkpoints["lclm"], settings=ON_CPU)
 
 
 class Counting:
@@ -82,15 +78,15 @@ def gateway(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
 
 LONG = "x" * (MAX_POSITIONS * CHUNK + 1)
 TOO_LONG = {
-    "one span": (COMPLETIONS, {"prompt": marked(LONG)}),
-    "one span of a chat": (CHAT, chat_body(marked(LONG))),
-    "many small spans": (CHAT, chat_body(marked("x") * 300)),
-    "small spans in many messages": (CHAT, {"messages": [{"role": "user", "content": marked("x" * 40)}] * 60}),
-    "text around a span": (COMPLETIONS, {"prompt": marked("x") + "y" * MAX_POSITIONS}),
-    "one prompt of several": (COMPLETIONS, {"prompt": ["a", marked(LONG), "b"]}),
-    "several prompts together": (COMPLETIONS, {"prompt": [marked("x" * 1000)] * 20}),
-    "a long list of prompts": (COMPLETIONS, {"prompt": ["a"] * (4 * MAX_POSITIONS) + [marked("x")]}),
-    "a span of megabytes": (CHAT, chat_body(marked("x" * 4_000_000))),
+    "one span": (COMPLETIONS, {"prompt": wrap(LONG)}),
+    "one span of a chat": (CHAT, chat_body(wrap(LONG))),
+    "many small spans": (CHAT, chat_body(wrap("x") * 300)),
+    "small spans in many messages": (CHAT, {"messages": [{"role": "user", "content": wrap("x" * 40)}] * 60}),
+    "text around a span": (COMPLETIONS, {"prompt": wrap("x") + "y" * MAX_POSITIONS}),
+    "one prompt of several": (COMPLETIONS, {"prompt": ["a", wrap(LONG), "b"]}),
+    "several prompts together": (COMPLETIONS, {"prompt": [wrap("x" * 1000)] * 20}),
+    "a long list of prompts": (COMPLETIONS, {"prompt": ["a"] * (4 * MAX_POSITIONS) + [wrap("x")]}),
+    "a span of megabytes": (CHAT, chat_body(wrap("x" * 4_000_000))),
 }
 TOO_LONG_LOCALLY = {
     "text": (COMPLETIONS, {"prompt": "y" * (MAX_POSITIONS + 1)}),
@@ -99,7 +95,7 @@ TOO_LONG_LOCALLY = {
     "token ids in a list": (COMPLETIONS, {"prompt": [[1] * (MAX_POSITIONS + 1)]}),
     "a chat": (CHAT, chat_body("y" * MAX_POSITIONS)),
     "a chat's parts": (CHAT, chat_body([{"type": "text", "text": "y"}] * MAX_POSITIONS)),
-    "a chat's text around a span": (CHAT, chat_body(marked("x") + "y" * MAX_POSITIONS)),
+    "a chat's text around a span": (CHAT, chat_body(wrap("x") + "y" * MAX_POSITIONS)),
     "many messages": (CHAT, {"messages": [{"role": "user", "content": ""}] * 20_000}),
 }
 
@@ -134,19 +130,19 @@ def test_a_vllm_server_judges_text_and_ids_itself(vllm: str) -> None:
 def test_the_longest_prompt_goes_through(local: str) -> None:
     # Start, latents, end; and one new token.
     text = "x" * ((MAX_POSITIONS - 3) * CHUNK)
-    assert httpx.post(local + COMPLETIONS, json={"prompt": marked(text), "max_tokens": 1}).status_code == 200
+    assert httpx.post(local + COMPLETIONS, json={"prompt": wrap(text), "max_tokens": 1}).status_code == 200
 
 
 def test_references_cost_no_more_than_one(gateway: httpx.Client, counting: Counting) -> None:
     text = "".join(f"value_{i} = {i}\n" for i in range(100))
     name = gateway.post("/v1/memories", json={"text": text}).json()["id"]
     one = len(text) // CHUNK + 3
-    assert_refused(gateway, counting, COMPLETIONS, {"prompt": marked("@" + name) * 512}, MAX_POSITIONS)
+    assert_refused(gateway, counting, COMPLETIONS, {"prompt": wrap("@" + name) * 512}, MAX_POSITIONS)
     assert MAX_POSITIONS // one >= 1
-    assert gateway.post(COMPLETIONS, json={"prompt": marked("@" + name), "max_tokens": 1}).status_code == 200
+    assert gateway.post(COMPLETIONS, json={"prompt": wrap("@" + name), "max_tokens": 1}).status_code == 200
     huge = gateway.post("/v1/memories", json={"text": "y" * 2_000_000}).json()["id"]
     for _ in range(2):
-        assert_refused(gateway, counting, CHAT, chat_body(marked("@" + huge)), MAX_POSITIONS)
+        assert_refused(gateway, counting, CHAT, chat_body(wrap("@" + huge)), MAX_POSITIONS)
 
 
 def test_bytes_of_references_count(compressor: Compressor, backend: FakeServer) -> None:
@@ -155,14 +151,15 @@ def test_bytes_of_references_count(compressor: Compressor, backend: FakeServer) 
         httpx.Client(base_url=url) as gateway,
     ):
         name = gateway.post("/v1/memories", json={"text": " " * 5000 + "x"}).json()["id"]
-        got = gateway.post(CHAT, json=chat_body(marked("@" + name) * 3))
+        got = gateway.post(CHAT, json=chat_body(wrap("@" + name) * 3))
         assert got.status_code == 413
         assert "10000" in got.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_others_do_not_wait_for_long_bodies(gateway: httpx.Client) -> None:
-    parts = [{"type": "text", "text": "y" * 28}] * 60_000 + [{"type": "text", "text": marked("x")}]
-    bodies = [chat_body(parts), chat_body("<" * 20_000_000 + marked("x" * LONG.count("x")))]
+    parts = [{"type": "text", "text": "y" * 28}] * 60_000 + [{"type": "text", "text": wrap("x")}]
+    bodies = [chat_body(parts), chat_body("<" * 20_000_000 + wrap("x" * LONG.count("x")))]
     # A body that the others wait for holds them up in every try; other programs on a busy machine do not.
     longest = [longest_wait(gateway, bodies)]
     while longest[-1] >= 1 and len(longest) < 5:
@@ -197,8 +194,8 @@ def longest_wait(gateway: httpx.Client, bodies: list[Any]) -> float:
 ODD: list[Any] = [
     None, True, 0, -1, 5, 1.5, 1e308, -(1 << 63), (1 << 64) - 1, "", "x", "\u0000", "é\U0001f642", [], {}, [[]], [None],
     ["x"], [1], [True], [1.5], [{}], {"a": 1}, {"type": "text"}, [{"type": "text", "text": 5}], [{"type": []}],
-    [{"type": "text", "text": marked("x")}, {"type": "text", "text": None}], [{"type": "image_url", "image_url": 3}],
-    marked("x"), marked("@mem-" + "0" * 32), MEMORY_START, MEMORY, [marked("x"), [1]], [marked("x"), "y"], [[65, 66]],
+    [{"type": "text", "text": wrap("x")}, {"type": "text", "text": None}], [{"type": "image_url", "image_url": 3}],
+    wrap("x"), wrap("@mem-" + "0" * 32), MEMORY_START, MEMORY, [wrap("x"), [1]], [wrap("x"), "y"], [[65, 66]],
     [[99999]], [-1], {"chunk_size": 4}, {"chunk_size": []}, {"include_usage": True}, "x" * 2000, ["a", "b"],
     orjson.loads("[" * 120 + "]" * 120),
 ]  # fmt: skip
@@ -209,12 +206,12 @@ FIELDS = [
 
 
 def odd_body(draw: random.Random, chat: bool) -> bytes:
-    content = draw.choice(["y", marked("x"), [{"type": "text", "text": marked("x")}], *ODD])
+    content = draw.choice(["y", wrap("x"), [{"type": "text", "text": wrap("x")}], *ODD])
     message: Any = {"role": draw.choice(["user", *ODD]), "content": content}
     message |= {draw.choice(["name", "tool_calls", "x"]): draw.choice(ODD)} if draw.random() < 0.3 else {}
     body = chat_body(content) if draw.random() < 0.5 else {"messages": [message], "max_tokens": 1}
     if not chat:
-        body = {"prompt": draw.choice(["y", marked("x"), *ODD]), "max_tokens": 1}
+        body = {"prompt": draw.choice(["y", wrap("x"), *ODD]), "max_tokens": 1}
     for _ in range(draw.randrange(3)):
         body[draw.choice(FIELDS)] = draw.choice(ODD)
     raw = orjson.dumps(body)
@@ -228,24 +225,26 @@ def odd_body(draw: random.Random, chat: bool) -> bytes:
     return raw
 
 
+@pytest.mark.parametrize("count", [30, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("chat", [True, False])
-def test_no_body_makes_a_500(gateway: httpx.Client, chat: bool) -> None:
+def test_no_body_makes_a_500(gateway: httpx.Client, chat: bool, count: int) -> None:
     draw = random.Random(f"shapes {chat}")
     statuses = set()
-    for _ in range(60):
+    for _ in range(count):
         raw = odd_body(draw, chat)
         got = gateway.post(CHAT if chat else COMPLETIONS, content=raw, headers={"Content-Type": "application/json"})
         assert got.status_code < 500, (raw[:300], got.text)
         if got.status_code != 200:
             assert len(got.json()["error"]["message"]) < 1000
         statuses.add(got.status_code)
-    assert {200, 400} <= statuses
+    # A few bodies may all be bad ones.
+    assert statuses >= ({200, 400} if count == 100 else {400})
 
 
 @pytest.mark.parametrize("depth", [100, 300, 1000, 10_000])
 @pytest.mark.parametrize("name", ["user", "code_llava", "stop", "metadata"])
 def test_deep_fields(gateway: httpx.Client, depth: int, name: str) -> None:
-    raw = f'{{"{name}":{"[" * depth}{"]" * depth},"prompt":"a {marked("x")}","max_tokens":1}}'.encode()
+    raw = f'{{"{name}":{"[" * depth}{"]" * depth},"prompt":"a {wrap("x")}","max_tokens":1}}'.encode()
     got = gateway.post(COMPLETIONS, content=raw, headers={"Content-Type": "application/json"})
     assert got.status_code == 400 if depth > 128 or name == "code_llava" else got.status_code < 500
     if got.status_code == 400:
@@ -254,7 +253,7 @@ def test_deep_fields(gateway: httpx.Client, depth: int, name: str) -> None:
 
 @pytest.mark.parametrize("text", [5, None, ["a"], {}])
 def test_a_text_that_is_none_is_named(gateway: httpx.Client, text: Any) -> None:
-    got = gateway.post(CHAT, json=chat_body([{"type": "text", "text": text}, {"type": "text", "text": marked("x")}]))
+    got = gateway.post(CHAT, json=chat_body([{"type": "text", "text": text}, {"type": "text", "text": wrap("x")}]))
     assert got.status_code == 400
     assert "message 0, part 0: the field text" in got.json()["error"]["message"]
 
@@ -287,7 +286,7 @@ def test_the_smallest_temperature_is_greedy(local: str) -> None:
 @pytest.mark.parametrize("content", [b"[1]", b"{", b"", b'"x"', b'{"a":' + b"[" * 300 + b"]" * 300 + b"}"])
 def test_an_answer_that_cannot_be_read_is_the_backends_fault(vllm: str, backend: FakeServer, content: bytes) -> None:
     backend.script = [lambda handler: handler.reply(200, content)]
-    got = httpx.post(vllm + CHAT, json=chat_body(marked("x")))
+    got = httpx.post(vllm + CHAT, json=chat_body(wrap("x")))
     assert got.status_code == 502
     assert got.json()["error"]["type"] == "server_error"
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from tests.support.vllm_server import free_port
+from tests.support.processes import free_port, start_python, wait_until
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -53,17 +52,8 @@ class Running:
 
     def __init__(self) -> None:
         self.address = ("127.0.0.1", free_port())
-        command = [sys.executable, "-c", PROCESS, str(self.address[1])]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                self.send("").close()
-                return
-            except OSError:
-                assert time.monotonic() < deadline
-                assert self.process.poll() is None
-                time.sleep(0.05)
+        self.process = start_python("-c", PROCESS, self.address[1])
+        wait_until(lambda: self.send("").close() is None, self.process)
 
     def send(self, text: str) -> socket.socket:
         client = socket.create_connection(self.address, timeout=20)
@@ -110,7 +100,14 @@ def test_a_running_answer_ends_whole(running: Running) -> None:
     assert running.process.returncode == 0
 
 
-@pytest.mark.parametrize("path", ["/stream?pieces=900", "/thread", "/thread?left"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/stream?pieces=900",
+        pytest.param("/thread", marks=pytest.mark.slow),
+        pytest.param("/thread?left", marks=pytest.mark.slow),
+    ],
+)
 def test_a_long_answer_is_cut_and_a_thread_that_hangs_is_left(running: Running, path: str) -> None:
     with running.send(f"GET {path}{HEAD}"):
         time.sleep(0.3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,17 +11,12 @@ import pytest
 
 from tests.support import fake_server, gateway_server
 from tests.support.fake_server import FakeServer, Handler, refuse
-from utils.inference.compressor import Compressor
+from utils.compress.compressor import Compressor
 
 COMPLETIONS = "/v1/completions"
 PLAIN = {"model": "tiny", "prompt": "a"}
 MARKED = {"model": "tiny", "prompt": "a <|memory_start|>b<|memory_end|>"}
 MAX_ANSWER_BYTES = 100_000
-
-
-@pytest.fixture(scope="module")
-def compressor(checkpoints: dict[str, Path]) -> Compressor:
-    return Compressor.load(checkpoints["lclm"], device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from utils.training.config import TrainConfig, parse_config
+from utils.training.config import DataConfig, TrainConfig, parse_config
 from utils.training.data.build import build_examples
-from utils.training.data.excerpts import SizeRange
 
 TASKS = {"copy_symbols": 60, "find_symbol": 60}
 
@@ -19,8 +18,8 @@ TASKS = {"copy_symbols": 60, "find_symbol": 60}
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """JSONL files of the toy tasks."""
     folder = tmp_path_factory.mktemp("toy_data")
-    size = SizeRange(shortest=4, longest=12, chars_per_token=1)
-    build_examples(folder, TASKS, size=size, source="symbols")
+    data = DataConfig(folder=str(folder), tasks=TASKS, memory_tokens=(4, 12), chars_per_token=1, source="symbols")
+    build_examples(data)
     return folder
 
 

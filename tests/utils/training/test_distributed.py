@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.support.processes import run_python
 from utils.errors import ConfigError
-from utils.files import PROJECT_ROOT, read_jsonl
+from utils.files import read_jsonl
 from utils.training.checkpoints import newest_checkpoint
 from utils.training.config import parse_config
-from utils.training.loop import Trainer, _check_shares
-from utils.training.sharding import shard
+from utils.training.loop import Trainer
+from utils.training.sharding import check_shares, shard
 
 Values = Callable[..., dict[str, Any]]
 LAUNCHER = "utils/training/configs/accelerate_{}.yaml"
@@ -41,7 +40,7 @@ def launch(kind: str, values: dict[str, Any], *more: str) -> Path:
     output = Path(values["output"])
     path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", LAUNCHER.format(kind)]
+    command = ["-m", "accelerate.commands.launch", "--config_file", LAUNCHER.format(kind)]
     # Any free port: several launches may run on this machine.
     command += [
         "--main_process_port",
@@ -54,8 +53,7 @@ def launch(kind: str, values: dict[str, Any], *more: str) -> Path:
         "cpu",
         *more,
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, check=False)
+    ended = run_python(*command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ended.returncode == 0, ended.stderr[-4000:]
     assert ended.stdout.startswith("done: ")
     assert ended.stdout.count("done") == 1
@@ -124,4 +122,4 @@ def test_deepspeed_is_refused(run_values: Values, monkeypatch: pytest.MonkeyPatc
 
 def test_rows_must_be_shared_evenly(run_values: Values) -> None:
     with pytest.raises(ConfigError, match=r"stages\[0\].rows is 1, which 2 processes cannot share evenly"):
-        _check_shares(parse_config(run_values()), 2)
+        check_shares(parse_config(run_values()), 2)

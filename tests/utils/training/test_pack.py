@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from utils.checkpoint.default.build import merge_into_checkpoint
+from utils.checkpoint.default.trained_part import TrainedPart
+from utils.checkpoint.save import save_checkpoint
 from utils.errors import CheckpointError, ConfigError, DatasetError
 from utils.files import PROJECT_ROOT
 from utils.inference.inference import load_model
-from utils.inference.saving import save_checkpoint
-from utils.inference.trained_part import TrainedPart, merge_into_checkpoint
-from utils.training import pack
+from utils.training import export
 from utils.training.config import TrainConfig, load_config
-from utils.training.export import export_pair
+from utils.training.export import export_pair, pack_run
 from utils.training.loop import Trainer
-from utils.training.pairs import load_pair
+from utils.training.pairs import starting_pair
 from utils.training.parts import lora_scales
 
 Config = Callable[..., TrainConfig]
@@ -34,14 +35,14 @@ def test_packed_and_merged_is_the_exported_pair(
         for parameter in trainer.trained.values():
             # Values that bfloat16 holds exactly, large enough to matter.
             parameter.add_(0.01 * torch.randn_like(parameter)).copy_(parameter.bfloat16())
-    trainer._save(None)
-    monkeypatch.setattr(pack, "MAX_FILE_BYTES", 200_000)
-    manifest = pack.pack_run(config, tmp_path / "trained", card="# card\n")
+    trainer.save(None)
+    monkeypatch.setattr(export, "MAX_FILE_BYTES", 200_000)
+    manifest = pack_run(config, tmp_path / "trained", card="# card\n")
     assert len(manifest["files"]) > 1
     assert max(path.stat().st_size for path in (tmp_path / "trained").iterdir()) <= 200_000
 
     folder = tmp_path / "assembled"
-    save_checkpoint(folder, *load_pair(config.pair, config.seed))
+    save_checkpoint(folder, *starting_pair(config.pair, config.seed))
     merge_into_checkpoint(folder, TrainedPart.open(tmp_path / "trained"))
     assert (folder / "README.md").read_text() == "# card\n"
     merged, _, _ = load_model(folder, device="cpu")
@@ -55,13 +56,13 @@ def test_packed_and_merged_is_the_exported_pair(
 def test_a_damaged_part_is_refused(run_config: Config, tmp_path: Path) -> None:
     config = run_config()
     Trainer(config, device="cpu").run(last_stage=0)
-    pack.pack_run(config, tmp_path / "trained")
+    pack_run(config, tmp_path / "trained")
     (tmp_path / "trained" / "part-00.safetensors").write_bytes(b"")
     (tmp_path / "trained" / "notes.txt").touch()
     with pytest.raises(OSError, match=r"notes\.txt"):  # `--target ~`
-        pack.pack_run(config, tmp_path / "trained")
+        pack_run(config, tmp_path / "trained")
     with pytest.raises(CheckpointError, match="missing or damaged"):
-        TrainedPart.open(tmp_path / "trained")
+        TrainedPart.open(tmp_path / "trained").tensors()
 
 
 def test_a_part_too_large_for_a_repository_is_refused(
@@ -69,16 +70,16 @@ def test_a_part_too_large_for_a_repository_is_refused(
 ) -> None:
     config = run_config()
     Trainer(config, device="cpu").run(last_stage=0)
-    monkeypatch.setattr(pack, "MAX_TOTAL_BYTES", 1000)
+    monkeypatch.setattr(export, "MAX_TOTAL_BYTES", 1000)
     with pytest.raises(CheckpointError, match="smaller LoRA rank"):
-        pack.pack_run(config, tmp_path / "trained")
+        pack_run(config, tmp_path / "trained")
 
 
 def _packed(run_config: Config, folder: Path) -> tuple[TrainConfig, TrainedPart]:
     """A finished run and its part."""
     config = run_config()
     Trainer(config, device="cpu").run()
-    pack.pack_run(config, folder)
+    pack_run(config, folder)
     return config, TrainedPart.open(folder)
 
 
@@ -97,7 +98,7 @@ def test_a_run_goes_on_from_a_packed_part(run_config: Config, tmp_path: Path) ->
     resumed.run()
     changed = [n for n, t in part.tensors().items() if not torch.equal(resumed.trained[n].bfloat16(), t)]
     assert any("lora_B" in name for name in changed)
-    manifest = pack.pack_run(further, tmp_path / "more")
+    manifest = pack_run(further, tmp_path / "more")
     assert manifest["run"]["global_step"] == config.total_steps
     before = manifest["run"]["started_from"]
     assert before["fingerprint"] == part.fingerprint
@@ -106,7 +107,7 @@ def test_a_run_goes_on_from_a_packed_part(run_config: Config, tmp_path: Path) ->
     assert before["config"]["pair"]["trained"] is None
 
     folder = tmp_path / "assembled"
-    save_checkpoint(folder, *load_pair(config.pair, config.seed))
+    save_checkpoint(folder, *starting_pair(config.pair, config.seed))
     merge_into_checkpoint(folder, TrainedPart.open(tmp_path / "more"))
     merged, _, _ = load_model(folder, device="cpu")
     exported, _, _ = load_model(export_pair(further), device="cpu")

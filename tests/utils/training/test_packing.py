@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.reference import next_token_losses
 from utils.errors import DatasetError
 from utils.files import read_jsonl
-from utils.model.processor import IGNORED_LABEL, Processor
+from utils.model.processor import Processor
 from utils.training.data.cache import TokenCache
-from utils.training.objective import TrainedPair, loss_units
+from utils.training.losses import TrainedPair, loss_units
 from utils.training.packing import Draw, ExampleStream, RowPacker, pack, packed_ahead, packed_length
 from utils.training.toy import build_toy_pair
 
+IGNORED_LABEL = -100
 SIZES = {1: 1.0, 2: 1.0, 4: 1.0}
 
 
@@ -49,9 +51,8 @@ def test_a_row_holds_each_example_as_the_processor_reads_it(caches: dict[str, To
     packed = pack([(Draw("copy_symbols", i, 4), cache[i]) for i in range(5)], tokenizers.markers)
     expected = []
     for row in rows:
-        prompt = processor.parse_chat(row["messages"], 4)
-        inputs = processor.collate([prompt], [row["target"]])
-        expected.append((inputs.prompts[0].input_ids, inputs.labels))
+        ids, target = processor.parse_chat(row["messages"], 4).input_ids, processor.target_ids(row["target"])
+        expected.append(([*ids, *target], [IGNORED_LABEL] * len(ids) + target))
     at, found = 0, []
     for length in packed.lengths:
         ids = packed.input_ids[at : at + length].tolist()
@@ -62,8 +63,7 @@ def test_a_row_holds_each_example_as_the_processor_reads_it(caches: dict[str, To
         found.append((ids, labels))
         assert packed.position_ids[at : at + length].tolist() == list(range(length))
         at += length
-    expected_pairs = [(ids, labels[0].tolist()) for ids, labels in expected if labels is not None]
-    assert sorted(found) == sorted(expected_pairs)
+    assert sorted(found) == sorted(expected)
 
 
 def test_labels_are_text_outside_spans_only(caches: dict[str, TokenCache]) -> None:
@@ -134,10 +134,11 @@ def test_the_packed_loss_is_the_model_s_own(toy_data: Path, caches: dict[str, To
     reference = copy.deepcopy(model)
     processor = Processor(tokenizers=tokenizers, chunk_size=2)
     row = next(iter(read_jsonl(toy_data / "copy_symbols.jsonl")))
-    inputs = processor.collate([processor.parse_chat(row["messages"], 2)], [row["target"]])
+    prompt = processor.parse_chat(row["messages"], 2)
     packed = pack([(Draw("copy_symbols", 0, 2), caches["copy_symbols"][0])], tokenizers.markers)
     mine = TrainedPair(model, tokenizers.markers)(packed) / packed.num_labels
-    torch.testing.assert_close(mine, reference(inputs).loss, rtol=1e-5, atol=1e-5)
+    expected = next_token_losses(reference, processor, prompt, row["target"]).mean()
+    torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_pieces_of_the_head_change_nothing(caches: dict[str, TokenCache]) -> None:

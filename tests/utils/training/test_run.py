@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,14 +15,15 @@ import yaml
 from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file
 
+from tests.support.processes import run_python, start_python, wait_until
 from utils.errors import CheckpointError, ConfigError
-from utils.files import PROJECT_ROOT, read_jsonl
+from utils.files import read_jsonl
 from utils.inference.inference import load_model
 from utils.training.checkpoints import newest_checkpoint
 from utils.training.config import TrainConfig
 from utils.training.export import export_pair
 from utils.training.loop import Trainer
-from utils.training.objective import TrainedPair
+from utils.training.losses import TrainedPair
 from utils.training.packing import PackedRow
 from utils.training.train import main
 
@@ -34,9 +32,7 @@ Config = Callable[..., TrainConfig]
 
 
 def start(path: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "utils.training.train", "--config", str(path), "--device", "cpu", *flags]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=PROJECT_ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
+    return start_python("-m", "utils.training.train", "--config", path, "--device", "cpu", *flags)
 
 
 def write_config(path: Path, values: dict[str, Any]) -> Path:
@@ -46,10 +42,7 @@ def write_config(path: Path, values: dict[str, Any]) -> Path:
 
 def wait_for_step(output: Path, step: int, process: subprocess.Popen[str]) -> None:
     metrics = output / "metrics.jsonl"
-    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= step):
-        if process.poll() is not None:
-            pytest.fail(f"the run ended before step {step}: {process.communicate()[1]}")
-        time.sleep(0.02)
+    wait_until(lambda: len(metrics.read_text().splitlines()) >= step, process, 600)
 
 
 def state_of(output: Path) -> tuple[int, dict[str, torch.Tensor]]:
@@ -128,7 +121,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(run_values: Values, tmp_path: Pa
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
         f"from utils.training.train import main; sys.exit(main(['--config', {str(path)!r}, '--device', 'cpu']))"
     )
-    ended = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
+    ended = run_python("-c", code)
     assert ended.returncode == 1
     assert "could not be written" in ended.stderr
     assert "the last whole checkpoint is step_00000002" in ended.stderr
@@ -195,12 +188,12 @@ def test_a_tracker_that_is_not_there_is_an_error(run_config: Config) -> None:
 
 
 def test_training_that_diverges_ends_with_advice(run_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.training.loop._MAX_SKIPPED_IN_A_ROW", 2)
     monkeypatch.setattr(
         TrainedPair, "forward", lambda self, row, *kinds: next(self.memory_encoder.adapter.parameters()).sum() / 0
     )
+    stage = {"preset": "align", "steps": 100, "row_tokens": 128}
     with pytest.raises(ConfigError, match="lower the learning rates"):
-        Trainer(run_config(), device="cpu").run()
+        Trainer(run_config(stages=[stage]), device="cpu").run()
 
 
 @pytest.mark.slow
@@ -251,7 +244,7 @@ def test_the_exported_pair_computes_what_was_trained(run_config: Config, tmp_pat
     for name, parameter in trainer.trained.items():
         if "lora_B" in name or "delta" in name:
             torch.nn.init.normal_(parameter.data, std=0.05)
-    trainer._save(None)
+    trainer.save(None)
     row = trainer.packer(1).next_row()
     with torch.no_grad():
         expected = trainer.pair(row)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from utils.files import PROJECT_ROOT, read_jsonl
-from utils.training import evaluate, train
+from utils.training import train
 from utils.training.config import TrainConfig
+from utils.training.evaluate import __main__ as evaluate
 from utils.training.loop import Trainer
 
 TOY = PROJECT_ROOT / "utils/training/configs/toy.yaml"

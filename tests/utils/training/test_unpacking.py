@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from utils.model.markers import MEMORY_END, MEMORY_START
+from utils.model.markers import wrap
 from utils.model.processor import Processor
 from utils.model.prompt import MemorySpan
 from utils.training.toy import build_toy_pair
@@ -63,7 +63,7 @@ def test_a_row_without_short_chunks_still_reaches_every_parameter() -> None:
 def test_latents_learn_the_order_in_their_chunks() -> None:
     model, tokenizers = build_toy_pair()
     processor = Processor(tokenizers=tokenizers, chunk_size=2)
-    text = f"{MEMORY_START}abbaabcddcbabcacbd{MEMORY_END}"
+    text = wrap("abbaabcddcbabcacbd")
     spans = processor.parse_raw(text, 2).spans
     table = model.memory_encoder.chunker.encoder.get_input_embeddings().weight
     unpacker = Unpacker(model.decoder.config.hidden_size, table.shape[1])

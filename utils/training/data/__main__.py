@@ -5,15 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from utils.cli import EXIT_OK, make_parser, print_json, run_command
-from utils.errors import ConfigError
-
-if TYPE_CHECKING:
-    from utils.model.code_llava_model import CodeLLaVAModel
-    from utils.model.processor import Processor
-    from utils.training.config import PairConfig
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,89 +56,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    report = {"build": _build, "tokenize": _tokenize, "config": _config}[args.command](args)
+    from utils.training.data import commands
+
+    report = getattr(commands, args.command)(args)
     if args.json:
         print_json(report)
     else:
         sys.stdout.write(_describe(report))
     return EXIT_OK
-
-
-def _build(args: argparse.Namespace) -> dict[str, Any]:
-    from utils.training.data.build import build_examples
-    from utils.training.data.excerpts import SizeRange
-    from utils.training.data.tasks import CHAT
-
-    try:
-        tasks = _numbers(args.tasks)
-        weights = _numbers(args.package_weights) if args.package_weights is not None else {}
-        shortest, longest = (int(part) for part in args.memory_tokens.split("-"))
-    except ValueError:
-        raise ConfigError(
-            f"--tasks {args.tasks}, --package-weights {args.package_weights}, --memory-tokens {args.memory_tokens}: "
-            "expected lookup=1000,needle=500, python=8 and 64-256"
-        ) from None
-    size = SizeRange(shortest=shortest, longest=longest, chars_per_token=args.chars_per_token)
-    if not 0 <= args.question_first <= 1:
-        raise ConfigError(f"--question-first: expected a number from 0 to 1, got {args.question_first}")
-    return build_examples(
-        args.output,
-        tasks,
-        size=size,
-        source=args.source,
-        seed=args.seed,
-        max_files=args.max_files,
-        package_weights=weights,
-        question_first=args.question_first,
-        answers=_answers(tasks, args) if CHAT in tasks else {},
-    )
-
-
-def _numbers(text: str) -> dict[str, int]:
-    """`name=number,name=number` as a dictionary; ValueError unless all are numbers of at least 1."""
-    numbers = {name: int(number) for name, number in (part.split("=") for part in text.split(","))}
-    if min(numbers.values()) < 1:
-        raise ValueError(text)
-    return numbers
-
-
-def _answers(tasks: dict[str, int], args: argparse.Namespace) -> dict[str, str]:
-    from utils.training.config import PairConfig
-    from utils.training.data.chat import replayed_answers
-    from utils.training.pairs import DEFAULT
-
-    return replayed_answers(tasks, args.seed, *_load(PairConfig(checkpoint=args.checkpoint or DEFAULT)))
-
-
-def _tokenize(args: argparse.Namespace) -> dict[str, Any]:
-    from utils.inference.checkpoint import find_checkpoint
-    from utils.inference.weights import load_tokenizers
-    from utils.model.processor import Processor
-    from utils.training.datasets import tokenize_folder
-
-    files = find_checkpoint(args.checkpoint)
-    processor = Processor(tokenizers=load_tokenizers(files), chunk_size=files.config.chunk_size)
-    caches = tokenize_folder(args.folder, processor)
-    if not caches:
-        raise ConfigError(f"{args.folder} has no JSONL files: build some first")
-    return {"tasks": {task: dict(cache.meta) for task, cache in caches.items()}}
-
-
-def _config(args: argparse.Namespace) -> dict[str, Any]:
-    from utils.training.config import load_config
-    from utils.training.datasets import open_caches
-
-    config = load_config(args.path)
-    caches = open_caches(config, *_load(config.pair, config.seed))
-    return {"tasks": {task: dict(cache.meta) for task, cache in caches.items()}}
-
-
-def _load(pair: PairConfig, seed: int = 0) -> tuple[CodeLLaVAModel, Processor]:
-    from utils.model.processor import Processor
-    from utils.training.pairs import load_pair
-
-    model, tokenizers = load_pair(pair, seed)
-    return model, Processor(tokenizers=tokenizers, chunk_size=model.config.chunk_size)
 
 
 def _describe(report: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ A folder holds three plain arrays and `meta.json`. Shape legend: n examples, s s
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,17 +19,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from utils.errors import DatasetError, PromptError, shown_name
+from utils.errors import ConfigError, DatasetError, PromptError, shown_name
 from utils.files import atomic_folder, read_json, sha256_bytes, sha256_file, write_json
 from utils.model.processor import Processor
-from utils.model.prompt import MemorySpan
+from utils.model.prompt import MemorySpan, parse_chat_prompt, parse_raw_prompt
+from utils.training.plain import from_plain
 
 _META, _DECODER, _ENCODER, _INDEX = "meta.json", "decoder.i32", "encoder.i32", "index.npz"
 _FILES = (_DECODER, _ENCODER, _INDEX)
-_COUNTS = ("examples", "memory_tokens", "decoder_tokens", "target_tokens")
 _VERSION = 3
-# A span as long as any: parsed with this chunk size it becomes one placeholder.
-ONE_PLACEHOLDER = 1 << 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +46,19 @@ class TokenizedExample:
     targets: tuple[tuple[int, int], ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Meta:
+    """`meta.json`: counts, what the cache was made from, and what its files must be."""
+
+    version: int
+    examples: int
+    memory_tokens: int
+    decoder_tokens: int
+    target_tokens: int
+    key: str
+    sha256: dict[str, str]
+
+
 class TokenCache:
     """A folder of tokenised examples; see the module's text."""
 
@@ -55,24 +67,22 @@ class TokenCache:
         self._decoder = _map(folder / _DECODER)
         self._encoder = _map(folder / _ENCODER)
         with np.load(folder / _INDEX) as index:
-            self._decoder_offsets = index["decoder_offsets"]  # [n + 1]
-            self._span_offsets = index["span_offsets"]  # [n + 1]
-            self._encoder_offsets = index["encoder_offsets"]  # [s + 1]
-            self._target_offsets = index["target_offsets"]  # [n + 1]
-            self._targets = index["targets"]  # [m, 2]
+            # Offsets of decoder ids [n + 1], spans [n + 1], encoder ids [s + 1], targets [n + 1]; targets [m, 2].
+            self._index = dict(index)
 
     def __len__(self) -> int:
-        return len(self._target_offsets) - 1
+        return len(self._index["target_offsets"]) - 1
 
     def __getitem__(self, number: int) -> TokenizedExample:
-        first, stop = self._decoder_offsets[number : number + 2]
-        spans = range(self._span_offsets[number], self._span_offsets[number + 1])
+        decoder, spans, targets = (
+            slice(*self._index[name][number : number + 2])
+            for name in ("decoder_offsets", "span_offsets", "target_offsets")
+        )
+        ends = self._index["encoder_offsets"]
         return TokenizedExample(
-            decoder_ids=self._decoder[first:stop],
-            spans=tuple(self._encoder[self._encoder_offsets[s] : self._encoder_offsets[s + 1]] for s in spans),
-            targets=tuple(
-                (int(a), int(b)) for a, b in self._targets[slice(*self._target_offsets[number : number + 2])]
-            ),
+            decoder_ids=self._decoder[decoder],
+            spans=tuple(self._encoder[ends[s] : ends[s + 1]] for s in range(spans.start, spans.stop)),
+            targets=tuple((int(a), int(b)) for a, b in self._index["targets"][targets]),
         )
 
     @classmethod
@@ -84,16 +94,13 @@ class TokenCache:
         """
         folder = Path(folder)
         meta = _read_meta(folder)
-        if meta.get("version") != _VERSION:
-            raise DatasetError(f"{folder}: a token cache of version {meta.get('version')}: {_anew(folder)}")
-        digests = meta.get("sha256")
-        if not isinstance(digests, dict) or not all(type(meta.get(name)) is int for name in _COUNTS):
-            raise DatasetError(f"{folder / _META} is damaged (its counts are none): {_anew(folder)}")
+        if meta is None:
+            raise DatasetError(f"{folder}: a token cache of another version: {_anew(folder)}")
         for name in _FILES:
             # Ids that are not the tokenizer's would be an error somewhere in a pass, or none at all.
-            if not (folder / name).is_file() or sha256_file(folder / name) != digests.get(name):
+            if not (folder / name).is_file() or sha256_file(folder / name) != meta.sha256.get(name):
                 raise DatasetError(f"{folder / name} is missing or damaged: {_anew(folder)}")
-        return cls(folder, meta)
+        return cls(folder, dataclasses.asdict(meta))
 
     @classmethod
     def build(
@@ -110,41 +117,37 @@ class TokenCache:
         Raises:
             DatasetError: A row of another shape, without a span, or with wrong markers; the message names it.
         """
-        decoder_offsets, span_offsets, encoder_offsets, target_offsets = [0], [0], [0], [0]
+        offsets: dict[str, list[int]] = {name: [0] for name in ("decoder", "span", "encoder", "target")}
         targets: list[tuple[int, int]] = []
-        with atomic_folder(folder, holds=(_DECODER, _ENCODER, _INDEX, _META)) as temporary:
+        with atomic_folder(folder, holds=(*_FILES, _META)) as temporary:
             with (temporary / _DECODER).open("wb") as decoder, (temporary / _ENCODER).open("wb") as encoder:
                 bar = tqdm(rows, desc=f"tokenising {shown_name(Path(source).name)}", unit="example", disable=None)
                 for number, row in enumerate(bar, start=1):
                     example = tokenize_row(row, processor, f"{source}, row {number}")
                     example.decoder_ids.tofile(decoder)
-                    decoder_offsets.append(decoder_offsets[-1] + len(example.decoder_ids))
+                    offsets["decoder"].append(offsets["decoder"][-1] + len(example.decoder_ids))
                     for span in example.spans:
                         span.tofile(encoder)
-                        encoder_offsets.append(encoder_offsets[-1] + len(span))
-                    span_offsets.append(len(encoder_offsets) - 1)
+                        offsets["encoder"].append(offsets["encoder"][-1] + len(span))
+                    offsets["span"].append(len(offsets["encoder"]) - 1)
                     targets += example.targets
-                    target_offsets.append(len(targets))
+                    offsets["target"].append(len(targets))
             if not targets:
                 raise DatasetError(f"{source}: no examples")
-            np.savez(
-                temporary / _INDEX,
-                decoder_offsets=np.array(decoder_offsets, dtype=np.int64),
-                span_offsets=np.array(span_offsets, dtype=np.int64),
-                encoder_offsets=np.array(encoder_offsets, dtype=np.int64),
-                target_offsets=np.array(target_offsets, dtype=np.int64),
-                targets=np.array(targets, dtype=np.int64),
-            )
-            meta = {
-                "version": _VERSION,
-                "examples": len(target_offsets) - 1,
-                "memory_tokens": encoder_offsets[-1],
-                "decoder_tokens": decoder_offsets[-1],
-                "target_tokens": sum(stop - start for start, stop in targets),
-                "key": cache_key(source, processor),
-                "sha256": {name: sha256_file(temporary / name) for name in _FILES},
+            index: dict[str, Any] = {
+                f"{name}_offsets": np.array(ends, dtype=np.int64) for name, ends in offsets.items()
             }
-            write_json(temporary / _META, meta)
+            np.savez(temporary / _INDEX, **index, targets=np.array(targets, dtype=np.int64))
+            meta = _Meta(
+                version=_VERSION,
+                examples=len(offsets["target"]) - 1,
+                memory_tokens=offsets["encoder"][-1],
+                decoder_tokens=offsets["decoder"][-1],
+                target_tokens=sum(stop - start for start, stop in targets),
+                key=cache_key(source, processor),
+                sha256={name: sha256_file(temporary / name) for name in _FILES},
+            )
+            write_json(temporary / _META, dataclasses.asdict(meta))
         return cls.open(folder)
 
     @classmethod
@@ -155,19 +158,19 @@ class TokenCache:
             DatasetError: It cannot be told, because the cache is damaged.
         """
         folder = Path(folder)
-        if not (folder / _META).exists():
-            return False
-        meta = _read_meta(folder)
-        return meta.get("version") == _VERSION and meta.get("key") == cache_key(source, processor)
+        meta = _read_meta(folder) if (folder / _META).exists() else None
+        return meta is not None and meta.key == cache_key(source, processor)
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
+def _read_meta(folder: Path) -> _Meta | None:
+    """A cache's `meta.json`; None for one of another version."""
     try:
-        meta = read_json(folder / _META)
-    except DatasetError as error:
-        raise DatasetError(f"{error}: {_anew(folder)}") from None
-    if not isinstance(meta, dict) or type(meta.get("version")) is not int or not isinstance(meta.get("key"), str):
-        raise DatasetError(f"{folder / _META} is damaged (it has no version or key): {_anew(folder)}")
+        values = read_json(folder / _META)
+        if isinstance(values, dict) and type(version := values.get("version")) is int and version != _VERSION:
+            return None
+        meta: _Meta = from_plain(_Meta, values)
+    except (DatasetError, ConfigError) as error:
+        raise DatasetError(f"{folder / _META} is damaged ({error}): {_anew(folder)}") from None
     return meta
 
 
@@ -205,7 +208,7 @@ def tokenize_row(row: Mapping[str, Any], processor: Processor, where: str) -> To
                     )
             spans, ids, targets = _tokenize_turns(messages, turns, processor)
         elif isinstance(row.get("text"), str):
-            prompt = processor.parse_raw(row["text"], ONE_PLACEHOLDER)
+            prompt = parse_raw_prompt(row["text"], processor.tokenizers, None, processor.limit)
             spans, ids, targets = prompt.spans, prompt.input_ids, [(1, len(prompt.input_ids))]
         else:
             raise DatasetError(
@@ -240,7 +243,7 @@ def _tokenize_turns(
     targets: list[tuple[int, int]] = []
     spans: Sequence[MemorySpan] = ()
     for at in turns:
-        prompt = processor.parse_chat(messages[:at], ONE_PLACEHOLDER)
+        prompt = parse_chat_prompt(messages[:at], processor.tokenizers, None, processor.limit)
         if list(prompt.input_ids[: len(ids)]) != ids:
             raise PromptError(
                 f"message {at}: the chat template, or white space around an answer, gives the messages before it other "

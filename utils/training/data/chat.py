@@ -4,12 +4,12 @@ Training on memories alone costs a decoder what it knew: after hours of it, the 
 France is France. Its own old answers, learnt beside the rest, keep that (replay of generated samples; Shin et al.,
 "Continual Learning with Deep Generative Replay", arXiv 1705.08690).
 
-    answers = replayed_answers({"chat": 1000}, 0, model, processor)      # question → answer
+    answers = replayed_answers(config.data, model, processor)      # question → answer
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -19,27 +19,26 @@ from tqdm import tqdm
 from utils.errors import DatasetError
 from utils.model.code_llava_model import CodeLLaVAModel
 from utils.model.processor import Processor
-from utils.training.data.tasks import CHAT
+from utils.training.config import DataConfig
+from utils.training.data.tasks.chat import CHAT
 
 # Longest answer that is kept: one that goes on would end in the middle.
 MAX_ANSWER_TOKENS = 64
 # More questions take longer and say little more: examples beyond them ask the same beside other memories.
 MAX_QUESTIONS = 3000
 _BATCH_SIZE = 32
-_SUBJECTS = Path(__file__).with_suffix(".yaml")
+_TOPICS = Path(__file__).with_suffix(".yaml")
 
 
-def replayed_answers(
-    tasks: Mapping[str, int], seed: int, model: CodeLLaVAModel, processor: Processor
-) -> dict[str, str]:
+def replayed_answers(data: DataConfig, model: CodeLLaVAModel, processor: Processor) -> dict[str, str]:
     """What the task chat draws from: a question an example, up to `MAX_QUESTIONS`, and the model's answers.
 
-    Nothing for tasks without it.
+    Nothing for data without it.
     """
-    number = min(tasks.get(CHAT, 0), MAX_QUESTIONS)
+    number = min(data.tasks.get(CHAT, 0), MAX_QUESTIONS)
     if not number:
         return {}
-    return answer_questions(chat_questions(Random(f"{seed} {CHAT} questions"), number), model, processor)
+    return answer_questions(chat_questions(Random(f"{data.seed} {CHAT} questions"), number), model, processor)
 
 
 def chat_questions(random: Random, number: int) -> list[str]:
@@ -56,20 +55,20 @@ def _questions(random: Random) -> Iterator[str]:
     from wonderwords import RandomWord
 
     words = RandomWord(rng=random)
-    subjects = yaml.safe_load(_SUBJECTS.read_text(encoding="utf-8"))
+    about = yaml.safe_load(_TOPICS.read_text(encoding="utf-8"))
     while True:
         a, b = random.randrange(2, 60), random.randrange(2, 60)
         noun, verb, adjective = (words.word(include_parts_of_speech=[part]) for part in ("noun", "verb", "adjective"))
-        country = random.choice(subjects["countries"])
+        country = random.choice(about["countries"])
         yield random.choice(
             (
                 f"What is the capital of {country}?",
                 f"On which continent is {country}?",
                 f"Which language do people speak in {country}?",
-                f"Who was {random.choice(subjects['people'])}? Answer in one sentence.",
-                f"What is {random.choice(subjects['topics'])}? Answer in one sentence.",
-                f"Explain {random.choice(subjects['topics'])} to a child in one sentence.",
-                f"Write a Python function that {random.choice(subjects['jobs'])}.",
+                f"Who was {random.choice(about['people'])}? Answer in one sentence.",
+                f"What is {random.choice(about['topics'])}? Answer in one sentence.",
+                f"Explain {random.choice(about['topics'])} to a child in one sentence.",
+                f"Write a Python function that {random.choice(about['jobs'])}.",
                 f"What is {a} + {b}?",
                 f"What is a {noun}? Answer in one sentence.",
                 f"What does the word `{adjective}` mean? Answer in one sentence.",

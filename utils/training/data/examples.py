@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from utils.model.markers import MEMORY_END, MEMORY_START
-from utils.training.data.excerpts import SizeRange, cut_excerpt, draw_file
+from utils.model.markers import wrap
+from utils.training.config import DataConfig
+from utils.training.data.excerpts import excerpt_range
 from utils.training.data.sources import SourceFile
-
-NO_FILES: tuple[SourceFile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,20 +18,20 @@ class Example:
     """One training or evaluation example.
 
     Attributes:
-        task: Name in `TASKS`.
         memory: The text that is compressed.
         question: What is asked about it; empty for plain text.
         answer: What the decoder is to write: the target, or the text after the memory.
+        task: Its task; the builder fills it in.
         source: File and licence behind it.
         kind: Finer kind of the task, for reports.
         more: Questions and answers that follow in the same chat; evaluation asks the first question only.
         question_first: The question stands before the memory, not after it.
     """
 
-    task: str
     memory: str
     question: str
     answer: str
+    task: str = ""
     source: str = ""
     kind: str = ""
     more: tuple[tuple[str, str], ...] = ()
@@ -40,7 +39,7 @@ class Example:
 
     def messages(self, memory: str | None = None) -> list[dict[str, str]]:
         """The chat, with the marked memory or another text in its place."""
-        shown = f"{MEMORY_START}{self.memory}{MEMORY_END}" if memory is None else memory
+        shown = wrap(self.memory) if memory is None else memory
         parts = (self.question, shown) if self.question_first else (shown, self.question)
         return [{"role": "user", "content": "\n".join(parts)}]
 
@@ -54,27 +53,39 @@ class Example:
             return row | {"messages": turns}
         if self.question:
             return row | {"messages": self.messages(), "target": self.answer}
-        return row | {"text": f"{MEMORY_START}{self.memory}{MEMORY_END}{self.answer}"}
+        return row | {"text": f"{wrap(self.memory)}{self.answer}"}
 
 
 @dataclass(frozen=True, slots=True)
-class Material:
+class TaskSources:
     """What a task draws from.
 
     Attributes:
         random: Of all draws.
         files: Source files.
-        size: How long memories are.
+        data: How long memories are.
         answers: Ordinary question → what the decoder answers to it untrained (`chat.py`).
     """
 
     random: Random
-    files: Sequence[SourceFile] = NO_FILES
-    size: SizeRange = field(default_factory=lambda: SizeRange(shortest=64, longest=256))
+    files: Sequence[SourceFile]
+    data: DataConfig
     answers: Mapping[str, str] = field(default_factory=dict)
 
+    def draw_chars(self) -> int:
+        """A memory's length in characters, drawn evenly over the logarithm, so that short ones are not rare."""
+        shortest, longest = self.data.memory_tokens
+        tokens = shortest * (longest / shortest) ** self.random.random()
+        return max(1, round(tokens * self.data.chars_per_token))
+
+    def draw_file(self) -> tuple[SourceFile, list[str]]:
+        """A file and its lines; longer ones as often as shorter ones, so that no package's giants dominate."""
+        file = self.files[self.random.randrange(len(self.files))]
+        return file, file.lines
+
     def draw_code(self, num_chars: int | None = None) -> tuple[SourceFile, str]:
-        """A file and an excerpt of it."""
-        file = draw_file(self.random, self.files)
-        lines = file.text.splitlines(keepends=True)
-        return file, cut_excerpt(self.random, lines, num_chars or self.size.draw_chars(self.random))
+        """A file, and whole lines of it from a random place."""
+        file, lines = self.draw_file()
+        num_chars = num_chars or self.draw_chars()
+        start, stop = excerpt_range(lines, self.random.randrange(len(lines)), num_chars)
+        return file, "".join(lines[start:stop])

@@ -3,38 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from random import Random
-
-from utils.training.data.sources import SourceFile
-
-# Characters of Python code per token, roughly, for tokenizers of 50k entries and more.
-CHARS_PER_TOKEN = 3.2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SizeRange:
-    """How long memories are, in tokens; drawn evenly over the logarithm, so that short ones are not rare."""
-
-    shortest: int
-    longest: int
-    chars_per_token: float = CHARS_PER_TOKEN
-
-    def draw_chars(self, random: Random) -> int:
-        """A length in characters."""
-        exponent = random.random()
-        tokens = self.shortest * (self.longest / self.shortest) ** exponent
-        return max(1, round(tokens * self.chars_per_token))
-
-
-def draw_file(random: Random, files: Sequence[SourceFile]) -> SourceFile:
-    """One file; longer ones as often as shorter ones, so that no package's giants dominate."""
-    return files[random.randrange(len(files))]
-
-
-def cut_excerpt(random: Random, lines: Sequence[str], num_chars: int) -> str:
-    """Whole lines from a random place, at most `num_chars` characters (or one line, if that is longer)."""
-    return "".join(lines[slice(*excerpt_range(lines, random.randrange(len(lines)), num_chars))])
 
 
 def excerpt_range(lines: Sequence[str], start: int, num_chars: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Questions about real code whose answers stand in it, found through the syntax tree.
 
     facts = find_facts(file.text)
-    facts[0].question, facts[0].answer          # "What does the function `area` return?", "width * height"
+    facts[0].about, facts[0].answer             # ("area",), "width * height"
 
 A fact knows the lines that prove it, so that an excerpt can be cut around them.
 """
@@ -42,7 +42,7 @@ class Fact:
 
     Attributes:
         kind: Which of `QUESTIONS` asks for it.
-        subject: What is asked about, and what narrows it down.
+        about: What is asked about, and what narrows it down.
         answer: The answer as it stands in the file; empty where there is one that cannot be asked for: it has several
             lines or is long, or is not of the kind. Then it only makes others ambiguous.
         first: First line that is needed, counted from 0.
@@ -50,14 +50,18 @@ class Fact:
     """
 
     kind: str
-    subject: tuple[str, ...]
+    about: tuple[str, ...]
     answer: str
     first: int
     last: int
 
 
+@lru_cache(maxsize=16384)
 def find_facts(text: str) -> list[Fact]:
-    """All facts of a file, in the order of its lines; none if it is not valid Python."""
+    """All facts of a file, in the order of its lines; none if it is not valid Python.
+
+    Remembered, for builders draw the same files again and again.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes in somebody's strings
@@ -65,13 +69,7 @@ def find_facts(text: str) -> list[Fact]:
     except (SyntaxError, ValueError, RecursionError):
         return []
     found = [*_tree_facts(tree, text), *_line_facts(text.splitlines())]
-    return sorted(found, key=lambda fact: (fact.first, fact.kind, fact.subject))
-
-
-@lru_cache(maxsize=16384)
-def facts_of(text: str) -> list[Fact]:
-    """`find_facts`, remembered: builders draw the same files again and again."""
-    return find_facts(text)
+    return sorted(found, key=lambda fact: (fact.first, fact.kind, fact.about))
 
 
 def names_defined(lines: Sequence[str]) -> list[str]:
@@ -91,7 +89,7 @@ def can_be_asked(fact: Fact, facts: list[Fact], first: int, stop: int) -> bool:
         return False
     return not any(
         other.kind == fact.kind
-        and other.subject == fact.subject
+        and other.about == fact.about
         and other != fact
         and other.last >= first
         and other.first < stop
@@ -169,7 +167,7 @@ def _line_facts(lines: list[str]) -> Iterator[Fact]:
             yield _fact("next_line", (here,), after, at, at + 1)
 
 
-def _fact(kind: str, subject: tuple[str, ...], answer: str, first: int, last: int) -> Fact:
-    nameable = all(part and "`" not in part for part in subject)
+def _fact(kind: str, about: tuple[str, ...], answer: str, first: int, last: int) -> Fact:
+    nameable = all(part and "`" not in part for part in about)
     usable = nameable and len(answer) <= MAX_ANSWER_CHARS and "\n" not in answer
-    return Fact(kind=kind, subject=subject, answer=answer if usable else "", first=first, last=last)
+    return Fact(kind=kind, about=about, answer=answer if usable else "", first=first, last=last)

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.corpus.reading import UnusableTextError, open_regular, read_whole
 from utils.errors import DatasetError
 from utils.files import sha256_bytes
-from utils.inference.corpus.reading import UnusableTextError, open_regular, read_whole
 
 HELD_OUT_INITIALS = tuple("optz")
-# The haystacks of RULER's code tasks (ruler/code_files.py) are never trained on.
+# The haystacks of RULER's code tasks (ruler/generation/code_files.py) are never trained on.
 EVALUATION_PACKAGES = frozenset(
     ("accelerate", "fastapi", "httpx", "huggingface_hub", "jinja2", "networkx", "openai", "peft", "uvicorn")
 )
@@ -48,6 +48,11 @@ class SourceFile:
     licence: str
 
     @property
+    def lines(self) -> list[str]:
+        """Its lines, with their ends."""
+        return self.text.splitlines(keepends=True)
+
+    @property
     def origin(self) -> str:
         """One line for reports."""
         return f"{self.package}: {self.path} ({self.licence})"
@@ -69,7 +74,7 @@ def training_sources(source: str = "installed") -> Iterator[SourceFile]:
 
 def held_out_sources() -> Iterator[SourceFile]:
     """Standard-library files that are kept for evaluation."""
-    return _without((f for f in _standard_library() if f.path.startswith(HELD_OUT_INITIALS)), set())
+    return _without((f for f in standard_library() if f.path.startswith(HELD_OUT_INITIALS)), set())
 
 
 def _without(files: Iterable[SourceFile], seen: set[str]) -> Iterator[SourceFile]:
@@ -89,12 +94,12 @@ def _folder(source: str) -> Iterator[SourceFile]:
 
 
 def _installed() -> Iterator[SourceFile]:
-    yield from (file for file in _standard_library() if not file.path.startswith(HELD_OUT_INITIALS))
+    yield from (file for file in standard_library() if not file.path.startswith(HELD_OUT_INITIALS))
     packages = {d.metadata["Name"].lower(): d for d in importlib.metadata.distributions()}
     for name, package in sorted(packages.items()):
         if name in EVALUATION_PACKAGES or name.replace("-", "_") in EVALUATION_PACKAGES or name == _OWN_PACKAGE:
             continue
-        licence = _licence(package)
+        licence = permissive_licence(package)
         if licence is None:
             continue
         root = Path(str(package.locate_file("")))
@@ -102,12 +107,13 @@ def _installed() -> Iterator[SourceFile]:
         yield from _read(root, sorted(files), name, licence)
 
 
-def _standard_library() -> Iterator[SourceFile]:
+def standard_library() -> Iterator[SourceFile]:
+    """Python's own modules, held out or not."""
     root = Path(sysconfig.get_paths()["stdlib"])
     return _read(root, sorted(root.rglob("*.py")), "python", "PSF-2.0")
 
 
-def _licence(package: importlib.metadata.Distribution) -> str | None:
+def permissive_licence(package: importlib.metadata.Distribution) -> str | None:
     """What a package says about its licence, shortened; None unless that is permissive."""
     fields = ("License-Expression", "Classifier", "License")
     values = [str(value) for name in fields for value in package.metadata.get_all(name) or []]

@@ -9,7 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from ruler.prepare import DatasetJob, add_recipe_arguments, recipe_from, run_jobs
+from ruler.generation.generate import recipe_from
+from ruler.generation.prepare import DatasetJob, add_prepare_arguments, run_jobs
 from ruler.registry import get_task
 from utils.cli import make_parser, run_command
 from utils.errors import ConfigError
@@ -30,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="budget in tokens, prompt and answer")  # fmt: skip
     parser.add_argument("--chunk-idx", "--chunk_idx", type=int, default=0, help="which chunk to make (default: 0)")
     parser.add_argument("--chunk-amount", "--chunk_amount", type=int, default=1, help="number of chunks (default: 1)")
-    add_recipe_arguments(parser)
+    add_prepare_arguments(parser)
     return parser
 
 
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         num_samples=share + (args.chunk_idx < rest),
         first=first,
         # Rows with streams of their own are told apart by their number already.
-        seed=args.random_seed + (0 if args.mode == "balanced" else args.chunk_idx),
+        seed=args.seed + (0 if args.mode == "balanced" else args.chunk_idx),
     )
     return run_jobs([DatasetJob(recipe=recipe, folder=args.save_dir / task.name, subset=args.subset)], args)
 

@@ -12,11 +12,11 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from ruler.answering.predictions import read_predictions
 from ruler.layout import length_folders
-from ruler.metrics import official_score
-from ruler.predictions import read_predictions
 from ruler.registry import TASKS
-from ruler.score import judge_folder, nulls, write_reference_files
+from ruler.scoring.metrics import official_score
+from ruler.scoring.score import judge_folder, nulls, write_reference_files
 from utils.cli import make_parser, run_command
 from utils.files import atomic_path
 

@@ -11,11 +11,11 @@ import os
 import sys
 from pathlib import Path
 
-from ruler.predict import PredictJob, exit_code, predict, print_outcomes
-from ruler.protocol import BackendSettings, Sampling
+from ruler.answering.predict import PredictJob, exit_code, predict, print_outcomes
+from ruler.answering.protocol import BackendSettings
 from ruler.registry import resolve_tasks
-from ruler.runner import RetryPolicy
 from utils.cli import make_parser, run_command
+from utils.client.completion import RetryPolicy, Sampling
 from utils.errors import ConfigError
 
 EXAMPLES = """\
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
                         "folder (default: the only model served, or the embedded default checkpoint)")  # fmt: skip
     server.add_argument("--chunk-size", type=int, help="memory: encoder tokens a latent (default: the checkpoint's)")
     server.add_argument("--checkpoint", help="vllm-memory: the encoder's checkpoint (default: the embedded one)")
-    server.add_argument("--timeout-s", type=float, default=600.0, help="seconds a request (default: 600)")
+    server.add_argument("--timeout", "--timeout-s", type=float, default=600.0, help="seconds a request (default: 600)")
     sampling = parser.add_argument_group("inference")
     sampling.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1.0)")
     sampling.add_argument("--top_k", "--top-k", type=int, default=32, help="0 is no limit (default: 32)")
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         api="chat" if is_openai else "completions",
         concurrency=args.threads,
         batch_size=args.batch_size,
-        timeout_s=args.timeout_s,
+        timeout_s=args.timeout,
         sampling=Sampling(
             temperature=args.temperature,
             top_p=args.top_p,

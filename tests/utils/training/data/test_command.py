@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
+from utils.checkpoint.save import save_checkpoint
 from utils.errors import ConfigError
 from utils.files import read_json, read_jsonl, write_json
-from utils.inference.saving import save_checkpoint
 from utils.model.processor import Processor
 from utils.training.config import parse_config
 from utils.training.data.__main__ import main
-from utils.training.datasets import open_caches
+from utils.training.data.folder import open_caches
 from utils.training.toy import build_toy_pair
 
 Values = Callable[..., dict[str, Any]]
@@ -69,11 +69,11 @@ def test_what_a_configuration_asks_for(run_values: Values, tmp_path: Path, capsy
 
 def test_bad_requests_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build", "--output", str(tmp_path), "--tasks", "copy_symbols"]) == 1
-    assert "expected lookup=1000" in capsys.readouterr().err
+    assert "--tasks copy_symbols: expected NAME=NUMBER" in capsys.readouterr().err
     assert main(["build", "--output", str(tmp_path), "--tasks", ""]) == 1
-    assert "expected lookup=1000" in capsys.readouterr().err
+    assert "--tasks" in capsys.readouterr().err
     assert main(["build", "--output", str(tmp_path), "--tasks", "lookup=3", "--package-weights", "python=0"]) == 1
-    assert "--package-weights python=0" in capsys.readouterr().err
+    assert "package_weights.python" in capsys.readouterr().err
     save_checkpoint(tmp_path / "pair", *build_toy_pair())
     assert main(["tokenize", str(tmp_path), "--checkpoint", str(tmp_path / "pair")]) == 1
     assert "has no JSONL files" in capsys.readouterr().err

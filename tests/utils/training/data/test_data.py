@@ -7,26 +7,38 @@ import json
 import os
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
 
-from ruler.code_files import PACKAGES
+from ruler.generation.code_files import PACKAGES
 from utils.errors import ConfigError, DatasetError
 from utils.files import read_jsonl
 from utils.model.processor import Processor
 from utils.model.prompt import MemoryPrompt
+from utils.training.config import DataConfig
 from utils.training.data import sources
 from utils.training.data.build import build_examples, draw_examples, hash_of, read_sources
 from utils.training.data.cache import TokenCache
 from utils.training.data.chat import answer_questions, chat_questions, replayed_answers
-from utils.training.data.excerpts import SizeRange, excerpt_around
+from utils.training.data.excerpts import excerpt_around
 from utils.training.data.lookups import Fact, can_be_asked, find_facts
 from utils.training.data.sources import EVALUATION_PACKAGES, SourceFile, training_sources
-from utils.training.data.tasks import SYMBOL_TASKS, TASKS
+from utils.training.data.tasks.registry import TASKS
 from utils.training.toy import build_toy_pair
 
-SIZE = SizeRange(shortest=64, longest=256)
+
+@pytest.fixture(autouse=True)
+def _small_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading all of Python's library for what is held out takes a second each time."""
+    monkeypatch.setattr(sources, "standard_library", lambda: iter(()))
+
+
+def data_of(folder: Path | str = "", tasks: dict[str, int] | None = None, **settings: Any) -> DataConfig:
+    return DataConfig(folder=str(folder), tasks=tasks or {}, **settings)
+
+
 CODE = '''\
 """Shapes."""
 
@@ -68,7 +80,7 @@ def files() -> list[SourceFile]:
 
 
 def test_facts_are_what_the_code_says() -> None:
-    facts = {(fact.kind, *fact.subject): fact.answer for fact in find_facts(CODE)}
+    facts = {(fact.kind, *fact.about): fact.answer for fact in find_facts(CODE)}
     assert facts["constant", "LIMIT"] == "42"
     assert facts["base", "Square"] == "Shape"
     assert facts["return", "circumference"] == "math.pi * double"
@@ -87,8 +99,8 @@ def test_code_that_does_not_parse_has_no_facts() -> None:
 
 
 def test_a_second_answer_in_the_excerpt_makes_a_question_ambiguous() -> None:
-    first = Fact(kind="constant", subject=("x",), answer="1", first=2, last=2)
-    second = Fact(kind="constant", subject=("x",), answer="2", first=8, last=8)
+    first = Fact(kind="constant", about=("x",), answer="1", first=2, last=2)
+    second = Fact(kind="constant", about=("x",), answer="2", first=8, last=8)
     assert can_be_asked(first, [first, second], 0, 8)
     assert not can_be_asked(first, [first, second], 0, 9)
     assert not can_be_asked(first, [first, second], 3, 9)
@@ -109,7 +121,7 @@ def test_a_second_answer_in_the_excerpt_makes_a_question_ambiguous() -> None:
     ],
 )
 def test_a_second_answer_that_cannot_be_asked_for_makes_a_question_ambiguous(kind: str, name: str, code: str) -> None:
-    facts = [fact for fact in find_facts(code) if fact.kind == kind and fact.subject == (name,)]
+    facts = [fact for fact in find_facts(code) if fact.kind == kind and fact.about == (name,)]
     assert facts
     assert not [fact for fact in facts if can_be_asked(fact, facts, 0, len(code.splitlines()))]
     alone = facts[0]
@@ -129,8 +141,8 @@ def test_every_task_makes_different_examples_whose_answer_follows_from_the_memor
     task: str, files: list[SourceFile]
 ) -> None:
     answers = {"What is the capital of Italy?": "Rome.", "What is 2 + 3?": "2 + 3 = 5."}
-    examples = list(itertools.islice(draw_examples(task, files, SIZE, seed=3, answers=answers), 30))
-    assert examples == list(itertools.islice(draw_examples(task, files, SIZE, seed=3, answers=answers), 30))
+    examples = list(itertools.islice(draw_examples(task, files, data_of(seed=3), answers), 30))
+    assert examples == list(itertools.islice(draw_examples(task, files, data_of(seed=3), answers), 30))
     assert len({hash_of(example) for example in examples}) == 30
     for example in examples:
         assert example.memory.strip()
@@ -171,7 +183,7 @@ def test_every_task_makes_different_examples_whose_answer_follows_from_the_memor
 
 def test_a_conversation_asks_what_its_memory_still_says(files: list[SourceFile]) -> None:
     kinds = set()
-    for example in itertools.islice(draw_examples("conversation", files, SIZE, seed=5), 60):
+    for example in itertools.islice(draw_examples("conversation", files, data_of(seed=5)), 60):
         lines = [line.strip() for line in example.memory.splitlines()]
         turns = [(example.question, example.answer), *example.more]
         assert len({question for question, _ in turns}) == len(turns) > 1
@@ -199,7 +211,7 @@ def test_training_never_sees_what_is_held_out(monkeypatch: pytest.MonkeyPatch) -
         return [SourceFile(path=x, text=f"# {x[-4:]}\n" * 30, package="python", licence="PSF-2.0") for x in paths]
 
     library = files_of("ast.py", "os.py", "tkinter/a.py", "zipfile.py", "json/tool.py", "copy_of_os.py")
-    monkeypatch.setattr(sources, "_standard_library", lambda: iter(library))
+    monkeypatch.setattr(sources, "standard_library", lambda: iter(library))
     monkeypatch.setattr(sources.importlib.metadata, "distributions", lambda: iter(()))
     assert [file.path for file in training_sources()] == ["ast.py", "json/tool.py"]
     assert [file.path for file in sources.held_out_sources()] == ["os.py", "tkinter/a.py", "zipfile.py"]
@@ -215,7 +227,7 @@ def test_only_packages_under_permissive_licences_are_read() -> None:
             return [self.values[name]] if name in self.values else []
 
     def licence(**metadata: str) -> str | None:
-        return sources._licence(Package(**metadata))  # type: ignore[arg-type]
+        return sources.permissive_licence(Package(**metadata))  # type: ignore[arg-type]
 
     assert licence(License_Expression="MIT") == "MIT"
     assert licence(Classifier="License :: OSI Approved :: BSD License") == "BSD License"
@@ -232,7 +244,7 @@ def test_a_folder_of_code_is_read_and_reported(tmp_path: Path) -> None:
     (code / "copy.py").write_text(CODE.replace("42", "0") * 2)
     (code / "tiny.py").write_text("x = 1\n")
     out = tmp_path / "data"
-    report = build_examples(out, {"reconstruct": 5, "count": 5}, size=SIZE, source=str(code))
+    report = build_examples(data_of(out, {"reconstruct": 5, "count": 5}, source=str(code)))
     assert report["files"] == 3
     assert report["packages"]["code"]["files"] == 3
     assert json.loads((out / "report.json").read_text()) == report
@@ -256,7 +268,7 @@ def test_a_folder_of_anybodys_is_read_without_waiting_or_leaving_it(tmp_path: Pa
 
 def test_the_question_stands_before_the_memory_in_the_part_asked_for(tmp_path: Path) -> None:
     def orders(name: str, share: float) -> list[bool]:
-        build_examples(tmp_path / name, {"count": 200}, size=SIZE, source="symbols", question_first=share)
+        build_examples(data_of(tmp_path / name, {"count": 200}, source="symbols", question_first=share))
         texts = [row["messages"][0]["content"] for row in read_jsonl(tmp_path / name / "count.jsonl")]
         assert all(text.startswith("<|memory_start|>") or text.endswith("<|memory_end|>") for text in texts)
         return [text.endswith("<|memory_end|>") for text in texts]
@@ -273,15 +285,15 @@ def test_files_of_a_weighted_package_are_drawn_more_often(tmp_path: Path) -> Non
     (tmp_path / "code").mkdir()
     for number in range(2):
         (tmp_path / "code" / f"part_{number}.py").write_text(CODE.replace("42", str(number)))
-    files = read_sources(str(tmp_path / "code"), ["lookup"], package_weights={"code": 3})
+    files = read_sources(data_of("", {"lookup": 1}, source=str(tmp_path / "code"), package_weights={"code": 3}))
     assert sorted(file.path for file in files) == ["part_0.py"] * 3 + ["part_1.py"] * 3
     report = build_examples(
-        tmp_path / "data", {"lookup": 4}, size=SIZE, source=str(tmp_path / "code"), package_weights={"code": 3}
+        data_of(tmp_path / "data", {"lookup": 4}, source=str(tmp_path / "code"), package_weights={"code": 3})
     )
     assert report["files"] == report["packages"]["code"]["files"] == 2
     assert report["package_weights"] == {"code": 3}
     with pytest.raises(DatasetError, match=r"package_weights: .*code has no file of numpy"):
-        read_sources(str(tmp_path / "code"), ["lookup"], package_weights={"numpy": 2})
+        read_sources(data_of("", {"lookup": 1}, source=str(tmp_path / "code"), package_weights={"numpy": 2}))
 
 
 @pytest.mark.slow
@@ -308,22 +320,22 @@ def test_answers_for_chat_are_whole_ones(monkeypatch: pytest.MonkeyPatch) -> Non
     assert answer_questions(["ab?", "cd?"], model, processor) == {"ab?": "yes"}
     with pytest.raises(DatasetError, match="ends none of its answers within 64 tokens"):
         answer_questions(["cd?"], model, processor)
-    assert replayed_answers({"lookup": 5}, 0, model, processor) == {}
+    assert replayed_answers(data_of("", {"lookup": 5}), model, processor) == {}
 
 
 def test_requests_that_cannot_be_met_are_errors(tmp_path: Path, files: list[SourceFile]) -> None:
     with pytest.raises(ConfigError, match="unknown task poem"):
-        read_sources("installed", ["poem"])
+        read_sources(data_of("", {"poem": 1}))
     with pytest.raises(ConfigError, match="needs source files"):
-        read_sources("symbols", ["lookup"])
+        read_sources(data_of("", {"lookup": 1}, source="symbols"))
     with pytest.raises(DatasetError, match="is no folder"):
-        read_sources(str(tmp_path / "nowhere"), ["lookup"])
-    assert read_sources("symbols", SYMBOL_TASKS) == []
+        read_sources(data_of("", {"lookup": 1}, source=str(tmp_path / "nowhere")))
+    assert read_sources(data_of("", {"count": 1, "find_symbol": 1}, source="symbols")) == []
     with pytest.raises(ConfigError, match="built for a decoder, not for evaluation"):
-        next(draw_examples("chat", files, SIZE, seed=0))
-    tiny = SizeRange(shortest=1, longest=1, chars_per_token=1)
+        next(draw_examples("chat", files, data_of()))
+    tiny = data_of(memory_tokens=(1, 1), chars_per_token=1)
     with pytest.raises(DatasetError, match="ask for fewer"):
-        list(draw_examples("copy_symbols", [], tiny, seed=0))
+        list(draw_examples("copy_symbols", [], tiny))
 
 
 def test_the_cache_gives_back_what_was_tokenised(toy_data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,297 @@
+"""Who answers the questions: four backends behind one protocol.
+
+| name | where | the context arrives as |
+|---|---|---|
+| `server-text` | an OpenAI-compatible server | text |
+| `local-text` | a causal language model in this process | text |
+| `server-memory` | a vLLM server that takes prompt embeddings; the encoder runs here | latents |
+| `local-memory` | a Code-LLaVA checkpoint in this process | latents |
+
+This is RULER's only door to `utils.inference`; heavy imports happen when a backend is built. A backend raises
+`TransientError` for what the client tried again in vain, `RowRefusedError` for a row that no try will cure, and any
+other `CodeLlavaError` for what stops the whole run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ruler.answering.protocol import (
+    BACKENDS,
+    Answer,
+    Backend,
+    BackendSettings,
+    Question,
+    RowRefusedError,
+    TransientError,
+)
+from utils.checkpoint.locate import find_checkpoint
+from utils.checkpoint.settings import EncoderSettings
+from utils.client.completion import RetryPolicy
+from utils.client.connection import RequestError
+from utils.compress.latent_cache import LatentCache
+from utils.errors import CheckpointError, ConfigError
+from utils.pretrained import fetch, loading, read_model, read_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from utils.compress.prompt_embeds import PromptEmbeds
+    from utils.model.prompt import MemoryPrompt
+
+_REFUSED_STATUS = (400, 413, 422)
+
+
+def open_backend(settings: BackendSettings, retry: RetryPolicy | None = None) -> Backend:
+    """Build the backend that the settings name; servers are asked as often as `retry` says.
+
+    Raises:
+        ConfigError: No such backend, or a setting that it cannot use.
+        CheckpointError: A local model cannot be loaded.
+    """
+    builders: dict[str, Callable[[BackendSettings], Backend]] = {
+        "server-text": lambda chosen: ServerText(chosen, retry),
+        "local-text": lambda chosen: LocalCausalLm(chosen) if _is_plain_model(chosen.model) else LocalCodeLlava(chosen),
+        "server-memory": lambda chosen: ServerMemory(chosen, retry),
+        "local-memory": LocalCodeLlava,
+    }
+    if settings.name not in builders:
+        raise ConfigError(f"unknown backend {settings.name!r}: expected one of {', '.join(BACKENDS)}")
+    return builders[settings.name](settings)
+
+
+def decoder_folder(model: str | None) -> Path:
+    """Where a local model's tokenizer is: the folder itself, or the decoder inside a Code-LLaVA checkpoint.
+
+    Args:
+        model: Folder or hub id; None for the embedded default checkpoint.
+
+    Raises:
+        CheckpointError: There is no such checkpoint.
+    """
+    return Path(str(model)) if _is_plain_model(model) else find_checkpoint(model).decoder
+
+
+class ServerText:
+    """Sends prompts as text to `/v1/completions`, or as user turns to `/v1/chat/completions`."""
+
+    batch_size = 1
+
+    def __init__(self, settings: BackendSettings, retry: RetryPolicy | None = None) -> None:
+        from utils.client.server_client import VllmClient
+
+        self.concurrency = settings.concurrency
+        self.details: dict[str, Any] = {}
+        self._settings = settings
+        self._client = VllmClient(
+            settings.server_url,
+            model=settings.model,
+            api_key=settings.api_key,
+            timeout_s=settings.timeout_s,
+            # No row may be lost to a server that is slow or confused for a while.
+            retry=replace(retry or RetryPolicy(), unanswered=True),
+        )
+
+    async def start(self) -> None:
+        """Check that the server is there and fix the model's name."""
+        with _sorted_failures():
+            served = await self._client.models()
+        if self._client.model is None:
+            if len(served) != 1:
+                names = ", ".join(model.name for model in served) or "no model"
+                raise ConfigError(f"{self._client.base_url} serves {names}: name one with --model")
+            self._client.model = served[0].name
+        self.details["model"] = self._client.model
+
+    async def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """Ask each question with its own request."""
+        return [await self._ask(question) for question in questions]
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    async def _ask(self, question: Question) -> Answer:
+        with _sorted_failures():
+            if self._settings.api == "chat":
+                reply = await self._client.chat(self._settings.messages(question.text), **self._fields(question))
+            else:
+                reply = await self._client.complete(question.text, **self._fields(question))
+        return Answer(text=reply.text, prompt_tokens=reply.prompt_tokens)
+
+    def _fields(self, question: Question) -> dict[str, Any]:
+        """The request's further fields; None is left out."""
+        return replace(self._settings.sampling, max_tokens=question.max_tokens).request_fields()
+
+
+def _latent_cache(settings: BackendSettings) -> LatentCache | None:
+    return LatentCache.open_if_usable(settings.cache_dir) if settings.cache else None
+
+
+class ServerMemory(ServerText):
+    """Compresses contexts here and sends whole prompts as embeddings to a vLLM server's `/v1/completions`.
+
+    A chat's template is applied here too: the server joins the parts of a chat in its own way, which can change ids.
+    """
+
+    def __init__(self, settings: BackendSettings, retry: RetryPolicy | None = None) -> None:
+        from utils.compress.compressor import Compressor
+
+        super().__init__(settings, retry)
+        self._compressor = Compressor.load(
+            settings.checkpoint,
+            chunk_size=settings.chunk_size,
+            settings=EncoderSettings(device=settings.device),
+            cache=_latent_cache(settings),
+        )
+        self.details |= {
+            "checkpoint": self._compressor.files.root.name,
+            "fingerprint": self._compressor.files.fingerprint,
+            "chunk_size": self._compressor.processor.chunk_size,
+        }
+        self._encoder_free = asyncio.Lock()
+
+    async def _ask(self, question: Question) -> Answer:
+        async with self._encoder_free:
+            embeds = await asyncio.to_thread(self._compress, question)
+        with _sorted_failures():
+            reply = await self._client.complete(embeds.values_TD, **self._fields(question))
+        return Answer(
+            text=reply.text,
+            prompt_tokens=embeds.stats.prompt_tokens,
+            memory_tokens=embeds.stats.memory_tokens,
+            num_latents=embeds.stats.num_latents,
+        )
+
+    def _compress(self, question: Question) -> PromptEmbeds:
+        return self._compressor.compress([parse_prompt(self._compressor, question.memory_text, self._settings)])[0]
+
+
+@contextlib.contextmanager
+def _sorted_failures() -> Iterator[None]:
+    """Sort a failed request: worth another try, this row cannot be answered, or nothing can (passed on as it is)."""
+    try:
+        yield
+    except RequestError as error:
+        if error.unreachable:
+            message = f"{error}: start the server, or name another address with --server-url"
+            raise TransientError(message) from None
+        if error.status in _REFUSED_STATUS:
+            raise RowRefusedError(str(error)) from None
+        # Without a status there was no whole answer: a time-out, or a body that is no completion.
+        if error.transient or error.status is None:
+            raise TransientError(str(error)) from None
+        raise
+
+
+class LocalModel(ABC):
+    """A model in this process; a subclass says how a question becomes prompt rows."""
+
+    concurrency = 1
+
+    def __init__(self, settings: BackendSettings, decoder: Any, tokenizer: Any) -> None:
+        from utils.inference.generation import Generator
+
+        self.batch_size = settings.batch_size
+        self.details: dict[str, Any] = {}
+        self._settings = settings
+        self._generator = Generator(decoder, tokenizer)
+
+    async def start(self) -> None:  # noqa: B027
+        """Nothing to find out: the model is loaded."""
+
+    async def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answer as one batch, beside the event loop."""
+        return await asyncio.to_thread(self._answer, questions)
+
+    async def close(self) -> None:  # noqa: B027
+        """The model goes with this object."""
+
+    def _answer(self, questions: Sequence[Question]) -> list[Answer]:
+        rows, counts = self._read(questions)
+        # The seed is set before each batch, so that a resumed run draws what an undisturbed one would have drawn.
+        sampling = replace(self._settings.sampling, max_tokens=max(question.max_tokens for question in questions))
+        completions = self._generator.complete(rows, sampling)
+        return [
+            Answer(text=completion.text, prompt_tokens=completion.prompt_tokens, **count)
+            for completion, count in zip(completions, counts, strict=True)
+        ]
+
+    @abstractmethod
+    def _read(self, questions: Sequence[Question]) -> tuple[list[torch.Tensor], list[dict[str, int]]]:
+        """Rows [T, D] of each question, and what is known of its memory."""
+
+
+class LocalCodeLlava(LocalModel):
+    """A Code-LLaVA checkpoint in this process: contexts as latents, or as text for its bare decoder."""
+
+    def __init__(self, settings: BackendSettings) -> None:
+        from utils.inference.inference import load_model
+
+        self._compress = settings.name == "local-memory"
+        files = find_checkpoint(settings.model, settings.chunk_size)
+        cache = _latent_cache(settings) if self._compress else None
+        self._model, tokenizer, self._processor = load_model(
+            files.root, settings.device, settings.chunk_size, cache=cache
+        )
+        super().__init__(settings, self._model.decoder, tokenizer)
+        self.details = {"model": files.root.name, "fingerprint": files.fingerprint}
+        if self._compress:
+            self.details["chunk_size"] = self._processor.chunk_size
+
+    def _read(self, questions: Sequence[Question]) -> tuple[list[torch.Tensor], list[dict[str, int]]]:
+        texts = [question.memory_text if self._compress else question.text for question in questions]
+        prompts = [parse_prompt(self._processor, text, self._settings) for text in texts]
+        self._model.check_room(prompts, max(question.max_tokens for question in questions))
+        counts = [{"memory_tokens": prompt.memory_tokens, "num_latents": prompt.num_latents} for prompt in prompts]
+        return self._model.embed_prompts(prompts), counts if self._compress else [{}] * len(prompts)
+
+
+def parse_prompt(processor: Any, text: str, settings: BackendSettings) -> MemoryPrompt:
+    """Parse a text, as it is or as a user turn, with a `Processor` or a `Compressor`."""
+    if settings.api == "chat":
+        return processor.parse_chat(settings.messages(text))
+    return processor.parse_raw(text)
+
+
+class LocalCausalLm(LocalModel):
+    """Any Hugging Face causal language model in this process, from a folder or by hub id."""
+
+    def __init__(self, settings: BackendSettings) -> None:
+        from transformers import AutoModelForCausalLM
+
+        from utils.checkpoint.load import check_report, resolve_device
+
+        try:
+            folder = fetch(str(settings.model))
+            tokenizer = read_tokenizer(folder)
+            model, report = read_model(AutoModelForCausalLM, folder)
+            check_report(report, folder)
+        except CheckpointError as error:
+            raise CheckpointError(f"{settings.model} cannot be loaded as a causal language model: {error}") from None
+        super().__init__(settings, model.to(resolve_device(settings.device)).eval(), tokenizer)
+        self._tokenizer = tokenizer
+        self.details = {"model": Path(str(settings.model)).name}
+
+    def _read(self, questions: Sequence[Question]) -> tuple[list[torch.Tensor], list[dict[str, int]]]:
+        chat = self._settings.api == "chat"
+        texts = [self._in_template(question.text) if chat else question.text for question in questions]
+        # A template writes its own special tokens.
+        ids = self._tokenizer(texts, add_special_tokens=not chat)["input_ids"]
+        return [self._generator.embed(own) for own in ids], [{}] * len(ids)
+
+    def _in_template(self, text: str) -> str:
+        messages = self._settings.messages(text)
+        with loading(self._tokenizer.name_or_path, "has a chat template that cannot write this question"):
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _is_plain_model(model: str | None) -> bool:
+    """Whether `--model` is a language model by itself; a Code-LLaVA checkpoint has its `config.json` one floor down."""
+    return model is not None and (not Path(model).is_dir() or (Path(model) / "config.json").is_file())

@@ -1,0 +1,102 @@
+"""The report: the same rows side by side, as Markdown, CSV, JSON and pictures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+
+import pytest
+
+from ruler.__main__ import main
+from ruler.scoring.figures import needle_depth_by_length, score_by_length, score_by_ratio, tasks_by_length
+from ruler.scoring.report import comparison_notes, write_report
+from ruler.scoring.score import score_run
+from utils.errors import ConfigError
+
+
+def write_run(root, good, latents=None, lengths=(1024, 2048), tasks=("niah_single_1", "vt", "code_where"), sha="a"):
+    """A run in which the first `good` of four rows are right."""
+    for length in lengths:
+        folder = root / str(length)
+        folder.mkdir(parents=True)
+        for task in tasks:
+            rows = []
+            for number in range(4):
+                others = {"prompt_tokens": 24 + (latents or 100)}
+                if latents:
+                    others |= {"memory_tokens": 100, "num_latents": latents}
+                if task == "niah_single_1":
+                    others["depths"] = [number / 4]
+                pred = "yes" if number < good else ""
+                rows.append({"index": number, "pred": pred, "outputs": ["yes"], "others": others})
+            (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data = {task: {"num_rows": 4, "rows_sha256": sha} for task in tasks}
+        (folder / "manifest.json").write_text(json.dumps({"settings": {"backend": "x"}, "data": data}))
+    return root
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return [write_run(tmp_path / "text", 4), write_run(tmp_path / "memory", 2, latents=25)]
+
+
+@pytest.mark.slow
+def test_all_files_are_written_and_agree(runs, tmp_path, capsys):
+    out = tmp_path / "report"
+    assert main(["report", *map(str, runs), "--output", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out / "report.md")
+    text = (out / "report.md").read_text()
+    assert text.startswith("# RULER report\n")
+    assert "| text | 100.0" in text
+    assert "| memory | 50.0" in text
+    assert "## Code tasks, 1024 tokens" in text
+    report = json.loads((out / "report.json").read_text())
+    assert len(report["pictures"]) == 4
+    for name in report["pictures"]:
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+        assert f"]({name})" in text
+    with (out / "report.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 2 * 2 * 3
+    assert [row["score"] for row in rows if row["run"] == "memory"] == ["50.0"] * 6
+
+
+def test_tokens_before_and_after_stand_beside_each_other(runs):
+    text, memory = (score_run(run)["lengths"][0] for run in runs)
+    assert (text["tokens_before"], text["tokens_after"], text["ratio"]) == (124, 124, 1.0)
+    assert (memory["tokens_before"], memory["tokens_after"], memory["ratio"]) == (124, 49, 4.0)
+
+
+def test_incomplete_and_different_rows_are_noted(tmp_path):
+    one = write_run(tmp_path / "one", 4, tasks=("vt",))
+    other = write_run(tmp_path / "other", 4, tasks=("vt",), sha="b")
+    path = other / "1024/vt.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    notes = comparison_notes([score_run(one), score_run(other)])
+    assert notes[0] == "other, vt at 1024: only 3 of 4 rows are answered."
+    assert notes[1] == "The runs answered different rows, so do not compare: vt at 1024, vt at 2048."
+
+
+def test_figures_show_the_data(runs):
+    scored = [score_run(run) for run in runs]
+    lines = score_by_length(scored).axes[0].get_lines()
+    assert list(lines[0].get_ydata()) == [100.0, 100.0]
+    grid = tasks_by_length(scored).axes[1].images[0].get_array()
+    assert grid.tolist() == [[50.0, 50.0]] * 3
+    depths = needle_depth_by_length(scored).axes[1].images[0].get_array().filled(math.nan)
+    assert [depths[b][0] for b in (0, 2, 5, 7)] == [100.0, 100.0, 0.0, 0.0]
+    assert math.isnan(depths[1][0])
+    assert list(score_by_ratio(scored).axes[0].get_lines()[0].get_xdata()) == [1.0, 4.0]
+
+
+def test_pictures_without_data_are_left_out(tmp_path):
+    scored = [score_run(write_run(tmp_path / "only", 1, lengths=(1024,), tasks=("vt",)))]
+    assert needle_depth_by_length(scored) is None
+    assert score_by_ratio(scored) is None
+
+
+def test_runs_of_one_name_are_refused(tmp_path):
+    runs = [write_run(tmp_path / folder / "same", 1, tasks=("vt",)) for folder in "ab"]
+    with pytest.raises(ConfigError, match="same name"):
+        write_report(runs, tmp_path / "report")

@@ -1,0 +1,132 @@
+"""Command-line flags that several commands share: checkpoint, how it runs, memory files and their limit, the cache.
+
+Knows no torch, so that `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.checkpoint.settings import DTYPE_NAMES, EncoderSettings
+from utils.compress.latent_cache import LatentCache
+from utils.errors import PromptError
+from utils.model.markers import MARKERS, wrap
+
+if TYPE_CHECKING:
+    from utils.model.prompt import MemoryLimit
+
+
+def add_checkpoint_flags(parser: argparse.ArgumentParser, per_span_chunk_size: bool = False) -> None:
+    """Add the flags that choose a checkpoint and how it runs.
+
+    Args:
+        parser: Where to add them.
+        per_span_chunk_size: `args.chunk_size` is then a list, one number for all spans or one a span.
+    """
+    group = parser.add_argument_group("checkpoint")
+    group.add_argument(
+        *_spellings("--checkpoint", "--model-path"), help="folder, run folder or hub id; default: the embedded one"
+    )
+    group.add_argument(
+        *_spellings("--chunk-size"),
+        type=_numbers if per_span_chunk_size else int,
+        help="encoder tokens per latent"
+        + (" (or one a span: 4,16)" if per_span_chunk_size else "")
+        + "; default: the checkpoint's own",
+    )
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>; default auto")
+    group.add_argument("--dtype", default="auto", choices=DTYPE_NAMES, help="default auto: as stored")
+    group.add_argument(
+        *_spellings("--attn-implementation"), help="transformers name (eager, sdpa, …); default: packed encoding"
+    )
+    group.add_argument("--batch-tokens", type=int, help="tokens of one encoder pass; default: by device")
+
+
+def add_memory_limit_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the limit on a span's length."""
+    group = parser.add_argument_group("memory")
+    group.add_argument(
+        *_spellings("--max-memory-tokens", "--max-code-length"),
+        dest="max_code_length",
+        type=int,
+        help="most encoder tokens of one span; longer is an error; default: no limit",
+    )
+    group.add_argument(
+        "--truncate-memory", action="store_true", help="keep the beginning of a longer span, and report it"
+    )
+
+
+def add_memory_files_flag(group: argparse._ArgumentGroup) -> None:
+    """Add `--memory`; `read_memory_files(args.memory)` reads what it names."""
+    group.add_argument(
+        "--memory", nargs="+", default=[], metavar="FILE", help="plain files, each a span of its own before the prompt"
+    )
+
+
+def add_cache_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the latent cache's flags."""
+    group = parser.add_argument_group("latent cache")
+    group.add_argument("--no-cache", action="store_true", help="encode everything, store nothing")
+    group.add_argument("--cache-dir", help="default $CODE_LLAVA_CACHE_DIR, else ~/.cache/code-llava/latents")
+
+
+def encoder_settings(args: argparse.Namespace, **changes: Any) -> EncoderSettings:
+    """The settings that the flags of `add_checkpoint_flags` describe; `changes` win over them."""
+    names = ("device", "dtype", "attn_implementation", "batch_tokens")
+    return EncoderSettings(**{**{name: getattr(args, name) for name in names}, **changes})
+
+
+def memory_limit(args: argparse.Namespace) -> MemoryLimit:
+    """The limit that the flags describe."""
+    from utils.model.prompt import MemoryLimit
+
+    return MemoryLimit(max_tokens=args.max_code_length, truncate=args.truncate_memory)
+
+
+def open_cache(args: argparse.Namespace) -> LatentCache | None:
+    """The cache that the flags describe; None with --no-cache, and (with a warning) where it cannot be used."""
+    return None if args.no_cache else LatentCache.open_if_usable(args.cache_dir)
+
+
+def read_memory_files(paths: Sequence[str]) -> str:
+    """Plain files as marked spans, in order, a line end after each.
+
+    Raises:
+        PromptError: A file is empty, is not UTF-8 text or holds a marker.
+    """
+    return "".join(f"{wrap(_plain_text(path))}\n" for path in paths)
+
+
+def read_text(path: str | Path) -> str:
+    """Read a file as UTF-8, every character as it is (line ends included).
+
+    Raises:
+        PromptError: The file is not UTF-8 text.
+    """
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None
+
+
+def _plain_text(path: str) -> str:
+    content = read_text(path)
+    if not content:
+        raise PromptError(f"{path} is empty: there is nothing to compress")
+    for marker in MARKERS:
+        if marker in content:
+            raise PromptError(f"{path} holds the marker {marker}: a memory file is plain text, marked text is a prompt")
+    return content
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _spellings(*flags: str) -> list[str]:
+    """Each flag with hyphens, and the published spelling with underscores as an alias."""
+    both = [(flag, "--" + flag[2:].replace("-", "_")) for flag in flags]
+    return list(dict.fromkeys(spelling for pair in both for spelling in pair))

@@ -1,0 +1,208 @@
+"""Answers from a decoder in this process: loading, batches, sampling, stop strings, streaming; the one generate loop.
+
+    generator = Generator(decoder, tokenizer)
+    completions = generator.complete(rows, Sampling(max_tokens=64))         # rows: one [T, D] tensor a prompt
+
+Stop strings are looked for in the text, not with transformers' `StopStringCriteria`, which first compares each string
+with each token of the vocabulary: 0.9 s for one string, 42 s for 32 of 32 characters, with 49k tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from utils.checkpoint.locate import find_checkpoint
+from utils.checkpoint.pair import end_tokens, load_pair
+from utils.checkpoint.settings import EncoderSettings
+from utils.client.completion import Completion, Sampling
+from utils.compress.latent_cache import LatentCache
+from utils.compress.span_encoder import SpanEncoder
+from utils.errors import PromptError
+from utils.inference.text_pieces import TextPieces
+from utils.model.code_llava_model import CodeLLaVAModel
+from utils.model.generate import continue_rows
+from utils.model.limits import check_prompt_fits
+from utils.model.processor import Processor
+from utils.model.prompt import MemoryLimit
+
+# Below it the largest logit is drawn anyway, and others may pass what a float can hold; vLLM's bound, too.
+_LEAST_TEMPERATURE = 1e-5
+
+
+def open_pair(
+    checkpoint: str | Path | None,
+    chunk_size: int | None,
+    settings: EncoderSettings,
+    cache: LatentCache | None,
+    **limit: Any,
+) -> tuple[CodeLLaVAModel, Processor]:
+    """What `utils.inference.inference.load_model` loads; `limit` are `MemoryLimit`'s fields."""
+    files = find_checkpoint(checkpoint, chunk_size)
+    model, tokenizers = load_pair(files, settings)
+    if cache is not None:
+        model.cached_encoder = SpanEncoder(model.memory_encoder, files.fingerprint, cache)
+    processor = Processor(tokenizers=tokenizers, chunk_size=files.config.chunk_size, limit=MemoryLimit(**limit))
+    return model, processor
+
+
+class Generator:
+    """A decoder that continues prompts.
+
+    Args:
+        decoder: A Hugging Face causal language model.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, decoder: Any, tokenizer: Any) -> None:
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.end_ids = end_tokens(decoder, tokenizer)
+
+    @property
+    def max_rows(self) -> int | None:
+        """Positions of the decoder: the longest prompt with its answer."""
+        return getattr(self.decoder.config, "max_position_embeddings", None)
+
+    def check_room(self, num_rows: int, sampling: Sampling, name: str = "the prompt") -> None:
+        """Raise `PromptError` if prompt and answer are longer than the decoder's positions."""
+        check_prompt_fits(num_rows, self.decoder.config, sampling.max_tokens or 1, name)
+
+    @torch.inference_mode()
+    def embed(self, ids: Sequence[int]) -> torch.Tensor:
+        """Rows [T, D] of token ids.
+
+        Raises:
+            PromptError: There are none, or one that the decoder does not have.
+        """
+        table = self.decoder.get_input_embeddings()
+        num_ids = table.weight.shape[0]
+        if not ids or max(ids) >= num_ids:
+            what = f"token id {max(ids)}, the decoder's ids end at {num_ids - 1}" if ids else "no tokens"
+            raise PromptError(f"the prompt has {what}")
+        return table(torch.tensor(ids, dtype=torch.long, device=table.weight.device))
+
+    def complete(
+        self,
+        rows: Sequence[torch.Tensor],
+        sampling: Sampling,
+        *,
+        on_text: Callable[[str], None] | None = None,
+        cancelled: threading.Event | None = None,
+        **arguments: Any,
+    ) -> list[Completion]:
+        """Continue prompts as one batch.
+
+        Args:
+            rows: One [T, D] tensor a prompt.
+            sampling: How; its `max_tokens` may be None for a single prompt alone.
+            on_text: Called with each piece of a single prompt's text as it comes to be.
+            cancelled: Ends the work at the next token.
+            arguments: Further ones of Hugging Face's `generate`.
+
+        Raises:
+            PromptError: A prompt and its answer are longer than the decoder's positions.
+            ConfigError: There is not memory enough.
+        """
+        if not rows:
+            return []
+        for number, row in enumerate(rows):
+            self.check_room(len(row), sampling, f"prompt {number}" if len(rows) > 1 else "the prompt")
+        max_tokens = sampling.max_tokens or (self.max_rows or 1 << 20) - max(map(len, rows))
+        pieces = [TextPieces(self.tokenizer, sampling.stop) for _ in rows]
+        watch = _Watch(pieces, self.end_ids, on_text, cancelled)
+        if sampling.temperature >= _LEAST_TEMPERATURE:
+            arguments |= {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+                "min_p": sampling.min_p or None,
+            }
+            if sampling.seed is not None:
+                torch.manual_seed(sampling.seed)
+        if sampling.stop or on_text or cancelled:
+            arguments |= {"streamer": watch, "stopping_criteria": [watch.has_ended]}
+        generated = continue_rows(
+            self.decoder,
+            rows,
+            max_new_tokens=max_tokens,
+            end_ids=self.end_ids,
+            pad_id=self.tokenizer.pad_token_id or 0,
+            repetition_penalty=sampling.repetition_penalty,
+            **arguments,
+        )
+        return [self._completion(*one) for one in zip(rows, generated, pieces, strict=True)]
+
+    def _completion(self, row: torch.Tensor, ids: list[int], pieces: TextPieces) -> Completion:
+        ended = pieces.stopped or (bool(ids) and ids[-1] in self.end_ids)
+        count = pieces.num_tokens if pieces.stopped else len(ids)
+        return Completion(
+            text=pieces.text if pieces.num_tokens else self.tokenizer.decode(ids, skip_special_tokens=True),
+            finish_reason="stop" if ended else "length",
+            prompt_tokens=len(row),
+            completion_tokens=count,
+        )
+
+
+class _Watch(BaseStreamer):
+    """Sees each token as it is drawn: passes text on, and says which answers have ended."""
+
+    def __init__(
+        self,
+        pieces: Sequence[TextPieces],
+        end_ids: Sequence[int],
+        on_text: Callable[[str], None] | None,
+        cancelled: threading.Event | None,
+    ) -> None:
+        self._pieces = pieces
+        self._open = list(range(len(pieces)))
+        self._end_ids = end_ids
+        self._on_text = on_text or (lambda text: None)
+        self._cancelled = cancelled or threading.Event()
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the next id of each answer; the first call brings the prompts', of which there are none beside rows."""
+        if value.ndim > 1:
+            return
+        tokens = value.tolist()
+        for number in [*self._open]:
+            is_end = tokens[number] in self._end_ids
+            self._tell(self._pieces[number].add(tokens[number], is_end=is_end))
+            if is_end or self._pieces[number].stopped:
+                self._open.remove(number)
+
+    def end(self) -> None:
+        """Pass on what was held back."""
+        for pieces in self._pieces:
+            self._tell(pieces.finish())
+
+    def has_ended(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """The stopping criterion [B] for stop strings and for a client that has gone."""
+        stopped = [pieces.stopped or self._cancelled.is_set() for pieces in self._pieces]
+        return torch.tensor(stopped, dtype=torch.bool, device=ids.device)
+
+    def _tell(self, text: str) -> None:
+        if text:
+            self._on_text(text)
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int, window: int = 8) -> list[list[int]]:
+    """Indices of prompts in batches of similar lengths, so that little padding is prefilled.
+
+    Args:
+        lengths: Rows of the prompts, in their own order.
+        batch_size: Prompts of a batch.
+        window: Batches among which prompts change places: no result waits for longer than that.
+    """
+    batches = []
+    for begin in range(0, len(lengths), window * batch_size):
+        here = range(begin, min(begin + window * batch_size, len(lengths)))
+        order = sorted(here, key=lambda index: lengths[index])
+        batches += [sorted(order[at : at + batch_size]) for at in range(0, len(order), batch_size)]
+    return batches

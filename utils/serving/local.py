@@ -1,0 +1,224 @@
+"""The checkpoint's decoder in the place of a server: prompts and latents as they are, one request at a time.
+
+    backend = LocalBackend.load(files)
+    answer = await backend.ask(request)           # in the API's shape, streamed or whole
+
+The fields that it honours are in `utils/serving/local_request.py`; any other is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import orjson
+import torch
+
+from utils.checkpoint.layout import CheckpointFiles
+from utils.checkpoint.load import load_decoder, load_tokenizers
+from utils.checkpoint.settings import AUTOMATIC, EncoderSettings
+from utils.client.completion import Completion
+from utils.errors import CodeLlavaError, PromptError
+from utils.inference.generation import Generator
+from utils.model.splice import splice_latents
+from utils.serving.api_error import ApiError, error_body
+from utils.serving.backend import EVENT_STREAM, Answer
+from utils.serving.compress_request import CHAT, CompressedRequest
+from utils.serving.local_request import LocalRequest
+
+logger = logging.getLogger(__name__)
+
+
+class LocalBackend:
+    """One decoder and its line of requests; see `Backend`.
+
+    Args:
+        generator: Answers; its tokenizer is used by no one else.
+        name: What requests call the model.
+        max_waiting: Requests that may wait; more are told to come back.
+    """
+
+    is_local = True
+
+    def __init__(self, generator: Generator, name: str, max_waiting: int = 256) -> None:
+        self._generator = generator
+        self._name = name
+        self._max_waiting = max_waiting
+        self._running: set[_Run] = set()
+        # Its one thread is the line, and keeps the tokenizer to itself.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
+
+    @classmethod
+    def load(
+        cls, files: CheckpointFiles, settings: EncoderSettings = AUTOMATIC, max_waiting: int = 256
+    ) -> LocalBackend:
+        """Load a checkpoint's decoder.
+
+        Raises:
+            CheckpointError: The decoder cannot be read.
+        """
+        generator = Generator(load_decoder(files, settings).eval(), load_tokenizers(files).decoder)
+        return cls(generator, files.root.name, max_waiting)
+
+    async def models(self) -> Answer:
+        """The one model."""
+        entry = {
+            "id": self._name,
+            "object": "model",
+            "owned_by": "local",
+            "max_model_len": self._generator.max_rows,
+        }
+        return Answer(content=orjson.dumps({"object": "list", "data": [entry]}))
+
+    async def ask(self, request: CompressedRequest) -> Answer:
+        """Wait in line, then answer.
+
+        Raises:
+            PromptError: The prompt has no room for an answer, or ids that the decoder does not have.
+            ApiError: 400 or 404, fields that are not honoured; 429, too many requests wait; 500, the decoder failed.
+        """
+        wanted = LocalRequest.read(request.body, request.path == CHAT, self._name)
+        if len(self._running) > self._max_waiting:
+            raise ApiError(429, f"{len(self._running)} requests wait: try again later", headers={"Retry-After": "1"})
+        run = _Run(request, wanted)
+        self._running.add(run)
+        self._thread.submit(run.work, self._generator).add_done_callback(
+            lambda _: run.call_soon(self._running.discard, run)
+        )
+        try:
+            shape = _Shape(wanted, self._name, prompt_tokens=await run.next_event())
+            if wanted.stream:
+                return Answer(content=_events(run, shape), media_type=EVENT_STREAM)
+            texts = []
+            while isinstance(event := await run.next_event(), str):
+                texts.append(event)
+            return Answer(content=orjson.dumps(shape.whole("".join(texts), event)))
+        except BaseException:
+            # The client has gone, or the prompt was refused.
+            run.cancelled.set()
+            raise
+
+    async def close(self) -> None:
+        """End what runs at its next token, and the thread."""
+        for run in self._running:
+            run.cancelled.set()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+class _Run:
+    """One answer in work: the decoder's thread writes events, the event loop reads them.
+
+    The events are the number of prompt rows, pieces of text, and the `Completion`; an exception in place of any.
+    """
+
+    def __init__(self, request: CompressedRequest, wanted: LocalRequest) -> None:
+        self.cancelled = threading.Event()
+        (self._prompt,) = request.prompts
+        self._latents = [span.latents_ND for span in request.spans]
+        self._sampling = wanted.sampling
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Any] = asyncio.Queue()
+
+    def work(self, generator: Generator) -> None:
+        """What the thread does."""
+        if self.cancelled.is_set():
+            return
+        try:
+            with torch.inference_mode():
+                rows_TD = generator.embed(self._prompt.input_ids)
+                places = [(span.start, span.stop) for span in self._prompt.spans]
+                rows_TD = splice_latents(rows_TD, self._latents, places)
+            # Before a stream has begun, while a refusal still has a status.
+            generator.check_room(len(rows_TD), self._sampling)
+            self._tell(len(rows_TD))
+            (answer,) = generator.complete([rows_TD], self._sampling, on_text=self._tell, cancelled=self.cancelled)
+            self._tell(answer)
+        except Exception as error:  # whatever it is, it belongs to this request and not to the thread
+            self._tell(error)
+
+    async def next_event(self) -> Any:
+        """The next event; exceptions of the thread are raised here, in the API's words."""
+        event = await self._events.get()
+        if isinstance(event, PromptError):
+            raise event
+        if isinstance(event, CodeLlavaError):
+            raise ApiError(500, str(event))
+        if isinstance(event, Exception):
+            logger.error("the local decoder failed", exc_info=event)
+            raise ApiError(500, f"the local decoder failed ({type(event).__name__}); the log says why")
+        return event
+
+    def call_soon(self, action: Any, *arguments: Any) -> None:
+        """Let the event loop do something, if there still is one."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(action, *arguments)
+
+    def _tell(self, event: Any) -> None:
+        self.call_soon(self._events.put_nowait, event)
+
+
+async def _events(run: _Run, shape: _Shape) -> AsyncIterator[bytes]:
+    """A streamed answer as server-sent events; leaving early cancels the run."""
+    try:
+        yield _event(shape.piece("", first=True))
+        while isinstance(event := await run.next_event(), str):
+            yield _event(shape.piece(event))
+        for piece in shape.ending(event):
+            yield _event(piece)
+        yield b"data: [DONE]\n\n"
+    except (ApiError, PromptError) as error:
+        yield _event(error_body(str(error), getattr(error, "status", 400)))
+    finally:
+        run.cancelled.set()
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+class _Shape:
+    """The JSON of one answer, whole or in pieces, in the chat's or the completion's shape."""
+
+    def __init__(self, wanted: LocalRequest, model: str, prompt_tokens: int) -> None:
+        self._wanted = wanted
+        self._prompt_tokens = prompt_tokens
+        kind = "chat.completion" if wanted.chat else "text_completion"
+        prefix = "chatcmpl" if wanted.chat else "cmpl"
+        self._object = kind + (".chunk" if wanted.chat and wanted.stream else "")
+        self._common = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    def whole(self, text: str, answer: Completion) -> dict[str, Any]:
+        """An answer that is not streamed."""
+        said: dict[str, Any] = {"text": text}
+        if self._wanted.chat:
+            said = {"message": {"role": "assistant", "content": text}}
+        return self._body([self._choice(said, answer.finish_reason)], usage=self._usage(answer))
+
+    def piece(self, text: str, first: bool = False) -> dict[str, Any]:
+        """One piece of a stream."""
+        role = {"role": "assistant"} if first else {}
+        return self._body([self._choice({"delta": role | {"content": text}} if self._wanted.chat else {"text": text})])
+
+    def ending(self, answer: Completion) -> list[dict[str, Any]]:
+        """The last pieces: why it ended, and the usage where it was asked for."""
+        last = self._choice({"delta": {}} if self._wanted.chat else {"text": ""}, answer.finish_reason)
+        usage = [self._body([], usage=self._usage(answer))] if self._wanted.include_usage else []
+        return [self._body([last]), *usage]
+
+    def _choice(self, said: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        return {"index": 0, "finish_reason": finish_reason, "logprobs": None, **said}
+
+    def _body(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        return {**self._common, "object": self._object, "choices": choices, **more}
+
+    def _usage(self, answer: Completion) -> dict[str, int]:
+        new = answer.completion_tokens or 0
+        total = self._prompt_tokens + new
+        return {"prompt_tokens": self._prompt_tokens, "completion_tokens": new, "total_tokens": total}

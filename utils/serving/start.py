@@ -1,0 +1,85 @@
+"""Loads what a gateway needs, looks at its backend, and serves: what would make the command's `--help` slow."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import logging
+import os
+
+from utils.client.completion import RetryPolicy
+from utils.client.server_client import VllmClient
+from utils.compress.compressor import Compressor
+from utils.errors import ConfigError, ServerError
+from utils.flags import encoder_settings, memory_limit, open_cache
+from utils.serving.app import Gateway
+from utils.serving.backend import Backend
+from utils.serving.door import DoorPolicy
+from utils.serving.local import LocalBackend
+from utils.serving.server import GatewayServer
+from utils.serving.settings import GatewaySettings
+from utils.serving.upstream import Upstream
+
+logger = logging.getLogger(__name__)
+
+_CHECK_TIMEOUT_S = 30.0
+
+
+def serve(args: argparse.Namespace, settings: GatewaySettings) -> int:
+    """Serve until a signal comes.
+
+    Args:
+        args: The command's flags: checkpoint, how it runs, cache, kind of backend, port.
+        settings: Limits, keys and policies.
+
+    Returns:
+        The process's exit code.
+    """
+    DoorPolicy(settings.host, settings.allowed_hosts, settings.allowed_origins)  # before the weights are loaded
+    encoder = encoder_settings(args)
+    cache = open_cache(args)
+    try:
+        compressor = Compressor.load(
+            args.checkpoint, chunk_size=args.chunk_size, settings=encoder, limit=memory_limit(args), cache=cache
+        )
+        backend: Backend
+        if args.backend == "local":
+            backend = LocalBackend.load(compressor.files, encoder, settings.max_waiting)
+        else:
+            asyncio.run(check_server(settings, compressor.width))
+            backend = Upstream(settings)
+        place = "its own decoder" if backend.is_local else settings.backend_url
+        logger.info("gateway on http://%s:%d in front of %s", settings.host, args.port, place)
+        app = Gateway(settings, compressor, backend).app()
+        # What was loaded stays: the collector need not go through it for each long body, while nothing else runs.
+        gc.collect()
+        gc.freeze()
+        return GatewayServer(app, settings.connections, settings.host, args.port).run_process(os._exit)
+    finally:
+        if cache is not None:
+            cache.close()
+
+
+async def check_server(settings: GatewaySettings, width: int) -> None:
+    """Try one row of latents on the server's first model, and log what will not work; it never stops the start.
+
+    The server may be started later, and may serve several models; requests then show its own errors.
+    """
+    once = RetryPolicy(attempts=1)
+    async with VllmClient(
+        settings.backend_url, api_key=settings.backend_key, timeout_s=_CHECK_TIMEOUT_S, retry=once
+    ) as client:
+        try:
+            served = await client.models()
+            client.model = served[0].name if served else None
+            await client.preflight(width=width)
+            joins_parts = await client.joins_parts()
+        except (ServerError, ConfigError) as error:
+            logger.warning("the backend is not ready: %s", error)
+            return
+    if joins_parts:
+        logger.warning(
+            "the backend's chat template takes plain strings, so it puts a newline before and after every span: "
+            "answers differ from the local prompt's; serve the decoder with a chat template that takes content parts"
+        )

@@ -1,0 +1,64 @@
+"""`python -m utils.training.evaluate`: a checkpoint on held-out code, by generation, at several chunk sizes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from utils.cli import EXIT_OK, make_parser, print_json, run_command
+
+TASKS = "reconstruct,needle,lookup,which_file,continue"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags of `python -m utils.training.evaluate`."""
+    parser = make_parser(
+        "Measure what a checkpoint answers from compressed memory, beside full text and beside truncation.",
+        examples="""\
+  uv run python -m utils.training.evaluate --num-examples 50 --output artifacts/evaluation/default
+  uv run python -m utils.training.evaluate --checkpoint artifacts/training/toy/model --source symbols \\
+      --tasks copy_symbols,find_symbol --memory-tokens 4-12 --chars-per-token 1 --chunk-size 1,2""",
+        prog="python -m utils.training.evaluate",
+    )
+    parser.add_argument("--checkpoint", help="folder, run folder or hub id; default: the embedded one")
+    parser.add_argument("--reference", help="another checkpoint, answering from full text only; `untrained`: the start")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>; default auto")
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32; default auto: as stored")
+    data = parser.add_argument_group("examples")
+    data.add_argument("--tasks", default=TASKS, help=f"default {TASKS}")
+    data.add_argument("--num-examples", type=int, default=50, help="of each task; default 50")
+    data.add_argument("--memory-tokens", default="192-256", help="shortest and longest, roughly; default 192-256")
+    data.add_argument("--chars-per-token", type=float, default=3.2, help="what lengths reckon with; default 3.2")
+    data.add_argument("--source", default="held-out", help="held-out, symbols or a folder of code; default held-out")
+    data.add_argument("--question-first", action="store_true", help="ask before the memory; default: after it")
+    data.add_argument("--seed", type=int, default=1000, help="of the examples; default 1000")
+    run = parser.add_argument_group("run")
+    run.add_argument("--chunk-size", "--chunk-sizes", dest="chunk_sizes", default="4,8,16,32", help="default 4,8,16,32")
+    run.add_argument(
+        "--batch-size", type=int, help="prompts generated together; default: 8, on a GPU as many as fit, 128 at most"
+    )
+    run.add_argument("--threads", type=int, help="torch threads; default: torch's choice")
+    run.add_argument("--output", type=Path, help="folder for result.json, records.jsonl, table.md and result.png")
+    parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    return run_command(build_parser(), _run, argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from utils.training.evaluate import run
+
+    result, table = run.run(args)
+    if args.json:
+        print_json(result)
+    else:
+        sys.stdout.write(table + "\n")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

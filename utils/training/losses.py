@@ -1,0 +1,179 @@
+"""What is minimised: the packed next-token loss, the alignment of latents with the decoder's own embeddings, and the
+unpack loss (`unpacking.py`) beside the first.
+
+`TrainedPair` computes them behind one `forward`, as distributed wrappers want it. Losses are sums over a row; the loop
+divides by what the whole step has, on all processes, so that the split of a step into rows changes nothing.
+Shape legend: T decoder rows of a packed row, n rows with a label, N latents, D decoder width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from utils.errors import ConfigError
+from utils.model.code_llava_model import CodeLLaVAModel
+from utils.model.markers import MarkerIds
+from utils.model.packed_attention import supports_packed_attention, use_packed_attention
+from utils.model.splice import splice_latents
+from utils.model.transfer import to_device
+from utils.model.windows import plan_windows
+from utils.training.packing import PackedRow
+from utils.training.unpacking import Unpacker
+
+# Room for the float32 logits that exist at the same time; a vocabulary is large. What does not fit is computed in
+# pieces, each a second time on the way back, so a device with more memory takes larger ones.
+_HEAD_BYTES = {"cpu": 1 << 29, "cuda": 1 << 31}
+
+
+class MarkerRows(nn.Module):
+    """What training adds to the decoder's embedding rows of the two markers around a span.
+
+    The table itself stays frozen: two rows need no gradient and no optimiser state of the whole vocabulary. The third
+    marker, the placeholder, is never looked up: latents stand in its place.
+    """
+
+    def __init__(self, markers: MarkerIds, width: int) -> None:
+        super().__init__()
+        self.ids = (markers.start, markers.end)
+        # Beside the weights on their device: a list would be copied there row after row.
+        self.ids_on_device: torch.Tensor
+        self.register_buffer("ids_on_device", torch.tensor(self.ids), persistent=False)
+        self.delta = nn.Parameter(torch.zeros(len(self.ids), width))
+
+    def forward(self, ids_T: torch.Tensor, embeds_TD: torch.Tensor) -> torch.Tensor:
+        """Embeddings with the rows of markers changed."""
+        for row, marker in enumerate(self.ids):
+            here_T1 = (ids_T == marker).unsqueeze(-1)
+            embeds_TD = embeds_TD + torch.where(here_T1, self.delta[row].to(embeds_TD.dtype), 0.0)
+        return embeds_TD
+
+    def add_to_logits(self, hidden_nD: torch.Tensor, logits_nV: torch.Tensor) -> None:
+        """Change the logits of the same rows, in place, for a head that is the table itself."""
+        change = F.linear(hidden_nD, self.delta.to(hidden_nD.dtype)).to(logits_nV.dtype)
+        logits_nV.index_add_(1, self.ids_on_device, change)
+
+
+class TrainedPair(nn.Module):
+    """A pair as it is trained.
+
+    Args:
+        model: The pair; its parts become parts of this module under the same names.
+        markers: Ids of the marker tokens.
+        unpack: Whether to have an unpacker, for the unpack loss.
+        head_rows: Label rows whose logits exist at the same time; None: by vocabulary and device.
+
+    Raises:
+        ConfigError: The decoder cannot run packed rows.
+    """
+
+    def __init__(
+        self, model: CodeLLaVAModel, markers: MarkerIds, *, unpack: bool = False, head_rows: int | None = None
+    ) -> None:
+        super().__init__()
+        if not supports_packed_attention(model.decoder):
+            raise ConfigError(f"{type(model.decoder).__name__} cannot run packed rows, which training needs")
+        self.memory_encoder = model.memory_encoder
+        self.decoder = model.decoder
+        width = model.decoder.get_input_embeddings().weight.shape[1]
+        self.marker_rows = MarkerRows(markers, width)
+        self.unpacker = Unpacker(width, self._encoder_table().shape[1]) if unpack else None
+        self._head_rows = head_rows
+        use_packed_attention(self.decoder)
+
+    @property
+    def head_rows(self) -> int:
+        """Label rows whose logits exist at the same time."""
+        if self._head_rows is not None:
+            return self._head_rows
+        table = self.decoder.get_output_embeddings().weight
+        return max(1, _HEAD_BYTES.get(table.device.type, _HEAD_BYTES["cpu"]) // (4 * table.shape[0]))
+
+    def forward(self, row: PackedRow, align: bool = False, unpack: bool = False) -> torch.Tensor:
+        """The summed loss of a packed row: over its labels, or with `align` over its memory tokens.
+
+        With `unpack` [2]: that, and the unpack loss summed over the memory tokens that it covers. On a GPU nothing here
+        waits for the device: whatever is known beforehand is reckoned on the host.
+        """
+        row = row.to(self.decoder.get_input_embeddings().weight.device)
+        if align:
+            return self._align_loss(row)
+        latents = self.memory_encoder(row.spans)
+        loss = self._next_token_loss(row, latents)
+        if not unpack:
+            return loss
+        assert self.unpacker is not None
+        return torch.stack([loss, self.unpacker(latents, row.spans, self._encoder_table())])
+
+    def _encoder_table(self) -> torch.Tensor:
+        return self.memory_encoder.chunker.encoder.get_input_embeddings().weight
+
+    def _next_token_loss(self, row: PackedRow, latents: list[torch.Tensor]) -> torch.Tensor:
+        embeds_TD = self.decoder.get_input_embeddings()(row.input_ids)
+        embeds_TD = self.marker_rows(row.input_ids, embeds_TD)
+        embeds_TD = splice_latents(embeds_TD, latents, [(span.start, span.stop) for span in row.spans])
+        hidden_TD = self.decoder.get_decoder()(
+            inputs_embeds=embeds_TD[None],
+            position_ids=row.position_ids[None],
+            segments=row.segments,
+            use_cache=False,
+        ).last_hidden_state[0]
+        # Only rows with a label need logits: most rows of a task example have none.
+        return self._cross_entropy(hidden_TD[row.label_rows], row.labels, row.label_weights)
+
+    def _cross_entropy(self, hidden_nD: torch.Tensor, labels_n: torch.Tensor, weights_n: torch.Tensor) -> torch.Tensor:
+        head = self.decoder.get_output_embeddings()
+        tied = head.weight is self.decoder.get_input_embeddings().weight
+
+        def part(hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            logits = head(hidden)
+            if tied:
+                self.marker_rows.add_to_logits(hidden, logits)
+            # Not a matrix product, which autocast would take in bfloat16.
+            return (F.cross_entropy(logits.float(), labels, reduction="none") * weights).sum()
+
+        if len(labels_n) <= self.head_rows:
+            return part(hidden_nD, labels_n, weights_n)
+        pieces = zip(*(x.split(self.head_rows) for x in (hidden_nD, labels_n, weights_n)), strict=True)
+        # Nothing in a piece is random, so there is no state of the generators to keep.
+        settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        return torch.stack([checkpoint(part, *piece, **settings) for piece in pieces]).sum()
+
+    def _align_loss(self, row: PackedRow) -> torch.Tensor:
+        """Squared error between each memory token's latent and the decoder's embedding of the same token.
+
+        In units of the embeddings' variance: 1 is what a constant guess reaches. No decoder pass.
+        """
+        config = self.memory_encoder.config.with_chunk_size(1)
+        windows = [window for span in row.spans for window in plan_windows(span.token_ids, config)]
+        with torch.no_grad():
+            pooled = torch.cat(self.memory_encoder.chunker(windows))
+        latents_ND = self.memory_encoder.adapter(pooled, [window.num_latents for window in windows])
+        table_VD = self.decoder.get_input_embeddings().weight
+        ids_N = to_device(np.concatenate([window.core for window in windows]).astype(np.int64), table_VD.device)
+        wanted_ND = table_VD[ids_N].detach().float()
+        variance = wanted_ND.var(dim=0).mean().clamp_min(1e-12)
+        return F.mse_loss(latents_ND.float(), wanted_ND, reduction="sum") / variance / wanted_ND.shape[1]
+
+
+def loss_units(row: PackedRow, align: bool) -> float:
+    """What the summed loss of a row is divided by, in the end: its labels' weights, or its memory tokens."""
+    return row.memory_tokens if align else float(row.label_weights.sum())  # the row is on the host
+
+
+def check_alignable(tokenizers: Any) -> None:
+    """Raise `ConfigError` unless both tokenizers give a text the same ids, which the align stage rests on."""
+    probe = "def area(width, height):\n    return width * height  # naïve é\n"
+    encoder, decoder = (
+        t(probe, add_special_tokens=False)["input_ids"] for t in (tokenizers.encoder, tokenizers.decoder)
+    )
+    if encoder != decoder:
+        raise ConfigError(
+            "the align stage needs an encoder and a decoder with one tokenizer, and these two cut text differently: "
+            "leave the stage out"
+        )

@@ -17,6 +17,7 @@ import hashlib
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -132,6 +133,7 @@ class CorpusIndex:
         query = "SELECT shard FROM stored LEFT JOIN found USING (id, sha256) GROUP BY shard HAVING COUNT(line) = 0"
         return [shard for (shard,) in self._db.execute(query)]
 
+    @cached_property
     def corpus_sha256(self) -> str:
         """Hex sha256 over ids and texts in order: equal for equal corpora."""
         digest = hashlib.sha256()
@@ -148,7 +150,7 @@ class CorpusIndex:
         except sqlite3.Error:
             return None  # there is none, or a damaged one: it is made anew, from the shards
         state = [known.get(name) for name in ("corpus_sha256", "problems", "missing")]
-        whole = state == [self.corpus_sha256(), self.num_problems, 0] and set(COUNTS) <= known.keys()
+        whole = state == [self.corpus_sha256, self.num_problems, 0] and set(COUNTS) <= known.keys()
         if not whole or not all((path.parent / name).is_file() for name in shards):
             return None
         return {name: known[name] for name in COUNTS}
@@ -176,7 +178,7 @@ class CorpusIndex:
             "COUNT(DISTINCT CASE WHEN num_latents > 0 THEN shard END) FROM written.documents"
         ).fetchone()
         counts = dict(zip(COUNTS, values, strict=True))
-        about = {**counts, "corpus_sha256": self.corpus_sha256(), "problems": self.num_problems}
+        about = {**counts, "corpus_sha256": self.corpus_sha256, "problems": self.num_problems}
         self._db.executemany("INSERT INTO written.about VALUES (?, ?)", about.items())
         return counts
 

@@ -81,7 +81,7 @@ def encode_corpus(
             "missing": done["failed"],
             "seconds": round(time.monotonic() - began, 3),
             "tokens_per_second": round(done["tokens"] / seconds, 1) if done["tokens"] else 0.0,
-            "corpus_sha256": index.corpus_sha256(),
+            "corpus_sha256": index.corpus_sha256,
         }
         return summary | (_in_cache(index, job, done) if output is None else _in_shards(index, output, done, prune))
 

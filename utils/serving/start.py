@@ -38,27 +38,22 @@ def serve(args: argparse.Namespace, settings: GatewaySettings) -> int:
     """
     DoorPolicy(settings.host, settings.allowed_hosts, settings.allowed_origins)  # before the weights are loaded
     encoder = encoder_settings(args)
-    cache = open_cache(args)
-    try:
-        compressor = Compressor.load(
-            args.checkpoint, chunk_size=args.chunk_size, settings=encoder, limit=memory_limit(args), cache=cache
-        )
-        backend: Backend
-        if args.backend == "local":
-            backend = LocalBackend.load(compressor.files, encoder, settings.max_waiting)
-        else:
-            asyncio.run(check_server(settings, compressor.width))
-            backend = Upstream(settings)
-        place = "its own decoder" if backend.is_local else settings.backend_url
-        logger.info("gateway on http://%s:%d in front of %s", settings.host, args.port, place)
-        app = Gateway(settings, compressor, backend).app()
-        # What was loaded stays: the collector need not go through it for each long body, while nothing else runs.
-        gc.collect()
-        gc.freeze()
-        return GatewayServer(app, settings.connections, settings.host, args.port).run_process(os._exit)
-    finally:
-        if cache is not None:
-            cache.close()
+    compressor = Compressor.load(
+        args.checkpoint, chunk_size=args.chunk_size, settings=encoder, limit=memory_limit(args), cache=open_cache(args)
+    )
+    backend: Backend
+    if args.backend == "local":
+        backend = LocalBackend.load(compressor.files, encoder, settings.max_waiting)
+    else:
+        asyncio.run(check_server(settings, compressor.width))
+        backend = Upstream(settings)
+    place = "its own decoder" if backend.is_local else settings.backend_url
+    logger.info("gateway on http://%s:%d in front of %s", settings.host, args.port, place)
+    app = Gateway(settings, compressor, backend).app()
+    # What was loaded stays: the collector need not go through it for each long body, while nothing else runs.
+    gc.collect()
+    gc.freeze()
+    return GatewayServer(app, settings.connections, settings.host, args.port).run_process(os._exit)
 
 
 async def check_server(settings: GatewaySettings, width: int) -> None:

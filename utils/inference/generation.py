@@ -40,14 +40,14 @@ def open_pair(
     chunk_size: int | None,
     settings: EncoderSettings,
     cache: LatentCache | None,
-    **limit: Any,
+    limit: MemoryLimit,
 ) -> tuple[CodeLLaVAModel, Processor]:
-    """What `utils.inference.inference.load_model` loads; `limit` are `MemoryLimit`'s fields."""
+    """What `utils.inference.inference.load_model` loads."""
     files = find_checkpoint(checkpoint, chunk_size)
     model, tokenizers = load_pair(files, settings)
     if cache is not None:
         model.cached_encoder = SpanEncoder(model.memory_encoder, files.fingerprint, cache)
-    processor = Processor(tokenizers=tokenizers, chunk_size=files.config.chunk_size, limit=MemoryLimit(**limit))
+    processor = Processor(tokenizers=tokenizers, chunk_size=files.config.chunk_size, limit=limit)
     return model, processor
 
 

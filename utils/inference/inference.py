@@ -28,6 +28,8 @@ from utils.flags import (
     add_checkpoint_flags,
     add_memory_files_flag,
     add_memory_limit_flags,
+    encoder_settings,
+    memory_limit,
     open_cache,
     read_memory_files,
 )
@@ -76,13 +78,15 @@ def load_model(
         CheckpointError: The checkpoint is missing, incomplete or inconsistent.
         ConfigError: It cannot serve the chunk size, or the device is not there.
     """
-    from utils.inference.generation import open_pair  # late, as torch is: `--help` needs neither
+    # Late, as torch is: `--help` needs neither.
+    from utils.inference.generation import open_pair
+    from utils.model.prompt import MemoryLimit
 
     settings = EncoderSettings(
         device=device, dtype=dtype or "auto", attn_implementation=attn_implementation, batch_tokens=batch_tokens
     )
-    limit = {"max_tokens": max_code_length, "truncate": truncate_memory}
-    model, processor = open_pair(checkpoint_path, chunk_size, settings, cache, **limit)
+    limit = MemoryLimit(max_tokens=max_code_length, truncate=truncate_memory)
+    model, processor = open_pair(checkpoint_path, chunk_size, settings, cache, limit)
     return model, processor.tokenizers.decoder, processor
 
 
@@ -214,23 +218,14 @@ def _chats(args: argparse.Namespace) -> list[tuple[str, list[dict[str, str]]]]:
 def _answers(args: argparse.Namespace, chats: Sequence[tuple[str, list[dict[str, str]]]]) -> Iterator[dict[str, Any]]:
     import torch
 
-    from utils.inference.generation import Generator, batches_by_length
+    from utils.inference.generation import Generator, batches_by_length, open_pair
 
-    model, tokenizer, processor = load_model(
-        args.checkpoint,
-        args.device,
-        args.chunk_size,
-        args.max_code_length,
-        args.attn_implementation,
-        args.dtype,
-        truncate_memory=args.truncate_memory,
-        batch_tokens=args.batch_tokens,
-        cache=open_cache(args),
-    )
+    settings, limit = encoder_settings(args), memory_limit(args)
+    model, processor = open_pair(args.checkpoint, args.chunk_size, settings, open_cache(args), limit)
     # All prompts are parsed before the first is answered: a bad one is reported at once.
     prompts = [processor.parse_chat(messages) for _, messages in chats]
     model.check_room(prompts, args.max_tokens)
-    generator = Generator(model.decoder, tokenizer)
+    generator = Generator(model.decoder, processor.tokenizers.decoder)
     sampling = published_sampling(args.max_tokens, args.temperature)
     torch.manual_seed(args.seed)
     # Batches are of similar lengths, results come in the order of the prompts.

@@ -68,11 +68,12 @@ class SpanEncoder:
             [_salted(self._key(unit), salt) for unit in units]
             for units, salt in zip(units_of_spans, salts or [b""] * len(spans), strict=True)
         ]
-        unit_of_key = dict(zip(chain(*keys_of_spans), chain(*units_of_spans), strict=True))
+        keys_of_units = [*chain(*keys_of_spans)]
+        unit_of_key = dict(zip(keys_of_units, chain(*units_of_spans), strict=True))
         latents = self._look_up(unit_of_key, salted=any(salts))
         cached = set(latents)
         missing = [key for key in unit_of_key if key not in latents]
-        groups: Iterable[Sequence[int]] = [range(len(missing))]
+        groups: Iterable[Sequence[int]] = [range(len(missing))] if missing else []
         if stopped:
             windows_of = [unit_of_key[key].windows for key in missing]
             sizes = [(windows[0].chunk_size, sum(window.num_tokens for window in windows)) for windows in windows_of]
@@ -81,8 +82,6 @@ class SpanEncoder:
         for group in groups:
             if stopped and stopped():
                 raise EncodingStopped
-            if not group:
-                continue
             keys = [missing[i] for i in group]
             units = [unit_of_key[key] for key in keys]
             fresh = self.memory_encoder.encode_units(units, to_cpu=True)
@@ -90,7 +89,7 @@ class SpanEncoder:
             if self.cache:
                 self.cache.put_many(keys, parts)
             latents |= zip(keys, parts, strict=True)
-            if keys == [*chain(*keys_of_spans)]:
+            if keys == keys_of_units:
                 # All is new and in its order: cut, not joined, so that a long span's latents are held once.
                 whole = list(fresh.split([sum(unit.num_latents for unit in own) for own in units_of_spans]))
         results = []

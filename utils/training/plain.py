@@ -39,7 +39,7 @@ def from_plain(kind: Any, value: Any, where: str = "") -> Any:
     if origin is tuple and isinstance(value, list):
         kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
         if len(kinds) != len(value):
-            raise ConfigError(f"{where}: expected {len(kinds)} values, got {len(value)}")
+            raise ConfigError(_at(where, f"expected {len(kinds)} values, got {len(value)}"))
         return tuple(from_plain(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if isinstance(value, Mapping):
         if dataclasses.is_dataclass(kind):

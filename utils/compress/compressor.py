@@ -25,15 +25,17 @@ from utils.checkpoint.load import (
 )
 from utils.checkpoint.locate import find_checkpoint
 from utils.checkpoint.settings import AUTOMATIC, EncoderSettings
+from utils.compress.expander import Expander
 from utils.compress.latent_cache import LatentCache
-from utils.compress.prompt_embeds import CompressionStats, PromptEmbeds
+from utils.compress.prompt_embeds import CompressionStats, ExpandedText, PromptEmbeds
+from utils.compress.select import Expansion
 from utils.compress.span_encoder import SpanEncoder
 from utils.files import provenance
 from utils.model.code_llava_model import MemoryEncoder
 from utils.model.limits import check_prompt_fits
 from utils.model.processor import Processor
 from utils.model.prompt import MemoryLimit, MemoryPrompt, MemorySpan
-from utils.model.splice import splice_latents
+from utils.model.splice import splice_spans
 
 
 class Compressor:
@@ -64,6 +66,7 @@ class Compressor:
         self._span_encoder = SpanEncoder(memory_encoder, files.fingerprint if cache else "", cache)
         self.dtype = dtype or table_VD.dtype
         self._table_VD = table_VD
+        self._expander = Expander(processor.tokenizers, self._span_encoder)
 
     @classmethod
     def load(
@@ -116,6 +119,10 @@ class Compressor:
         """Parse a chat; see `utils.model.prompt.parse_chat_prompt`."""
         return self.processor.parse_chat(messages, chunk_size, **template)
 
+    def expand(self, prompt: MemoryPrompt, expansion: Expansion | None) -> MemoryPrompt:
+        """The prompt with text in place of some latents; see `utils.compress.expander.Expander`."""
+        return self._expander(prompt, expansion)
+
     @torch.inference_mode()
     def compress(self, prompts: Sequence[MemoryPrompt]) -> list[PromptEmbeds]:
         """Turn prompts into prompt embeddings; the spans of all of them are encoded together.
@@ -150,13 +157,18 @@ class Compressor:
     def embed(self, prompt: MemoryPrompt, encoded: Sequence[tuple[torch.Tensor, int]]) -> PromptEmbeds:
         """Splice what `encode_spans` gave for a prompt's spans into its embedding rows."""
         rows_TD = self._table_VD[torch.tensor(prompt.input_ids)].to(self.dtype)
-        places = tuple((span.start, span.stop) for span in prompt.spans)
         return PromptEmbeds(
-            values_TD=splice_latents(rows_TD, [latents for latents, _ in encoded], places),
-            spans=places,
+            values_TD=splice_spans(rows_TD, [latents for latents, _ in encoded], prompt.spans),
+            spans=tuple((span.start, span.stop) for span in prompt.spans),
+            expanded=tuple(
+                ExpandedText(span=number, rows=segment.rows, chars=segment.chars)
+                for number, span in enumerate(prompt.spans)
+                for segment in span.segments
+            ),
             stats=CompressionStats(
                 memory_tokens=prompt.memory_tokens,
                 num_latents=prompt.num_latents,
+                text_rows=prompt.text_rows,
                 prompt_tokens=len(prompt.input_ids),
                 cached_tokens=sum(cached for _, cached in encoded),
             ),

@@ -40,17 +40,42 @@ class CompressionStats:
         num_latents: Latent rows that stand for them.
         prompt_tokens: Rows of the whole prompt, T.
         cached_tokens: Memory tokens whose latents came from the cache.
+        text_rows: Rows of memory that stayed text, beside the latents.
     """
 
     memory_tokens: int
     num_latents: int
     prompt_tokens: int
     cached_tokens: int = 0
+    text_rows: int = 0
 
     @property
     def ratio(self) -> float:
-        """Compression ratio: memory tokens per latent (LCLM's sense; kvpress uses the word for the part removed)."""
-        return self.memory_tokens / self.num_latents if self.num_latents else 1.0
+        """Compression ratio: memory tokens per row that stands for them, latent or text.
+
+        That is LCLM's sense; kvpress uses the word for the part removed.
+        """
+        return compression_ratio(self.memory_tokens, self.num_latents + self.text_rows)
+
+
+def compression_ratio(memory_tokens: int, num_rows: int) -> float:
+    """Memory tokens per row of latents or text that stands for them; 1 without memory."""
+    return memory_tokens / num_rows if num_rows else 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpandedText:
+    """A part of a span that stayed text.
+
+    Attributes:
+        span: The span's number.
+        rows: Half-open range of the prompt's rows.
+        chars: Half-open ranges of the span's characters.
+    """
+
+    span: int
+    rows: tuple[int, int]
+    chars: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,14 +84,16 @@ class PromptEmbeds:
 
     Attributes:
         values_TD: Float tensor [T, D], on the CPU, in the checkpoint's dtype.
-        spans: Half-open row ranges of the latents, markers excluded, in order.
+        spans: Half-open row ranges of the memory, markers excluded, in order: latents but for what stayed text.
         stats: Counts.
+        expanded: What stayed text.
         provenance: Checkpoint fingerprint, chunk size, versions.
     """
 
     values_TD: torch.Tensor
     spans: tuple[tuple[int, int], ...]
     stats: CompressionStats
+    expanded: tuple[ExpandedText, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
@@ -120,6 +147,8 @@ def save_prompt_embeds(path: str | Path, embeds: PromptEmbeds, *, format: str | 
         "stats": {**asdict(embeds.stats), "ratio": embeds.stats.ratio},
         "provenance": embeds.provenance,
     }
+    if embeds.expanded:
+        sidecar["expanded"] = [asdict(text) for text in embeds.expanded]
     write_json(sidecar_path(path), sidecar)
 
 
@@ -269,6 +298,7 @@ def _with_sidecar(values_TD: torch.Tensor, sha256: str, file: Path) -> PromptEmb
         spans = tuple((_integer(start), _integer(stop)) for start, stop in sidecar["spans"])
         stats.pop("ratio")
         counts = CompressionStats(**{name: _integer(count) for name, count in stats.items()})
+        expanded = tuple(_expanded_text(entry) for entry in sidecar.get("expanded", ()))
         provenance = sidecar["provenance"]
         for value, kind in ((expected_sha256, str), (sidecar["spans"], list), (provenance, dict)):
             if not isinstance(value, kind):
@@ -284,9 +314,21 @@ def _with_sidecar(values_TD: torch.Tensor, sha256: str, file: Path) -> PromptEmb
             "save the array again, or remove the sidecar to use the array on its own"
         )
     _check_spans(spans, len(values_TD), str(file))
+    for text in expanded:
+        if text.span >= len(spans) or not spans[text.span][0] <= text.rows[0] <= text.rows[1] <= spans[text.span][1]:
+            raise DatasetError(f"{file}: rows {text.rows} stayed text, but lie in no span: save the array again")
     if dtype != values_TD.dtype:
         values_TD = _checked(values_TD.to(dtype), f"{file}: the values as {_dtype_name(dtype)}")
-    return PromptEmbeds(values_TD=values_TD, spans=spans, stats=counts, provenance=provenance)
+    return PromptEmbeds(values_TD=values_TD, spans=spans, stats=counts, expanded=expanded, provenance=provenance)
+
+
+def _expanded_text(entry: Any) -> ExpandedText:
+    (first, stop), chars = entry["rows"], entry["chars"]
+    return ExpandedText(
+        span=_integer(entry["span"]),
+        rows=(_integer(first), _integer(stop)),
+        chars=tuple((_integer(begin), _integer(end)) for begin, end in chars),
+    )
 
 
 def _integer(value: Any) -> int:

@@ -22,7 +22,7 @@ from utils.model.config import CompressionConfig
 from utils.model.generate import continue_rows
 from utils.model.limits import check_prompt_fits, explain_out_of_memory
 from utils.model.prompt import MemoryPrompt, MemorySpan
-from utils.model.splice import splice_latents
+from utils.model.splice import splice_spans
 from utils.model.transfer import to_device
 from utils.model.windows import Window, plan_windows
 
@@ -216,4 +216,4 @@ class CodeLLaVAModel(nn.Module):
     def _splice(self, prompt: MemoryPrompt, latents: Sequence[torch.Tensor]) -> torch.Tensor:
         ids = to_device(np.array(prompt.input_ids), self.device)
         embeds = self.decoder.get_input_embeddings()(ids)
-        return splice_latents(embeds, latents, [(span.start, span.stop) for span in prompt.spans])
+        return splice_spans(embeds, latents, prompt.spans)

@@ -11,7 +11,7 @@ template, which see a single placeholder in its place. This module knows no torc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,16 +32,32 @@ def num_latents(num_tokens: int, chunk_size: int) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TextSegment:
+    """Part of a span that the decoder reads as text (`utils.model.expand`).
+
+    Attributes:
+        chars: Half-open ranges of the span's characters, in order; mostly one. Several have no latent between them.
+        rows: Half-open range of the prompt's rows that hold their text.
+        chunks: Half-open range of the span's chunks whose latents the text stands for; may be empty.
+    """
+
+    chars: tuple[tuple[int, int], ...]
+    rows: tuple[int, int]
+    chunks: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemorySpan:
     """One compressed stretch of a prompt.
 
     Attributes:
         text: What stood between the markers.
         token_ids: Its encoder tokens, without special tokens.
-        start: First placeholder in the prompt's decoder ids.
-        stop: One past the last placeholder.
+        start: First of its rows in the prompt's decoder ids, after the opening marker.
+        stop: One past the last.
         chunk_size: Encoder tokens per latent in this span.
         truncated_tokens: Encoder tokens left out at the end because the caller asked for truncation.
+        segments: What is read as text; the other rows are placeholders of latents.
     """
 
     text: str
@@ -50,19 +66,48 @@ class MemorySpan:
     stop: int
     chunk_size: int
     truncated_tokens: int = 0
+    segments: tuple[TextSegment, ...] = ()
+
+    @property
+    def num_chunks(self) -> int:
+        """Latents that its encoder tokens give, shown or not."""
+        return num_latents(len(self.token_ids), self.chunk_size)
+
+    @property
+    def text_rows(self) -> int:
+        """Rows that hold text."""
+        return sum(segment.rows[1] - segment.rows[0] for segment in self.segments)
 
     @property
     def num_latents(self) -> int:
-        """Rows of the prompt that this span takes."""
-        return self.stop - self.start
+        """Rows that hold latents."""
+        return self.stop - self.start - self.text_rows
+
+    @property
+    def latent_runs(self) -> list[tuple[int, int, int]]:
+        """Where its latents stand: first row, one past the last row, and the chunk that the first row stands for."""
+        runs = []
+        row, chunk = self.start, 0
+        for segment in self.segments:
+            runs.append((row, segment.rows[0], chunk))
+            row, chunk = segment.rows[1], segment.chunks[1]
+        return [run for run in [*runs, (row, self.stop, chunk)] if run[0] < run[1]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPrompt:
-    """Decoder ids with placeholders, and the spans behind them, in order."""
+    """Decoder ids with placeholders, and the spans behind them, in order.
+
+    Attributes:
+        input_ids: What the decoder reads; latents take the placeholders' rows.
+        spans: The memory.
+        query: What the prompt asks, for selecting by it: the last user message that says something outside its
+            memory, or all text outside the memory of a prompt that is no chat.
+    """
 
     input_ids: list[int]
     spans: tuple[MemorySpan, ...]
+    query: str = ""
 
     @property
     def memory_tokens(self) -> int:
@@ -73,6 +118,11 @@ class MemoryPrompt:
     def num_latents(self) -> int:
         """Placeholders in all spans."""
         return sum(span.num_latents for span in self.spans)
+
+    @property
+    def text_rows(self) -> int:
+        """Rows of text in all spans."""
+        return sum(span.text_rows for span in self.spans)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +179,8 @@ def parse_raw_prompt(
     """
     shortened, memories = _shorten(text, "the prompt")
     ids = tokenizers.decoder(shortened, add_special_tokens=True)["input_ids"]
-    return _assemble(ids, memories, tokenizers, chunk_size, limit)
+    query = shortened.replace(PLACEHOLDER, " ").strip()
+    return _assemble(ids, memories, query, tokenizers, chunk_size, limit)
 
 
 def parse_chat_prompt(
@@ -164,7 +215,17 @@ def parse_chat_prompt(
     # The template writes the special tokens; adding them again would put a second BOS in front.
     text = chat_text(shortened, tokenizers.decoder, **template_arguments)
     ids = list(tokenizers.decoder(text, add_special_tokens=False)["input_ids"])
-    return _assemble(ids, memories, tokenizers, chunk_size, limit)
+    return _assemble(ids, memories, chat_query(shortened), tokenizers, chunk_size, limit)
+
+
+def chat_query(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What a chat asks: its last user message that says something outside the memory; "" without one.
+
+    Args:
+        messages: With texts as contents, in which each memory is a placeholder.
+    """
+    asked = (m["content"].replace(PLACEHOLDER, " ").strip() for m in reversed(messages) if m["role"] == "user")
+    return next(filter(None, asked), "")
 
 
 def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any, **template_arguments: Any) -> str:
@@ -205,13 +266,14 @@ def _role_and_content(message: Mapping[str, Any], number: int) -> tuple[str, str
 def _assemble(
     ids: list[int],
     memories: list[str],
+    query: str,
     tokenizers: PromptTokenizers,
     chunk_size: int | Sequence[int] | None,
     limit: MemoryLimit | None,
 ) -> MemoryPrompt:
     """Tokenise the spans and place them."""
     token_ids = tokenizers.encoder(memories, add_special_tokens=False)["input_ids"] if memories else []
-    return place_spans(ids, memories, token_ids, tokenizers.markers, chunk_size, limit)
+    return replace(place_spans(ids, memories, token_ids, tokenizers.markers, chunk_size, limit), query=query)
 
 
 def place_spans(

@@ -10,6 +10,33 @@ from collections.abc import Sequence
 import torch
 
 from utils.errors import SpliceError
+from utils.model.prompt import MemorySpan
+
+
+def splice_spans(embeds_TD: torch.Tensor, latents: Sequence[torch.Tensor], spans: Sequence[MemorySpan]) -> torch.Tensor:
+    """Put each span's latents into its placeholders' rows; those of chunks that are read as text are left out.
+
+    Args:
+        embeds_TD: Token embeddings of the whole prompt, [T, D]; left as they are.
+        latents: One [n, D] tensor a span, in order, of all its chunks.
+        spans: The prompt's spans.
+
+    Returns:
+        As `splice_latents`.
+
+    Raises:
+        SpliceError: Counts, widths or places do not agree.
+    """
+    if len(latents) != len(spans):
+        raise SpliceError(f"the prompt has {len(spans)} spans but latents for {len(latents)} were given")
+    parts, places = [], []
+    for number, (span, latent) in enumerate(zip(spans, latents, strict=True)):
+        if span.segments and len(latent) != span.num_chunks:
+            raise SpliceError(f"span {number} has {span.num_chunks} chunks but {len(latent)} latents")
+        for start, stop, chunk in span.latent_runs:
+            parts.append(latent[chunk : chunk + stop - start] if span.segments else latent)
+            places.append((start, stop))
+    return splice_latents(embeds_TD, parts, places)
 
 
 def splice_latents(

@@ -27,7 +27,7 @@ from utils.checkpoint.settings import AUTOMATIC, EncoderSettings
 from utils.client.completion import Completion
 from utils.errors import CodeLlavaError, PromptError
 from utils.inference.generation import Generator
-from utils.model.splice import splice_latents
+from utils.model.splice import splice_spans
 from utils.serving.api_error import ApiError, error_body
 from utils.serving.backend import EVENT_STREAM, Answer
 from utils.serving.compress_request import CHAT, CompressedRequest
@@ -133,8 +133,7 @@ class _Run:
         try:
             with torch.inference_mode():
                 rows_TD = generator.embed(self._prompt.input_ids)
-                places = [(span.start, span.stop) for span in self._prompt.spans]
-                rows_TD = splice_latents(rows_TD, self._latents, places)
+                rows_TD = splice_spans(rows_TD, self._latents, self._prompt.spans)
             # Before a stream has begun, while a refusal still has a status.
             generator.check_room(len(rows_TD), self._sampling)
             self._tell(len(rows_TD))

@@ -1,0 +1,1 @@
+"""How pieces of a memory are scored: one policy a file."""

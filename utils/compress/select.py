@@ -108,7 +108,7 @@ class MemoryText:
     @cached_property
     def pieces(self) -> list[CharRange]:
         """Half-open ranges of characters, end to end: lines with their ends, long ones cut at tokens."""
-        pieces = []
+        pieces: list[CharRange] = []
         for match in _LINE.finditer(self.text):
             begin, end = match.span()
             first, stop = self._tokens_in(begin, end)

@@ -142,6 +142,8 @@ class StageConfig:
         length_discount: Each of an answer's n labels weighs n^-length_discount in the loss. 0 counts tokens alike, and
             a text that is repeated drowns the answer to a question; 1 counts answers alike; 0.5 lies between
             (InternVL 2.5's square averaging, arXiv 2412.05271).
+        expanded: Share of the examples in which one to three segments of the memory are text and the rest latents, as
+            selective expansion shows it.
         unpack_weight: Weight of the unpack loss (`unpacking.py`) beside the next-token loss; with it, and only then,
             the part `unpacker` learns.
         warmup_steps: Linear rise of the learning rate; then a cosine.
@@ -159,6 +161,7 @@ class StageConfig:
     memory_tokens: int | None = None
     rows: int = 1
     length_discount: float = 0.0
+    expanded: float = 0.0
     unpack_weight: float = 0.0
     warmup_steps: int = 20
     final_rate: float = 0.1
@@ -169,6 +172,7 @@ class StageConfig:
         for name in ("steps", "row_tokens", "rows"):
             _check_range(name, getattr(self, name), 1)
         _check_range("length_discount", self.length_discount, 0, 1)
+        _check_range("expanded", self.expanded, 0, 1)
         _check_weights("chunk_sizes", self.chunk_sizes)
         _check_weights("mixture", self.mixture)
         if not self.learning_rates:
@@ -178,8 +182,10 @@ class StageConfig:
                 f"unpack_weight is {self.unpack_weight} and learning_rates name {', '.join(self.learning_rates)}: give "
                 f"the {UNPACKER} a learning rate where the weight is above 0, and only there"
             )
-        if self.preset == "align" and (set(self.learning_rates) != {"adapter"} or set(self.chunk_sizes) != {1}):
-            raise ConfigError("the align stage trains the adapter only, at chunk size 1: set neither otherwise")
+        if self.preset == "align" and (
+            set(self.learning_rates) != {"adapter"} or set(self.chunk_sizes) != {1} or self.expanded
+        ):
+            raise ConfigError("the align stage trains the adapter only, at chunk size 1, all latents: set nothing else")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

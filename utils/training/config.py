@@ -142,8 +142,8 @@ class StageConfig:
         length_discount: Each of an answer's n labels weighs n^-length_discount in the loss. 0 counts tokens alike, and
             a text that is repeated drowns the answer to a question; 1 counts answers alike; 0.5 lies between
             (InternVL 2.5's square averaging, arXiv 2412.05271).
-        expanded: Share of the examples in which one to three segments of the memory are text and the rest latents, as
-            selective expansion shows it.
+        expanded: Share of the examples in which some segments of the memory are text and the rest latents, as selective
+            expansion shows it: what the selector chooses, or one to three others.
         unpack_weight: Weight of the unpack loss (`unpacking.py`) beside the next-token loss; with it, and only then,
             the part `unpacker` learns.
         warmup_steps: Linear rise of the learning rate; then a cosine.

@@ -1,6 +1,6 @@
 """Examples with text beside latents: what is drawn to be text, and the rows that it makes.
 
-    shown = draw_shown(random, example, chunk_size=8)                  # the numbers of one to three candidates
+    shown = draw_shown(random, example, chunk_size=8)                  # the numbers of some of its candidates
     ids, begins, spans = widen_example(example, 8, shown, placeholder)
 
 The rows are those that `utils.model.expand` gives a prompt in which the same lines are chosen.
@@ -31,18 +31,25 @@ class ShownText(NamedTuple):
 
 
 def draw_shown(random: Random, example: TokenizedExample, chunk_size: int) -> tuple[int, ...]:
-    """Which one to three of an example's candidates are text, ascending; none where it has none.
+    """Which of an example's candidates are text, ascending; none where it has none.
 
-    In half of the examples that have such, the lines that hold the answer are among them, as they are where a selector
-    is right; in the others they are not.
+    In half of the examples that have such it is what the selector chooses, as in use. In the others it is one to three
+    segments: the lines that hold the answer among them in half of those, as where a selector is right; else by chance,
+    so that nobody learns to look at the text alone.
     """
     number = random.randint(1, _MOST_SEGMENTS)
     places = range(len(example.candidates))
+    selected = [c for c in places if example.candidates[c].selected]
     holding = [c for c in places if example.candidates[c].holds_answer]
-    others = [c for c in places if not example.candidates[c].holds_answer]
+    others = [c for c in places if not (example.candidates[c].holds_answer or example.candidates[c].selected)]
     random.shuffle(others)
+    with_answer, by_selector = random.random() < 0.5, random.random() < 0.5
+    if by_selector and selected:
+        number, wanted = len(selected), selected
+    else:
+        wanted = (holding if with_answer else []) + others
     shown: list[int] = []
-    for candidate in (holding if random.random() < 0.5 else []) + others:
+    for candidate in wanted:
         wider = sorted([*shown, candidate])
         if len(shown) < number and _are_apart(example, chunk_size, wider):
             shown = wider

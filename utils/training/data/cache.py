@@ -73,7 +73,8 @@ class TokenCache:
         self._shown = _map(folder / _SHOWN)
         with np.load(folder / _INDEX) as index:
             # Offsets of decoder ids [n + 1], spans [n + 1], encoder ids [s + 1], targets [n + 1], candidates [n + 1],
-            # their ids [c + 1]; targets [m, 2]; candidates [c, 4]: span, first and last token + 1, holds an answer.
+            # their ids [c + 1]; targets [m, 2]; candidates [c, 5]: span, first and last token + 1, holds an answer,
+            # selected.
             self._index = dict(index)
 
     def __len__(self) -> int:
@@ -91,12 +92,13 @@ class TokenCache:
             targets=tuple((int(a), int(b)) for a, b in self._index["targets"][targets]),
             candidates=tuple(
                 Candidate(
-                    span=int(span),
-                    tokens=(int(first), int(stop)),
+                    span=int(row[0]),
+                    tokens=(int(row[1]), int(row[2])),
                     ids=self._shown[shown[c] : shown[c + 1]],
-                    holds_answer=bool(holds),
+                    holds_answer=bool(row[3]),
+                    selected=bool(row[4]),
                 )
-                for c, (span, first, stop, holds) in enumerate(self._index["candidates"][candidates], candidates.start)
+                for c, row in enumerate(self._index["candidates"][candidates], candidates.start)
             ),
         )
 
@@ -135,7 +137,7 @@ class TokenCache:
         names = ("decoder", "span", "encoder", "target", "candidate", "shown")
         offsets: dict[str, list[int]] = {name: [0] for name in names}
         targets: list[tuple[int, int]] = []
-        candidates: list[tuple[int, int, int, bool]] = []
+        candidates: list[tuple[int, int, int, bool, bool]] = []
         with atomic_folder(folder, holds=(*_FILES, _META)) as temporary:
             with (
                 (temporary / _DECODER).open("wb") as decoder,
@@ -156,7 +158,9 @@ class TokenCache:
                     for candidate in example.candidates:
                         candidate.ids.tofile(shown)
                         offsets["shown"].append(offsets["shown"][-1] + len(candidate.ids))
-                        candidates.append((candidate.span, *candidate.tokens, candidate.holds_answer))
+                        candidates.append(
+                            (candidate.span, *candidate.tokens, candidate.holds_answer, candidate.selected)
+                        )
                     offsets["candidate"].append(len(candidates))
             if not targets:
                 raise DatasetError(f"{source}: no examples")
@@ -164,7 +168,7 @@ class TokenCache:
                 f"{name}_offsets": np.array(ends, dtype=np.int64) for name, ends in offsets.items()
             }
             index["targets"] = np.array(targets, dtype=np.int64)
-            index["candidates"] = np.array(candidates, dtype=np.int64).reshape(-1, 4)
+            index["candidates"] = np.array(candidates, dtype=np.int64).reshape(-1, 5)
             np.savez(temporary / _INDEX, **index)
             meta = _Meta(
                 version=_VERSION,
@@ -234,12 +238,12 @@ def tokenize_row(row: Mapping[str, Any], processor: Processor, where: str) -> To
                     raise DatasetError(
                         f'{where}: give a "target", or let the last message be the assistant\'s, with a text as content'
                     )
-            spans, ids, targets = _tokenize_turns(messages, turns, processor)
+            spans, ids, targets, queries = _tokenize_turns(messages, turns, processor)
             answers = [messages[at]["content"] for at in turns]
         elif isinstance(row.get("text"), str):
             prompt = parse_raw_prompt(row["text"], processor.tokenizers, None, processor.limit)
             spans, ids, targets = prompt.spans, prompt.input_ids, [(1, len(prompt.input_ids))]
-            answers = []
+            answers, queries = [], []
         else:
             raise DatasetError(
                 f'{where}: expected {{"messages", "target"}}, {{"messages"}} or {{"text"}}, got the keys {sorted(row)}'
@@ -252,7 +256,7 @@ def tokenize_row(row: Mapping[str, Any], processor: Processor, where: str) -> To
         decoder_ids=np.array(ids, dtype=np.int32),
         spans=tuple(np.array(span.token_ids, dtype=np.int32) for span in spans),
         targets=tuple(targets),
-        candidates=find_candidates(spans, answers, processor.tokenizers),
+        candidates=find_candidates(spans, queries, answers, processor.tokenizers),
     )
 
 
@@ -265,13 +269,15 @@ def _is_answer(message: Any) -> bool:
 
 def _tokenize_turns(
     messages: Sequence[Mapping[str, Any]], turns: Sequence[int], processor: Processor
-) -> tuple[Sequence[MemorySpan], list[int], list[tuple[int, int]]]:
-    """A chat up to its last turn that is learnt: spans, decoder ids, and the rows of the assistant's messages `turns`.
+) -> tuple[Sequence[MemorySpan], list[int], list[tuple[int, int]], list[str]]:
+    """A chat up to its last turn that is learnt: spans, decoder ids, the rows of the assistant's messages `turns`, and what
+    each of them was asked.
 
     Each turn is tokenised as a request for it would be, and then as it would be answered.
     """
     ids: list[int] = []
     targets: list[tuple[int, int]] = []
+    queries: list[str] = []
     spans: Sequence[MemorySpan] = ()
     for at in turns:
         prompt = parse_chat_prompt(messages[:at], processor.tokenizers, None, processor.limit)
@@ -282,8 +288,9 @@ def _tokenize_turns(
             )
         ids = [*prompt.input_ids, *processor.target_ids(messages[at]["content"])]
         targets.append((len(prompt.input_ids), len(ids)))
+        queries.append(prompt.query)
         spans = prompt.spans
-    return spans, ids, targets
+    return spans, ids, targets, queries
 
 
 def cache_key(source: str | Path, processor: Processor) -> str:

@@ -1,6 +1,6 @@
-"""Which parts of a memory a packed row may show as text: a few whole lines here and there, found once for each example.
+"""Which parts of a memory a packed row may show as text: whole lines, found once for each example.
 
-    candidates = find_candidates(prompt.spans, ["width * height"], tokenizers)
+    candidates = find_candidates(prompt.spans, ["What does area return?"], ["width * height"], tokenizers)
     candidates[0].tokens, candidates[0].holds_answer
 
 They are independent of the chunk size, which is drawn when rows are packed, and a function of the example alone.
@@ -11,11 +11,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from random import Random
 
 import numpy as np
 
-from utils.model.expand import token_offsets
+from utils.compress.select import Expansion, MemoryText, Question, select
+from utils.model.expand import token_offsets, tokens_inside
 from utils.model.prompt import MemorySpan, PromptTokenizers
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
@@ -34,29 +36,33 @@ class Candidate:
         tokens: Half-open range of the span's encoder tokens that lie wholly inside.
         ids: Decoder ids of its text, int32.
         holds_answer: Whether an answer of the example stands on these lines.
+        selected: One of those that the selector chooses for a question of the example: they are shown together.
     """
 
     span: int
     tokens: tuple[int, int]
     ids: np.ndarray
     holds_answer: bool
+    selected: bool = False
 
 
 def find_candidates(
-    spans: Sequence[MemorySpan], answers: Sequence[str], tokenizers: PromptTokenizers
+    spans: Sequence[MemorySpan], queries: Sequence[str], answers: Sequence[str], tokenizers: PromptTokenizers
 ) -> tuple[Candidate, ...]:
-    """The lines of the first answers, and a few runs of lines that hold no answer.
+    """The lines of the first answers, a few runs of lines that hold no answer, and what the selector chooses.
 
-    Between two of them there is at least one line, none is a whole span, and none holds a control token of the decoder,
-    which would be obeyed as text. An answer that is longer than a segment may be has no lines of its own.
+    Between two of the first kinds there is at least one line, none is a whole span, and none holds a control token of the
+    decoder, which would be obeyed as text. An answer that is longer than a segment may be has no lines of its own. The
+    selector is asked one of the questions, drawn by chance, with a budget between 1/32 and 1/8 of the memory.
 
     Args:
         spans: Parsed memory, at any chunk size.
+        queries: What is asked about it, in order; may be empty texts.
         answers: What is learnt about it, in order.
         tokenizers: Of the pair.
 
     Returns:
-        In the memory's order.
+        In the memory's order, the selected ones behind the others.
     """
     memories = [_Memory.of(span, tokenizers) for span in spans]
     controls = {token for token, added in tokenizers.decoder.added_tokens_decoder.items() if added.special}
@@ -86,7 +92,26 @@ def find_candidates(
         )
         for s, first, stop, holds in sorted(found)
     )
-    return tuple(candidate for candidate in candidates if not controls & set(candidate.ids.tolist()))
+    asked = random.choice(list(filter(str.strip, queries)) or [""])
+    selected = _select(spans, asked, Fraction(round(2 ** random.uniform(5, 7)), 1024), tokenizers) if asked else []
+    return tuple(c for c in (*candidates, *selected) if not controls & set(c.ids.tolist()))
+
+
+def _select(spans: Sequence[MemorySpan], query: str, share: Fraction, tokenizers: PromptTokenizers) -> list[Candidate]:
+    """What the selector chooses for a question."""
+    memories = [MemoryText.of(span, tokenizers.encoder) for span in spans]
+    chosen = select(memories, Question(query), Expansion(share=share))
+    return [
+        Candidate(
+            span=number,
+            tokens=tokens_inside(memory.offsets, begin, end),
+            ids=_ids(memory.text[begin:end], tokenizers),
+            holds_answer=False,
+            selected=True,
+        )
+        for number, (memory, ranges) in enumerate(zip(memories, chosen, strict=True))
+        for begin, end in ranges
+    ]
 
 
 def _ids(text: str, tokenizers: PromptTokenizers) -> np.ndarray:
@@ -122,8 +147,7 @@ class _Memory:
     def tokens(self, first: int, stop: int) -> tuple[int, int]:
         """Encoder tokens wholly inside these lines."""
         begin, end = self.borders[first], self.borders[stop]
-        inside = np.searchsorted(self.offsets[:, 0], begin), np.searchsorted(self.offsets[:, 1], end, side="right")
-        return int(inside[0]), int(inside[1])
+        return tokens_inside(self.offsets, begin, end)
 
     def may_show(self, first: int, stop: int) -> bool:
         """Whether these lines are a part of the memory that is not too long, and say something."""

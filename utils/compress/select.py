@@ -76,6 +76,18 @@ class Expansion:
         return self.tokens if self.tokens is not None else int(memory_tokens * (self.share or 0))
 
 
+def share_of(text: str) -> Fraction:
+    """A share as people write it: 1/16, 0.0625.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(f"--expand must be a share of the memory such as 1/16 or 0.05, got {text!r}") from None
+
+
 @dataclass(frozen=True)
 class MemoryText:
     """A span as selection sees it.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -68,6 +68,10 @@ class Expansion:
     def is_off(self) -> bool:
         """No budget: all of the memory becomes latents."""
         return self.policy == "none" or (self.policy not in WHOLE and not (self.tokens or self.share))
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values, for manifests."""
+        return {**asdict(self), "share": None if self.share is None else str(self.share)}
 
     def budget(self, memory_tokens: int) -> int:
         """Tokens that stay text of a prompt with so many memory tokens."""

@@ -64,9 +64,7 @@ def open_backend(settings: BackendSettings, retry: RetryPolicy | None = None) ->
     if settings.name not in builders:
         raise ConfigError(f"unknown backend {settings.name!r}: expected one of {', '.join(BACKENDS)}")
     if settings.expansion is not None and not settings.name.endswith("memory"):
-        raise ConfigError(
-            f"the backend {settings.name} compresses nothing of which a part could stay text"
-        )
+        raise ConfigError(f"the backend {settings.name} compresses nothing of which a part could stay text")
     return builders[settings.name](settings)
 
 

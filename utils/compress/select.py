@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -69,11 +69,27 @@ class Expansion:
         """No budget: all of the memory becomes latents."""
         return self.policy == "none" or (self.policy not in WHOLE and not (self.tokens or self.share))
 
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values, for manifests."""
+        return {**asdict(self), "share": None if self.share is None else str(self.share)}
+
     def budget(self, memory_tokens: int) -> int:
         """Tokens that stay text of a prompt with so many memory tokens."""
         if self.policy in WHOLE:
             return memory_tokens
         return self.tokens if self.tokens is not None else int(memory_tokens * (self.share or 0))
+
+
+def share_of(text: str) -> Fraction:
+    """A share as people write it: 1/16, 0.0625.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(f"--expand must be a share of the memory such as 1/16 or 0.05, got {text!r}") from None
 
 
 @dataclass(frozen=True)

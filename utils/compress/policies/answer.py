@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from utils.errors import ConfigError
+
 if TYPE_CHECKING:
     from utils.compress.select import MemoryText, Question
 
@@ -14,9 +16,11 @@ if TYPE_CHECKING:
 def score(memories: Sequence[MemoryText], question: Question) -> np.ndarray:
     """1 for the pieces of the answer's places, earlier places before later ones; 0 for the others."""
     answer = question.answer.strip()
+    if not answer:
+        raise ConfigError("the policy answer needs the right answer, which an evaluation knows: choose bm25")
     scores = []
     for memory in memories:
-        places = _places(memory.text, answer) if answer else []
+        places = _places(memory.text, answer)
         for begin, end in memory.pieces:
             rank = next((rank for rank, (a, b) in enumerate(places) if a < end and begin < b), None)
             scores.append(0.0 if rank is None else 1 / (1 + rank))

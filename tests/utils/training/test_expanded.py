@@ -155,14 +155,19 @@ def test_a_share_is_shown_as_text_and_half_of_it_with_the_answer(caches: dict[st
     draws = [stream.next() for _ in range(4000)]
     mixed = [draw for draw in draws if draw.shown]
     assert len(mixed) / len(draws) == pytest.approx(0.4, abs=0.03)
-    assert {len(draw.shown) for draw in mixed} == {1, 2, 3}
-    asked = [(draw, caches[ROWS][draw.number]) for draw in mixed]
+    candidates = [caches[ROWS][draw.number].candidates for draw in mixed]
+    by_selector = [draw for draw, own in zip(mixed, candidates, strict=True) if own[draw.shown[0]].selected]
+    could_be = sum(any(c.selected for c in own) for own in candidates)
+    assert len(by_selector) / could_be == pytest.approx(0.5, abs=0.05)
+    others = [draw for draw in mixed if draw not in by_selector]
+    assert {len(draw.shown) for draw in others} == {1, 2, 3}
+    asked = [(draw, caches[ROWS][draw.number]) for draw in others]
     holds = [
         any(example.candidates[c].holds_answer for c in draw.shown)
         for draw, example in asked
         if any(candidate.holds_answer for candidate in example.candidates)
     ]
-    assert sum(holds) / len(holds) == pytest.approx(0.5, abs=0.05)
+    assert sum(holds) / len(holds) == pytest.approx(0.5, abs=0.07)
 
 
 def test_without_a_share_rows_are_what_they_always_were(caches: dict[str, TokenCache]) -> None:
@@ -199,18 +204,14 @@ def test_a_cache_keeps_its_candidates(caches: dict[str, TokenCache]) -> None:
         stored, made = caches[ROWS][number], tokenize_row(row, toy_processor(), "here")
         assert len(stored.candidates) > 0
         for a, b in zip(stored.candidates, made.candidates, strict=True):
-            assert (a.span, a.tokens, a.holds_answer, a.ids.tolist()) == (
-                b.span,
-                b.tokens,
-                b.holds_answer,
-                b.ids.tolist(),
-            )
+            assert (a.span, a.tokens, a.holds_answer, a.selected) == (b.span, b.tokens, b.holds_answer, b.selected)
+            assert a.ids.tolist() == b.ids.tolist()
 
 
 def texts_of(example: TokenizedExample, processor: Processor) -> tuple[list[str], list[str]]:
     """What candidates say: those with the answer, and the others."""
     decode = processor.tokenizers.decoder.decode
-    found = [(c.holds_answer, decode(c.ids)) for c in example.candidates]
+    found = [(c.holds_answer, decode(c.ids)) for c in example.candidates if not c.selected]
     return [text for holds, text in found if holds], [text for holds, text in found if not holds]
 
 
@@ -266,3 +267,12 @@ def test_a_share_that_cannot_be_is_an_error(values: dict[str, Any]) -> None:
 
 # Of these rows as they were packed before text could stand beside latents.
 GOLDEN = "0d406b6db415e9f3bc016d2fd0d2d3d29ea5e97f666892fe3ab8e44f37bd5669"
+
+
+def test_the_selector_is_asked_what_the_example_asks() -> None:
+    processor = toy_processor()
+    example = tokenize_row(row_of(3), processor, "here")
+    selected = [processor.tokenizers.decoder.decode(c.ids) for c in example.candidates if c.selected]
+    assert any("name_3_7" in text for text in selected)
+    shown = {draw_shown(Random(seed), example, 4) for seed in range(20)}
+    assert tuple(c for c, candidate in enumerate(example.candidates) if candidate.selected) in shown

@@ -22,11 +22,12 @@ _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_a-zA-Z]+")
 def score(memories: Sequence[MemoryText], question: Question) -> np.ndarray:
     """BM25 of each piece."""
     pieces = [words(text) for memory in memories for text in memory.piece_texts]
-    if not any(pieces):
+    wanted = words(question.query)
+    if not (wanted and any(pieces)):
         return np.zeros(len(pieces))
     index = bm25s.BM25()
     index.index(pieces, show_progress=False)
-    return index.get_scores(words(question.query))
+    return index.get_scores(wanted)
 
 
 def words(text: str) -> list[str]:

@@ -270,8 +270,8 @@ def _is_answer(message: Any) -> bool:
 def _tokenize_turns(
     messages: Sequence[Mapping[str, Any]], turns: Sequence[int], processor: Processor
 ) -> tuple[Sequence[MemorySpan], list[int], list[tuple[int, int]], list[str]]:
-    """A chat up to its last turn that is learnt: spans, decoder ids, the rows of the assistant's messages `turns`, and what
-    each of them was asked.
+    """A chat up to its last turn that is learnt: spans, decoder ids, the rows of the assistant's messages `turns`, and
+    what each of them was asked.
 
     Each turn is tokenised as a request for it would be, and then as it would be answered.
     """

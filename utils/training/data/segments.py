@@ -51,9 +51,9 @@ def find_candidates(
 ) -> tuple[Candidate, ...]:
     """The lines of the first answers, a few runs of lines that hold no answer, and what the selector chooses.
 
-    Between two of the first kinds there is at least one line, none is a whole span, and none holds a control token of the
-    decoder, which would be obeyed as text. An answer that is longer than a segment may be has no lines of its own. The
-    selector is asked one of the questions, drawn by chance, with a budget between 1/32 and 1/8 of the memory.
+    Between two of the first kinds there is at least one line, and none is a whole span. An answer that is longer than a
+    segment may be has no lines of its own. The selector is asked one of the questions, drawn by chance, with a budget
+    between 1/32 and 1/8 of the memory. None of any kind holds a control token of the decoder: as text it would be obeyed.
 
     Args:
         spans: Parsed memory, at any chunk size.

@@ -53,7 +53,7 @@ def find_candidates(
 
     Between two of the first kinds there is at least one line, and none is a whole span. An answer that is longer than a
     segment may be has no lines of its own. The selector is asked one of the questions, drawn by chance, with a budget
-    between 1/32 and 1/8 of the memory. None of any kind holds a control token of the decoder: as text it would be obeyed.
+    between 1/32 and 1/8 of the memory. None holds a control token of the decoder: as text it would be obeyed.
 
     Args:
         spans: Parsed memory, at any chunk size.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -28,7 +29,11 @@ from utils.model.prompt import MemorySpan
 
 # Longer lines are cut: a generated file of one line has pieces, too.
 _MOST_PIECE_TOKENS = 64
-_LINE = re.compile(r"[^\n]*\n|[^\n]+")
+# Where sentences end, a long line is cut sooner, so that one of them can be chosen without the others.
+_SENTENCES_TOKENS = 32
+# A line with its end and the empty lines behind it.
+_LINE = re.compile(r"[^\n]*\n(?:[^\S\n]*\n)*|[^\n]+")
+_SENTENCE_END = re.compile(r"[.!?;](?=\s)|[。！？]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,15 +128,12 @@ class MemoryText:
 
     @cached_property
     def pieces(self) -> list[CharRange]:
-        """Half-open ranges of characters, end to end: lines with their ends, long ones cut at tokens."""
+        """Half-open ranges of characters, end to end: lines with their ends, long ones cut."""
+        ends = [match.end() for match in _LINE.finditer(self.text)]
+        first, stop = self._token_ranges(np.array([0, *ends[:-1]]), np.array(ends, dtype=np.int64))
         pieces: list[CharRange] = []
-        for match in _LINE.finditer(self.text):
-            begin, end = match.span()
-            first, stop = self._tokens_in(begin, end)
-            cuts = [int(self.offsets[at, 0]) for at in range(first + _MOST_PIECE_TOKENS, stop, _MOST_PIECE_TOKENS)]
-            # Tokens that share a character would cut it.
-            ends = sorted({cut for cut in cuts if begin < cut < end} | {begin, end})
-            pieces += itertools.pairwise(ends)
+        for begin, end, num_tokens in zip([0, *ends[:-1]], ends, (stop - first).tolist(), strict=False):
+            pieces += [(begin, end)] if num_tokens <= _MOST_PIECE_TOKENS else self._cut(begin, end)
         return pieces
 
     @cached_property
@@ -143,13 +145,34 @@ class MemoryText:
     def piece_tokens(self) -> list[tuple[int, int]]:
         """For each piece the half-open range of tokens that have a character in it; neighbours may share one."""
         begins, ends = np.array(self.pieces, dtype=np.int64).reshape(-1, 2).T
-        first = np.searchsorted(self.offsets[:, 1], begins, side="right")
-        stop = np.searchsorted(self.offsets[:, 0], ends)
-        return list(zip(first.tolist(), np.maximum(first, stop).tolist(), strict=True))
+        first, stop = self._token_ranges(begins, ends)
+        return list(zip(first.tolist(), stop.tolist(), strict=True))
 
-    def _tokens_in(self, begin: int, end: int) -> tuple[int, int]:
-        first = int(np.searchsorted(self.offsets[:, 1], begin, side="right"))
-        return first, int(np.searchsorted(self.offsets[:, 0], end))
+    def _token_ranges(self, begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        first = np.searchsorted(self.offsets[:, 1], begins, side="right")
+        return first, np.maximum(first, np.searchsorted(self.offsets[:, 0], ends))
+
+    def _cut(self, begin: int, end: int) -> list[CharRange]:
+        """A long line in pieces: where sentences end, else before white space, else between tokens."""
+        sentence_ends = [match.end() for match in _SENTENCE_END.finditer(self.text, begin, end)]
+        cuts = [begin]
+        while True:
+            at = int(np.searchsorted(self.offsets[:, 1], cuts[-1], side="right"))
+            soon, last = (self._begin_of(at + most, end) for most in (_SENTENCES_TOKENS, _MOST_PIECE_TOKENS))
+            if last >= end:
+                break
+            fitting = sentence_ends[bisect(sentence_ends, cuts[-1]) : bisect(sentence_ends, last)]
+            within = bisect(fitting, soon)
+            if fitting:
+                cuts.append(fitting[max(within, 1) - 1])
+            else:
+                space = self.text.rfind(" ", cuts[-1] + 1, last)
+                cuts.append(space if space > 0 else last)
+        return list(itertools.pairwise([*cuts, end]))
+
+    def _begin_of(self, token: int, end: int) -> int:
+        """The character that a token begins with, or the end of the line that it is behind."""
+        return min(int(self.offsets[token, 0]), end) if token < len(self.offsets) else end
 
 
 @dataclass(frozen=True)
@@ -198,22 +221,20 @@ def select(memories: Sequence[MemoryText], question: Question, expansion: Expans
 def _best(memories: Sequence[MemoryText], scores: np.ndarray, budget: int) -> list[list[CharRange]]:
     """The pieces with the best scores that fit together, earlier ones first among equals; none without a score."""
     places = [(span, piece) for span, memory in enumerate(memories) for piece in range(len(memory.pieces))]
-    taken: list[set[int]] = [set() for _ in memories]
+    taken: list[list[int]] = [[] for _ in memories]
+    # A token that pieces share, as a line end with the next line's indent, is counted once.
+    counted = [bytearray(len(memory.offsets)) for memory in memories]
     for at in np.argsort(-scores, kind="stable").tolist():
         if scores[at] <= 0 or budget <= 0:
             break
         span, piece = places[at]
         memory = memories[span]
         first, stop = memory.piece_tokens[piece]
-        # A token that a neighbour shares, as a line end with the next line's indent, is counted once.
-        cost = stop - first
-        if piece - 1 in taken[span] and memory.piece_tokens[piece - 1][1] > first:
-            cost -= 1
-        if piece + 1 in taken[span] and memory.piece_tokens[piece + 1][0] < stop:
-            cost -= 1
+        cost = counted[span].count(0, first, stop)
         if cost > budget or (memory.barred and memory.barred.search(memory.piece_texts[piece])):
             continue
-        taken[span].add(piece)
+        counted[span][first:stop] = b"\1" * (stop - first)
+        taken[span].append(piece)
         budget -= cost
     return [_joined(memory.pieces[piece] for piece in sorted(own)) for memory, own in zip(memories, taken, strict=True)]
 

@@ -1,0 +1,98 @@
+"""How the lines of a text belong together, in any language: by indentation, and by what a definition looks like.
+
+    outline = outline_of(["# file: a.py\\n", "class A:\\n", "    def f(self):\\n", "        return 1\\n"])
+    outline.names          # [(), ("A",), ("f",), ()]
+    outline.parents        # [-1, -1, 1, 2]         the definition around a line
+    outline.files          # [-1, 0, 0, 0]          the line above that names the file
+
+No syntax tree: an excerpt need not parse, and prose simply has no definitions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# What may stand before the word that defines: `export default async function f`, `pub(crate) fn f`.
+_MODIFIERS = (
+    r"(?:(?:export|default|declare|public|private|protected|internal|static|abstract|final|async|inline|extern|unsafe"
+    r"|override|pub(?:\(\w+\))?)\s+)*"
+)
+_KEYWORDS = (
+    r"(?:def|class|function\*?|func|fn|fun|struct|interface|enum|union|trait|impl|type|module|namespace|package"
+    r"|protocol|object|record|const|let|var|val|#\s*define)"
+)
+_DEFINITION = re.compile(
+    rf"{_MODIFIERS}{_KEYWORDS}\s+(?:\([^)]*\)\s*)?(?P<keyword>[\w$]+)"
+    r"|(?P<assigned>[\w$.]+)\s*(?::[^=\n]*)?=(?![=>])"
+    r"|(?P<heading>\#{2,6}\s.*\w)"
+)
+# What it binds counts as defined here.
+_IMPORT = re.compile(r"(?:import|from|use|using|#\s*include|require|open)\b")
+_WORD = re.compile(r"\w+")
+# `int f(int a) {`, `render(props) {`: looked for in lines that end so.
+_BLOCK = re.compile(r"([\w$~]+)\s*\([^;]*\{\s*$")
+_CONTROL = re.compile(r"}?\s*(?:if|for|while|switch|catch|else|elif|return|with|using|lock|do|try)\b")
+# `# file: a/b.py`, `// src/x.js`, `# ---- a/b.py ----`, `<file path="a.c">`: marks, perhaps "file", and a path.
+_FILE = re.compile(
+    r"(?:[^\w\s]\W*(?:file|path|filename|source|\W)*|file(?:name)?\s*:\s*)[\w@.][\w.@+/\\-]*\.\w{1,8}\W*$", re.IGNORECASE
+)
+_CLOSING = tuple(")]}{")
+_COMMENT = ("#", "//", "/*", "*", "--", "@", ";", "<!--")
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """How pieces belong together.
+
+    Attributes:
+        names: What each piece defines; mostly nothing.
+        parents: For each piece the number of the definition around it; -1 for none.
+        files: For each piece the number of the line above that names its file; -1 for none.
+        comments: Whether each piece is a comment or decorator right above the next line.
+    """
+
+    names: list[tuple[str, ...]]
+    parents: list[int]
+    files: list[int]
+    comments: list[bool]
+
+
+def outline_of(texts: Sequence[str]) -> Outline:
+    """The outline of pieces that follow each other; only a line's first piece defines something."""
+    outline = Outline([], [], [], [])
+    open_blocks: list[tuple[int, int]] = []  # indentation and number of the definitions around this line
+    file, starts_line = -1, True
+    for number, text in enumerate(texts):
+        body = text.lstrip()
+        names: tuple[str, ...] = ()
+        if body and starts_line:
+            indent = len(text) - len(body)
+            # A closing bracket belongs to the block above, as in `) -> None:`.
+            least = indent + 1 if body.startswith(_CLOSING) else indent
+            while open_blocks and open_blocks[-1][0] >= least:
+                open_blocks.pop()
+            if not indent and _FILE.match(body):
+                file, open_blocks = number, []
+            else:
+                names = _names(body)
+        outline.names.append(names)
+        outline.parents.append(open_blocks[-1][1] if open_blocks else -1)
+        outline.files.append(-1 if file == number else file)
+        outline.comments.append(body.startswith(_COMMENT) and text.count("\n") == 1)
+        if names:
+            open_blocks.append((indent, number))
+        starts_line = text.endswith("\n")
+    return outline
+
+
+def _names(body: str) -> tuple[str, ...]:
+    """What a line defines, without its indentation."""
+    if found := _DEFINITION.match(body):
+        return (found[found.lastgroup or 0].rpartition(".")[2],)
+    if _IMPORT.match(body):
+        return tuple(_WORD.findall(body)[1:])
+    if body.rstrip().endswith("{") and not _CONTROL.match(body) and (found := _BLOCK.search(body)):
+        return (found[1],)
+    return ()

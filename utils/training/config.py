@@ -133,7 +133,8 @@ class StageConfig:
     Attributes:
         preset: Which of the presets it starts from.
         steps: Optimiser steps.
-        learning_rates: Peak rate of each part that learns; parts that are not named are frozen.
+        learning_rates: Peak rate of each part that learns; parts that are not named, or have a rate of 0, are
+            frozen.
         chunk_sizes: Chunk size → weight of its being drawn, for each example anew.
         mixture: Task → weight of its being drawn; all tasks equally by default.
         row_tokens: Decoder rows of one packed row.

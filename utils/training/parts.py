@@ -104,9 +104,9 @@ def parameter_groups(pair: TrainedPair, config: TrainConfig, stage: StageConfig)
         parameter.requires_grad_(False)
     groups = []
     for part, parameters in learnable(pair, config).items():
-        if part not in stage.learning_rates:
+        # At a rate of 0 a part belongs to the run, but needs no gradient.
+        if not (rate := stage.learning_rates.get(part)):
             continue
-        rate = stage.learning_rates[part]
         for decayed in (True, False):
             chosen = [p for _, p in parameters if (p.ndim >= 2 and part != "markers") == decayed]
             for parameter in chosen:

@@ -165,12 +165,12 @@ class Question:
 
     Attributes:
         query: What is asked.
-        answer: The right answer, for the policy `answer`: evaluation knows it.
+        answer: The right answer, or several that are all needed, for the policy `answer`: evaluation knows it.
         encode: Latents of texts, for the policy `latents`: [n, D] arrays, one a text; None where no encoder is at hand.
     """
 
     query: str
-    answer: str = ""
+    answer: str | tuple[str, ...] = ""
     encode: Callable[[Sequence[MemoryText]], list[np.ndarray]] | None = None
 
 

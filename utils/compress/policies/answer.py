@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,20 +13,15 @@ if TYPE_CHECKING:
 
 
 def score(memories: Sequence[MemoryText], question: Question) -> np.ndarray:
-    """1 for the pieces of the answer's places, earlier places before later ones; 0 for the others."""
-    answer = question.answer.strip()
+    """1 for the pieces of an answer's first place in a memory, less for its further places; 0 for the other pieces."""
+    answers = (question.answer,) if isinstance(question.answer, str) else question.answer
     scores = []
     for memory in memories:
-        places = _places(memory.text, answer) if answer else []
-        for begin, end in memory.pieces:
-            rank = next((rank for rank, (a, b) in enumerate(places) if a < end and begin < b), None)
-            scores.append(0.0 if rank is None else 1 / (1 + rank))
-    return np.array(scores)
-
-
-def _places(text: str, wanted: str) -> list[tuple[int, int]]:
-    places, at = [], text.find(wanted)
-    while at >= 0:
-        places.append((at, at + len(wanted)))
-        at = text.find(wanted, at + len(wanted))
-    return places
+        own = np.zeros(len(memory.pieces))
+        ends = np.array([end for _, end in memory.pieces])
+        for answer in filter(None, map(str.strip, answers)):
+            for rank, match in enumerate(re.finditer(re.escape(answer), memory.text), start=1):
+                first, last = np.searchsorted(ends, [match.start(), match.end() - 1], side="right")
+                own[first : last + 1] = np.maximum(own[first : last + 1], 1 / rank)
+        scores.append(own)
+    return np.concatenate(scores)

@@ -38,7 +38,7 @@ _BLOCK_ASKED = 0.8  # to the lines of a definition's block that have words of th
 _BLOCK, _BLOCK_FADES = 0.5, 0.98  # to its first line, and from there to the next one, and so on
 _AROUND = 0.6  # to the definition around it
 _BEFORE = 0.3  # to the line before
-_BOTH = 0.1  # for a line with two offers: of the smaller one
+_BOTH = 0.2  # for a line with two offers: of the smaller one
 _OUTLINE, _REST = 1e-3, 1e-4
 
 

@@ -18,10 +18,9 @@ def score(memories: Sequence[MemoryText], question: Question) -> np.ndarray:
     scores = []
     for memory in memories:
         own = np.zeros(len(memory.pieces))
-        ends = np.array([end for _, end in memory.pieces])
         for answer in filter(None, map(str.strip, answers)):
             for rank, match in enumerate(re.finditer(re.escape(answer), memory.text), start=1):
-                first, last = np.searchsorted(ends, [match.start(), match.end() - 1], side="right")
-                own[first : last + 1] = np.maximum(own[first : last + 1], 1 / rank)
+                for piece in memory.pieces_in(*match.span()):
+                    own[piece] = max(own[piece], 1 / rank)
         scores.append(own)
-    return np.concatenate(scores)
+    return np.concatenate([np.zeros(0), *scores])

@@ -13,6 +13,7 @@ hold a block before other lines, so that a question that matches nothing gets an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -79,13 +80,9 @@ def _hand_on(memory: MemoryText, hits: np.ndarray, best: float, asked: Asked) ->
 def _quoted(memory: MemoryText, quotes: Sequence[str]) -> np.ndarray:
     """Which pieces the question quotes word by word, as 0 and 1."""
     quoted = np.zeros(len(memory.pieces))
-    ends = np.array([end for _, end in memory.pieces])
-    for quote in (quote.strip() for quote in quotes):
-        at = memory.text.find(quote) if len(quote) >= _SHORTEST_QUOTE else -1
-        while at >= 0:
-            first, last = np.searchsorted(ends, [at, at + len(quote) - 1], side="right")
-            quoted[first : last + 1] = 1
-            at = memory.text.find(quote, at + len(quote))
+    for quote in filter(lambda quote: len(quote) >= _SHORTEST_QUOTE, map(str.strip, quotes)):
+        for match in re.finditer(re.escape(quote), memory.text):
+            quoted[list(memory.pieces_in(*match.span()))] = 1
     return quoted
 
 

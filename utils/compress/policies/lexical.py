@@ -27,9 +27,12 @@ _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_a-zA-Z]+")
 _QUOTED = re.compile(r"`+([^`]+)`+|\"([^\"\n]+)\"|(?<!\w)'([^'\n]+)'(?!\w)")
 # English words that say nothing about what is asked; in backticks they are names.
 _STOP_WORDS = frozenset(
-    """a about after all an and any are as at be been before but by can could did do does for from had has have how i if
-    in into is it its me my no not of on or please should so than that the their them then there these they this those
-    to was we were what when where which who whom whose why will with would you your""".split()
+    re.findall(
+        r"\w+",
+        """a about after all an and any are as at be been before but by can could did do does for from had has have how
+        i if in into is it its me my no not of on or please should so than that the their them then there these they
+        this those to was we were what when where which who whom whose why will with would you your""",
+    )
 )
 # Weight of a word in backticks or quotes, of one that looks like an identifier, of another; and of a part beside its
 # whole.
@@ -110,7 +113,7 @@ def bm25(texts: Sequence[str], lengths: np.ndarray, asked: Asked) -> np.ndarray:
 
 
 def _matches(vocabulary: set[str], asked: Asked) -> tuple[dict[str, int], np.ndarray]:
-    """The words that count for something, numbered, and how much each counts for each word and part asked for [Q, V]."""
+    """The words that count, numbered, and how much each counts for each word and part that is asked for [Q, V]."""
     word_rows = {word: row for row, word in enumerate(asked.words)}
     by_stem: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for row, part in enumerate(asked.parts, len(word_rows)):

@@ -26,9 +26,10 @@ _KEYWORDS = (
 _DEFINITION = re.compile(
     rf"{_MODIFIERS}{_KEYWORDS}\s+(?:\([^)]*\)\s*)?(?P<keyword>[\w$]+)"
     r"|(?P<assigned>[\w$.]+)\s*(?::[^=\n]*)?=(?![=>])"
-    r"|(?P<heading>\#{2,6}\s.*\w)"
 )
-# What it binds counts as defined here.
+# Markdown; a single # begins a comment elsewhere. What follows is part of the section, however little it is indented.
+_HEADING = re.compile(r"#{2,6}(?=\s+\w)")
+# What an import binds counts as defined here.
 _IMPORT = re.compile(r"(?:import|from|use|using|#\s*include|require|open)\b")
 _WORD = re.compile(r"\w+")
 # `int f(int a) {`, `render(props) {`: looked for in lines that end so.
@@ -36,9 +37,11 @@ _BLOCK = re.compile(r"([\w$~]+)\s*\([^;]*\{\s*$")
 _CONTROL = re.compile(r"}?\s*(?:if|for|while|switch|catch|else|elif|return|with|using|lock|do|try)\b")
 # `# file: a/b.py`, `// src/x.js`, `# ---- a/b.py ----`, `<file path="a.c">`: marks, perhaps "file", and a path.
 _FILE = re.compile(
-    r"(?:[^\w\s]\W*(?:file|path|filename|source|\W)*|file(?:name)?\s*:\s*)[\w@.][\w.@+/\\-]*\.\w{1,8}\W*$", re.IGNORECASE
+    r"(?:[^\w\s]\W*(?:file|path|filename|source|\W)*|file(?:name)?\s*:\s*)[\w@.][\w.@+/\\-]*\.\w{1,8}\W*$",
+    re.IGNORECASE,
 )
 _CLOSING = tuple(")]}{")
+_DEEPEST = 7
 _COMMENT = ("#", "//", "/*", "*", "--", "@", ";", "<!--")
 
 
@@ -69,11 +72,13 @@ def outline_of(texts: Sequence[str]) -> Outline:
         names: tuple[str, ...] = ()
         if body and starts_line:
             indent = len(text) - len(body)
+            if heading := _HEADING.match(text):
+                indent = len(heading[0]) - _DEEPEST
             # A closing bracket belongs to the block above, as in `) -> None:`.
             least = indent + 1 if body.startswith(_CLOSING) else indent
             while open_blocks and open_blocks[-1][0] >= least:
                 open_blocks.pop()
-            if not indent and _FILE.match(body):
+            if len(body) == len(text) and _FILE.match(body):
                 file, open_blocks = number, []
             else:
                 names = _names(body)
@@ -91,8 +96,8 @@ def _names(body: str) -> tuple[str, ...]:
     """What a line defines, without its indentation."""
     if found := _DEFINITION.match(body):
         return (found[found.lastgroup or 0].rpartition(".")[2],)
-    if _IMPORT.match(body):
-        return tuple(_WORD.findall(body)[1:])
+    if _IMPORT.match(body) or _HEADING.match(body):
+        return tuple(_WORD.findall(body))
     if body.rstrip().endswith("{") and not _CONTROL.match(body) and (found := _BLOCK.search(body)):
         return (found[1],)
     return ()

@@ -153,19 +153,21 @@ class MemoryText:
 
     def _cut(self, begin: int, end: int) -> list[CharRange]:
         """A long line in pieces: where sentences end, else before white space, else between tokens."""
-        sentence_ends = [match.end() for match in _SENTENCE_END.finditer(self.text, begin, end)]
+        line_end = begin + len(self.text[begin:end].rstrip())
+        sentence_ends = [match.end() for match in _SENTENCE_END.finditer(self.text, begin, line_end)]
         cuts = [begin]
         while True:
             at = int(np.searchsorted(self.offsets[:, 1], cuts[-1], side="right"))
             soon, last = (self._begin_of(at + most, end) for most in (_SENTENCES_TOKENS, _MOST_PIECE_TOKENS))
-            last = max(last, cuts[-1] + 1)  # tokens may share a character
-            if last >= end:
+            if soon >= end:
                 break
             fitting = sentence_ends[bisect(sentence_ends, cuts[-1]) : bisect(sentence_ends, last)]
-            within = bisect(fitting, soon)
             if fitting:
-                cuts.append(fitting[max(within, 1) - 1])
+                cuts.append(fitting[max(bisect(fitting, soon), 1) - 1])
+            elif last >= end:
+                break
             else:
+                last = max(last, cuts[-1] + 1)  # tokens may share a character
                 space = self.text.rfind(" ", cuts[-1] + 1, last)
                 cuts.append(space if space > 0 else last)
         return list(itertools.pairwise([*cuts, end]))

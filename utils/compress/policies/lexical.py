@@ -34,11 +34,10 @@ _STOP_WORDS = frozenset(
         this those to was we were what when where which who whom whose why will with would you your""",
     )
 )
-# Weight of a word in backticks or quotes, of one that looks like an identifier, of another; and of a part beside its
-# whole.
-_IN_QUOTES, _IDENTIFIER, _PLAIN, _OF_PART = 3.0, 2.0, 1.0, 0.4
+# Weights of a word as it stands and of its parts: in backticks or quotes, as an identifier, and else.
+_IN_QUOTES, _IDENTIFIER, _PLAIN = (3.0, 1.2), (2.0, 0.8), (0.4, 0.8)
 # Parts count as alike from so many common first letters, as much as this.
-_STEM, _ALIKE = 4, 0.4
+_STEM, _ALIKE = 3, 0.4
 _K1, _B = 1.2, 0.6
 
 
@@ -66,10 +65,10 @@ class Asked:
                 is_identifier = "_" in word or word[1:] != word[1:].lower()
                 weights.setdefault(word, _IDENTIFIER if is_identifier else _PLAIN)
         parts: dict[str, float] = {}
-        for word, weight in weights.items():
+        for word, (_, weight) in weights.items():
             for part in parts_of(word):
-                parts[part] = max(parts.get(part, 0), weight * _OF_PART)
-        return cls(weights, parts, quotes)
+                parts[part] = max(parts.get(part, 0), weight)
+        return cls({word: weight for word, (weight, _) in weights.items()}, parts, quotes)
 
     def share_of(self, name: str) -> float:
         """1 for a name that is asked for as it stands, else half the share of its parts that are."""

@@ -111,7 +111,7 @@ BENCHMARKS = {
             Flag("--memory-tokens", [500, 4000], "shortest and longest memory of held-out code"),
             Flag("--ruler-lengths", "1k,4k", "budgets of RULER rows in tokens", quick="1k"),
             Flag("--parts", [32, 16, 8, 4], "budgets: the memory's tokens divided by each"),
-            Flag("--num-examples", 200, "of each task", quick=5),
+            Flag("--num-examples", 100, "of each task", quick=5),
             Flag("--seed", 1000, "of the examples"),
         ],
         takes_checkpoint=False,

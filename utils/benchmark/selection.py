@@ -73,6 +73,9 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     policies = args.policies.split(",")
     for policy in policies:
         find_policy(policy)
+    for task in filter(None, args.tasks.split(",")):
+        if task not in _PLACES:
+            raise ConfigError(f"--tasks: expected some of {', '.join(_PLACES)}, got {task!r}")
     files = find_checkpoint(None)
     cases: dict[str, list[Case]] = defaultdict(list)
     for case in itertools.chain(_code_cases(args, files), _ruler_cases(args, files)):
@@ -129,9 +132,6 @@ def _code_cases(args: argparse.Namespace, files: CheckpointFiles) -> Iterator[Ca
         source="held-out",
         seed=args.seed,
     )
-    unknown = set(data.tasks) - set(_PLACES)
-    if unknown:
-        raise ConfigError(f"--tasks: expected some of {', '.join(_PLACES)}, got {', '.join(sorted(unknown))}")
     sources = read_sources(data)
     by_origin = {file.origin: file for file in sources}
     for task, number in data.tasks.items():

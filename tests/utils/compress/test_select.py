@@ -299,8 +299,7 @@ PROSE = " ".join(
     ("text", "query", "tokens", "found"),
     [
         (PYTHON, "What value is assigned to `MAX_ITEMS`?", 8, "MAX_ITEMS = 40"),
-        (PYTHON, "What is the maximal number of items?", 16, "MAX_ITEMS = 40"),
-        (PYTHON, "What can log see of a session?", 24, 'log("closed", self)'),
+        (PYTHON, "What is the maximal number of items?", 24, "MAX_ITEMS = 40"),
         (PYTHON, "From which module is `Money` imported?", 16, "from decimal import"),
         (PYTHON, "What does the function `total_price` return?", 60, 'return price.quantize(Money("0.01"))'),
         (PYTHON, "Which exception does `total_price` raise?", 48, 'raise ValueError("refund")'),
@@ -320,9 +319,9 @@ PROSE = " ".join(
         (JAVASCRIPT, "Which file defines `JobQueue`?", 24, "// src/queue.js"),
         (GO, "What does `parsePort` return?", 20, "return 8080"),
         (GO, "Which fields does the struct `Server` have?", 32, "TLS  bool"),
-        (C, "What does `ring_push` return when the ring is full?", 48, "return -ENOSPC;"),
+        (C, "What does `ring_push` return when the ring is full?", 40, "return -ENOSPC;"),
         (C, "Which file defines ring_push?", 32, "/* lib/ring.c */"),
-        (MARKDOWN, "How long are backups kept?", 24, "kept for ninety days"),
+        (MARKDOWN, "How long are backups kept?", 20, "kept for ninety days"),
         (PROSE, "How heavy is the bell of Saint Orwin?", 24, "weighs nine hundred pounds."),
     ],
 )

@@ -120,12 +120,10 @@ def _matches(vocabulary: set[str], asked: Asked) -> tuple[dict[str, int], np.nda
     columns: dict[str, int] = {}
     entries: list[tuple[int, int, float]] = []
     for word in vocabulary:
-        rows = [
-            (row, _likeness(part, other))
-            for part in parts_of(word)
-            if part[:_STEM] in by_stem
-            for other, row in by_stem[part[:_STEM]]
-        ]
+        rows: list[tuple[int, float]] = []
+        for part in parts_of(word):
+            if part[:_STEM] in by_stem:
+                rows += [(row, _likeness(part, other)) for other, row in by_stem[part[:_STEM]]]
         if word in word_rows:
             rows.append((word_rows[word], 1.0))
         if rows:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -97,22 +97,26 @@ def bm25(texts: Sequence[str], lengths: np.ndarray, asked: Asked) -> np.ndarray:
     """
     found = [_WORD.findall(text) for text in texts]
     words = list(itertools.chain.from_iterable(found))
-    columns, strengths_QV = _matches(set(words), asked)
+    columns, entries = _matches(dict.fromkeys(words), asked)
     if not columns:
         return np.zeros(len(texts))
     of_word = np.fromiter(map(columns.get, words, itertools.repeat(-1)), dtype=np.int64, count=len(words))
     of_text = np.repeat(np.arange(len(texts)), list(map(len, found)))[of_word >= 0]
     counts_VN = np.bincount(of_word[of_word >= 0] * len(texts) + of_text, minlength=len(columns) * len(texts))
-    frequency_QN = strengths_QV @ counts_VN.reshape(len(columns), len(texts)).astype(np.float64)
+    counts_VN = counts_VN.reshape(len(columns), len(texts))
+    frequency_QN = np.zeros((len(asked.words) + len(asked.parts), len(texts)))
+    # Few entries: a matrix product would wait for threads.
+    for row, column, strength in entries:
+        frequency_QN[row] += strength * counts_VN[column]
     num_texts_Q = (frequency_QN > 0).sum(axis=1)
     rarity_Q = np.log1p((len(texts) - num_texts_Q + 0.5) / (num_texts_Q + 0.5))
     norm_N = _K1 * (1 - _B + _B * lengths / max(lengths.mean(), 1))
     weights_Q = np.array([*asked.words.values(), *asked.parts.values()]) * rarity_Q
-    return weights_Q @ (frequency_QN * (_K1 + 1) / (frequency_QN + norm_N))
+    return (weights_Q[:, None] * frequency_QN * (_K1 + 1) / (frequency_QN + norm_N)).sum(axis=0)
 
 
-def _matches(vocabulary: set[str], asked: Asked) -> tuple[dict[str, int], np.ndarray]:
-    """The words that count, numbered, and how much each counts for each word and part that is asked for [Q, V]."""
+def _matches(vocabulary: Iterable[str], asked: Asked) -> tuple[dict[str, int], list[tuple[int, int, float]]]:
+    """The words that count, numbered, and for which word or part that is asked for (its row) each counts how much."""
     word_rows = {word: row for row, word in enumerate(asked.words)}
     by_stem: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for row, part in enumerate(asked.parts, len(word_rows)):
@@ -126,13 +130,11 @@ def _matches(vocabulary: set[str], asked: Asked) -> tuple[dict[str, int], np.nda
                 rows += [(row, _likeness(part, other)) for other, row in by_stem[part[:_STEM]]]
         if word in word_rows:
             rows.append((word_rows[word], 1.0))
+        rows = [(row, strength) for row, strength in rows if strength]
         if rows:
             entries += [(row, len(columns), strength) for row, strength in rows]
             columns[word] = len(columns)
-    strengths = np.zeros((len(word_rows) + len(asked.parts), len(columns)))
-    for row, column, strength in entries:
-        strengths[row, column] = max(strengths[row, column], strength)
-    return columns, strengths
+    return columns, entries
 
 
 def _likeness(part: str, other: str) -> float:

@@ -202,7 +202,7 @@ def select(memories: Sequence[MemoryText], question: Question, expansion: Expans
 
     Returns:
         For each span half-open ranges of its characters, ascending, not touching each other. Together they have at
-        most as many encoder tokens as the budget. Empty where nothing fits, or nothing suits the query.
+        most as many encoder tokens as the budget. Empty where nothing fits, or the policy wants nothing.
 
     Raises:
         PromptError: There is nothing to select by.

@@ -2,11 +2,11 @@
 
     expansion = Expansion(tokens=256)
     memories = [MemoryText.of(span, tokenizers.encoder) for span in prompt.spans]
-    chosen = select(memories, prompt.query, expansion)       # for each span the characters that stay text
+    chosen = select(memories, Question(prompt.query), expansion)    # for each span the characters that stay text
 
-A memory is cut into pieces: its lines, the long ones cut further. A policy of `policies/` gives each piece a score; the
-best that fit the budget are taken. Knows no torch; no model has to be at hand. What is chosen here becomes rows of the
-prompt in `utils.model.expand`.
+A memory is cut into pieces: its lines, the long ones cut further, at sentences where there are any. A policy of
+`policies/` gives each piece a score; the best that fit the budget are taken. Knows no torch; no model has to be at
+hand. What is chosen here becomes rows of the prompt in `utils.model.expand`.
 """
 
 from __future__ import annotations
@@ -130,9 +130,10 @@ class MemoryText:
     def pieces(self) -> list[CharRange]:
         """Half-open ranges of characters, end to end: lines with their ends, long ones cut."""
         ends = [match.end() for match in _LINE.finditer(self.text)]
-        first, stop = self._token_ranges(np.array([0, *ends[:-1]]), np.array(ends, dtype=np.int64))
+        lines = list(itertools.pairwise([0, *ends]))
+        first, stop = self._token_ranges(lines)
         pieces: list[CharRange] = []
-        for begin, end, num_tokens in zip([0, *ends[:-1]], ends, (stop - first).tolist(), strict=False):
+        for (begin, end), num_tokens in zip(lines, (stop - first).tolist(), strict=True):
             pieces += [(begin, end)] if num_tokens <= _MOST_PIECE_TOKENS else self._cut(begin, end)
         return pieces
 
@@ -144,28 +145,45 @@ class MemoryText:
     @cached_property
     def piece_tokens(self) -> list[tuple[int, int]]:
         """For each piece the half-open range of tokens that have a character in it; neighbours may share one."""
-        begins, ends = np.array(self.pieces, dtype=np.int64).reshape(-1, 2).T
-        first, stop = self._token_ranges(begins, ends)
+        first, stop = self._token_ranges(self.pieces)
         return list(zip(first.tolist(), stop.tolist(), strict=True))
 
-    def _token_ranges(self, begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    @cached_property
+    def barred_pieces(self) -> set[int]:
+        """Numbers of the pieces that hold a part of something barred."""
+        matches = self.barred.finditer(self.text) if self.barred else ()
+        return {piece for match in matches for piece in self.pieces_in(*match.span())}
+
+    def pieces_in(self, begin: int, end: int) -> range:
+        """Numbers of the pieces that have a character in a range that is not empty."""
+        return range(bisect(self._piece_ends, begin), bisect(self._piece_ends, end - 1) + 1)
+
+    @cached_property
+    def _piece_ends(self) -> list[int]:
+        return [end for _, end in self.pieces]
+
+    def _token_ranges(self, pieces: Sequence[CharRange]) -> tuple[np.ndarray, np.ndarray]:
+        begins, ends = np.array(pieces, dtype=np.int64).reshape(-1, 2).T
         first = np.searchsorted(self.offsets[:, 1], begins, side="right")
         return first, np.maximum(first, np.searchsorted(self.offsets[:, 0], ends))
 
     def _cut(self, begin: int, end: int) -> list[CharRange]:
         """A long line in pieces: where sentences end, else before white space, else between tokens."""
-        sentence_ends = [match.end() for match in _SENTENCE_END.finditer(self.text, begin, end)]
+        line_end = begin + len(self.text[begin:end].rstrip())
+        sentence_ends = [match.end() for match in _SENTENCE_END.finditer(self.text, begin, line_end)]
         cuts = [begin]
         while True:
             at = int(np.searchsorted(self.offsets[:, 1], cuts[-1], side="right"))
             soon, last = (self._begin_of(at + most, end) for most in (_SENTENCES_TOKENS, _MOST_PIECE_TOKENS))
-            if last >= end:
+            if soon >= end:
                 break
             fitting = sentence_ends[bisect(sentence_ends, cuts[-1]) : bisect(sentence_ends, last)]
-            within = bisect(fitting, soon)
             if fitting:
-                cuts.append(fitting[max(within, 1) - 1])
+                cuts.append(fitting[max(bisect(fitting, soon), 1) - 1])
+            elif last >= end:
+                break
             else:
+                last = max(last, cuts[-1] + 1)  # tokens may share a character
                 space = self.text.rfind(" ", cuts[-1] + 1, last)
                 cuts.append(space if space > 0 else last)
         return list(itertools.pairwise([*cuts, end]))
@@ -181,12 +199,12 @@ class Question:
 
     Attributes:
         query: What is asked.
-        answer: The right answer, for the policy `answer`: evaluation knows it.
+        answer: The right answer, or several that are all needed, for the policy `answer`: evaluation knows it.
         encode: Latents of texts, for the policy `latents`: [n, D] arrays, one a text; None where no encoder is at hand.
     """
 
     query: str
-    answer: str = ""
+    answer: str | tuple[str, ...] = ""
     encode: Callable[[Sequence[MemoryText]], list[np.ndarray]] | None = None
 
 
@@ -200,7 +218,7 @@ def select(memories: Sequence[MemoryText], question: Question, expansion: Expans
 
     Returns:
         For each span half-open ranges of its characters, ascending, not touching each other. Together they have at
-        most as many encoder tokens as the budget. Empty where nothing fits, or nothing suits the query.
+        most as many encoder tokens as the budget. Empty where nothing fits, or the policy wants nothing.
 
     Raises:
         PromptError: There is nothing to select by.
@@ -231,7 +249,7 @@ def _best(memories: Sequence[MemoryText], scores: np.ndarray, budget: int) -> li
         memory = memories[span]
         first, stop = memory.piece_tokens[piece]
         cost = counted[span].count(0, first, stop)
-        if cost > budget or (memory.barred and memory.barred.search(memory.piece_texts[piece])):
+        if cost > budget or piece in memory.barred_pieces:
             continue
         counted[span][first:stop] = b"\1" * (stop - first)
         taken[span].append(piece)

@@ -13,6 +13,7 @@ hold a block before other lines, so that a question that matches nothing gets an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,12 @@ from utils.compress.policies.structure import Outline, outline_of
 if TYPE_CHECKING:
     from utils.compress.select import MemoryText, Question
 
+# A quoted line or sentence, more than a name.
+_PASSAGE = re.compile(r"\w\W*[^\w.]")
 # Of a hit's score. Tuned on held-out code (docs/benchmarks/selection_amd_epyc_202611.md); their order matters, their
 # exact values hardly.
 _DEFINITION = 1.0  # more for a line that defines what is asked for
 _QUOTE = 2.0  # of the best hit, more for a line that the question quotes
-_SHORTEST_QUOTE = 8  # characters; shorter ones are names
 _FILE = 0.9  # to the line that names the file
 _COMMENT_QUOTE, _COMMENT = 0.9, 0.6  # to the comment above
 _AFTER_QUOTE, _AFTER = 0.85, 0.5  # to the next line
@@ -36,9 +38,9 @@ _AFTER_QUOTE_FADES, _AFTER_FADES = 0.93, 0.8  # from there to the next one, and 
 _REACH = 8  # lines
 _BLOCK_ASKED = 0.8  # to the lines of a definition's block that have words of the question
 _BLOCK, _BLOCK_FADES = 0.5, 0.98  # to its first line, and from there to the next one, and so on
-_AROUND = 0.6  # to the definition around it
+_AROUND_DEFINITION, _AROUND = 0.85, 0.6  # to the definition around it: the class of the method that is asked for
 _BEFORE = 0.3  # to the line before
-_BOTH = 0.1  # for a line with two offers: of the smaller one
+_BOTH = 0.2  # for a line with two offers: of the smaller one
 _OUTLINE, _REST = 1e-3, 1e-4
 
 
@@ -65,11 +67,12 @@ def _hand_on(memory: MemoryText, hits: np.ndarray, best: float, asked: Asked) ->
     defined = np.array([max(map(asked.share_of, names), default=0.0) if names else 0.0 for names in outline.names])
     hits = (hits + _QUOTE * best * quoted) * (1 + _DEFINITION * defined)
     near = _near(hits, quoted, outline)
-    scores = _with_blocks(hits, near, defined, outline)
+    definitions = (hits * defined).tolist()
+    scores = _with_blocks(hits, near, definitions, outline)
     for piece in range(len(scores) - 1, -1, -1):
         around, file = outline.parents[piece], outline.files[piece]
         if around >= 0:
-            scores[around] = max(scores[around], _AROUND * scores[piece])
+            scores[around] = max(scores[around], _AROUND * scores[piece], _AROUND_DEFINITION * definitions[piece])
         if file >= 0:
             scores[file] = max(scores[file], _FILE * scores[piece])
     holds_block = set(outline.parents)
@@ -79,13 +82,11 @@ def _hand_on(memory: MemoryText, hits: np.ndarray, best: float, asked: Asked) ->
 def _quoted(memory: MemoryText, quotes: Sequence[str]) -> np.ndarray:
     """Which pieces the question quotes word by word, as 0 and 1."""
     quoted = np.zeros(len(memory.pieces))
-    ends = np.array([end for _, end in memory.pieces])
-    for quote in (quote.strip() for quote in quotes):
-        at = memory.text.find(quote) if len(quote) >= _SHORTEST_QUOTE else -1
-        while at >= 0:
-            first, last = np.searchsorted(ends, [at, at + len(quote) - 1], side="right")
-            quoted[first : last + 1] = 1
-            at = memory.text.find(quote, at + len(quote))
+    for quote in map(str.strip, quotes):
+        if not _PASSAGE.search(quote):
+            continue
+        for match in re.finditer(re.escape(quote), memory.text):
+            quoted[list(memory.pieces_in(*match.span()))] = 1
     return quoted
 
 
@@ -108,9 +109,9 @@ def _near(hits: np.ndarray, quoted: np.ndarray, outline: Outline) -> list[float]
     return offers
 
 
-def _with_blocks(hits: np.ndarray, near: list[float], defined: np.ndarray, outline: Outline) -> list[float]:
+def _with_blocks(hits: np.ndarray, near: list[float], definitions: list[float], outline: Outline) -> list[float]:
     """The best of each piece's own hit, what is near, and the definition of something asked for around it."""
-    own, definitions = hits.tolist(), (hits * defined).tolist()
+    own = hits.tolist()
     block = [0.0] * len(own)
     scores = []
     for piece, around in enumerate(outline.parents):

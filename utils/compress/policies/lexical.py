@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -27,15 +27,17 @@ _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_a-zA-Z]+")
 _QUOTED = re.compile(r"`+([^`]+)`+|\"([^\"\n]+)\"|(?<!\w)'([^'\n]+)'(?!\w)")
 # English words that say nothing about what is asked; in backticks they are names.
 _STOP_WORDS = frozenset(
-    """a about after all an and any are as at be been before but by can could did do does for from had has have how i if
-    in into is it its me my no not of on or please should so than that the their them then there these they this those
-    to was we were what when where which who whom whose why will with would you your""".split()
+    re.findall(
+        r"\w+",
+        """a about after all an and any are as at be been before but by can could did do does for from had has have how
+        i if in into is it its me my no not of on or please should so than that the their them then there these they
+        this those to was we were what when where which who whom whose why will with would you your""",
+    )
 )
-# Weight of a word in backticks or quotes, of one that looks like an identifier, of another; and of a part beside its
-# whole.
-_IN_QUOTES, _IDENTIFIER, _PLAIN, _OF_PART = 3.0, 2.0, 1.0, 0.4
+# Weights of a word as it stands and of its parts: in backticks or quotes, as an identifier, and else.
+_IN_QUOTES, _IDENTIFIER, _PLAIN = (3.0, 1.2), (2.0, 0.8), (0.4, 0.8)
 # Parts count as alike from so many common first letters, as much as this.
-_STEM, _ALIKE = 4, 0.4
+_STEM, _ALIKE = 3, 0.4
 _K1, _B = 1.2, 0.6
 
 
@@ -63,10 +65,10 @@ class Asked:
                 is_identifier = "_" in word or word[1:] != word[1:].lower()
                 weights.setdefault(word, _IDENTIFIER if is_identifier else _PLAIN)
         parts: dict[str, float] = {}
-        for word, weight in weights.items():
+        for word, (_, weight) in weights.items():
             for part in parts_of(word):
-                parts[part] = max(parts.get(part, 0), weight * _OF_PART)
-        return cls(weights, parts, quotes)
+                parts[part] = max(parts.get(part, 0), weight)
+        return cls({word: weight for word, (weight, _) in weights.items()}, parts, quotes)
 
     def share_of(self, name: str) -> float:
         """1 for a name that is asked for as it stands, else half the share of its parts that are."""
@@ -95,22 +97,26 @@ def bm25(texts: Sequence[str], lengths: np.ndarray, asked: Asked) -> np.ndarray:
     """
     found = [_WORD.findall(text) for text in texts]
     words = list(itertools.chain.from_iterable(found))
-    columns, strengths_QV = _matches(set(words), asked)
+    columns, entries = _matches(dict.fromkeys(words), asked)
     if not columns:
         return np.zeros(len(texts))
     of_word = np.fromiter(map(columns.get, words, itertools.repeat(-1)), dtype=np.int64, count=len(words))
     of_text = np.repeat(np.arange(len(texts)), list(map(len, found)))[of_word >= 0]
     counts_VN = np.bincount(of_word[of_word >= 0] * len(texts) + of_text, minlength=len(columns) * len(texts))
-    frequency_QN = strengths_QV @ counts_VN.reshape(len(columns), len(texts)).astype(np.float64)
+    counts_VN = counts_VN.reshape(len(columns), len(texts))
+    frequency_QN = np.zeros((len(asked.words) + len(asked.parts), len(texts)))
+    # Few entries: a matrix product would wait for threads.
+    for row, column, strength in entries:
+        frequency_QN[row] += strength * counts_VN[column]
     num_texts_Q = (frequency_QN > 0).sum(axis=1)
     rarity_Q = np.log1p((len(texts) - num_texts_Q + 0.5) / (num_texts_Q + 0.5))
     norm_N = _K1 * (1 - _B + _B * lengths / max(lengths.mean(), 1))
     weights_Q = np.array([*asked.words.values(), *asked.parts.values()]) * rarity_Q
-    return weights_Q @ (frequency_QN * (_K1 + 1) / (frequency_QN + norm_N))
+    return (weights_Q[:, None] * frequency_QN * (_K1 + 1) / (frequency_QN + norm_N)).sum(axis=0)
 
 
-def _matches(vocabulary: set[str], asked: Asked) -> tuple[dict[str, int], np.ndarray]:
-    """The words that count for something, numbered, and how much each counts for each word and part asked for [Q, V]."""
+def _matches(vocabulary: Iterable[str], asked: Asked) -> tuple[dict[str, int], list[tuple[int, int, float]]]:
+    """The words that count, numbered, and for which word or part that is asked for (its row) each counts how much."""
     word_rows = {word: row for row, word in enumerate(asked.words)}
     by_stem: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for row, part in enumerate(asked.parts, len(word_rows)):
@@ -118,21 +124,17 @@ def _matches(vocabulary: set[str], asked: Asked) -> tuple[dict[str, int], np.nda
     columns: dict[str, int] = {}
     entries: list[tuple[int, int, float]] = []
     for word in vocabulary:
-        rows = [
-            (row, _likeness(part, other))
-            for part in parts_of(word)
-            if part[:_STEM] in by_stem
-            for other, row in by_stem[part[:_STEM]]
-        ]
+        rows: list[tuple[int, float]] = []
+        for part in parts_of(word):
+            if part[:_STEM] in by_stem:
+                rows += [(row, _likeness(part, other)) for other, row in by_stem[part[:_STEM]]]
         if word in word_rows:
             rows.append((word_rows[word], 1.0))
+        rows = [(row, strength) for row, strength in rows if strength]
         if rows:
             entries += [(row, len(columns), strength) for row, strength in rows]
             columns[word] = len(columns)
-    strengths = np.zeros((len(word_rows) + len(asked.parts), len(columns)))
-    for row, column, strength in entries:
-        strengths[row, column] = max(strengths[row, column], strength)
-    return columns, strengths
+    return columns, entries
 
 
 def _likeness(part: str, other: str) -> float:

@@ -26,19 +26,23 @@ _KEYWORDS = (
 _DEFINITION = re.compile(
     rf"{_MODIFIERS}{_KEYWORDS}\s+(?:\([^)]*\)\s*)?(?P<keyword>[\w$]+)"
     r"|(?P<assigned>[\w$.]+)\s*(?::[^=\n]*)?=(?![=>])"
-    r"|(?P<heading>\#{2,6}\s.*\w)"
+    # An import binds its words; a heading is about them.
+    r"|(?P<words>(?:import|from|use|using|#\s*include|require|open)\b|#{2,6}\s+\w)"
 )
-# What it binds counts as defined here.
-_IMPORT = re.compile(r"(?:import|from|use|using|#\s*include|require|open)\b")
+# Markdown; a single # begins a comment elsewhere. What follows is part of the section, however little it is indented.
+_HEADING = re.compile(r"#{2,6}(?=\s+\w)")
 _WORD = re.compile(r"\w+")
 # `int f(int a) {`, `render(props) {`: looked for in lines that end so.
-_BLOCK = re.compile(r"([\w$~]+)\s*\([^;]*\{\s*$")
+_BLOCK = re.compile(r"(?<![\w$~])([\w$~]++)\s*+\([^;]*\{\s*$")
 _CONTROL = re.compile(r"}?\s*(?:if|for|while|switch|catch|else|elif|return|with|using|lock|do|try)\b")
 # `# file: a/b.py`, `// src/x.js`, `# ---- a/b.py ----`, `<file path="a.c">`: marks, perhaps "file", and a path.
 _FILE = re.compile(
-    r"(?:[^\w\s]\W*(?:file|path|filename|source|\W)*|file(?:name)?\s*:\s*)[\w@.][\w.@+/\\-]*\.\w{1,8}\W*$", re.IGNORECASE
+    r"(?:[^\w\s](?:file|path|filename|source|\W)*|file(?:name)?\s*:\s*)(?:\.{0,2}/)?[\w@][\w.@+/\\-]*\.\w{1,8}\W*$",
+    re.IGNORECASE,
 )
-_CLOSING = tuple(")]}{")
+_LONGEST_PATH = 200
+_CLOSING = ")]}{"
+_DEEPEST = 7  # more than a heading has signs
 _COMMENT = ("#", "//", "/*", "*", "--", "@", ";", "<!--")
 
 
@@ -61,38 +65,43 @@ class Outline:
 
 def outline_of(texts: Sequence[str]) -> Outline:
     """The outline of pieces that follow each other; only a line's first piece defines something."""
-    outline = Outline([], [], [], [])
+    names: list[tuple[str, ...]] = []
+    parents: list[int] = []
+    files: list[int] = []
+    comments: list[bool] = []
     open_blocks: list[tuple[int, int]] = []  # indentation and number of the definitions around this line
     file, starts_line = -1, True
     for number, text in enumerate(texts):
         body = text.lstrip()
-        names: tuple[str, ...] = ()
+        own: tuple[str, ...] = ()
         if body and starts_line:
             indent = len(text) - len(body)
+            if body[0] == "#" and (heading := _HEADING.match(text)):
+                indent = len(heading[0]) - _DEEPEST
             # A closing bracket belongs to the block above, as in `) -> None:`.
-            least = indent + 1 if body.startswith(_CLOSING) else indent
+            least = indent + 1 if body[0] in _CLOSING else indent
             while open_blocks and open_blocks[-1][0] >= least:
                 open_blocks.pop()
-            if not indent and _FILE.match(body):
+            if indent == 0 and len(body) <= _LONGEST_PATH and _FILE.match(body):
                 file, open_blocks = number, []
             else:
-                names = _names(body)
-        outline.names.append(names)
-        outline.parents.append(open_blocks[-1][1] if open_blocks else -1)
-        outline.files.append(-1 if file == number else file)
-        outline.comments.append(body.startswith(_COMMENT) and text.count("\n") == 1)
-        if names:
+                own = _names(body)
+        names.append(own)
+        parents.append(open_blocks[-1][1] if open_blocks else -1)
+        files.append(-1 if file == number else file)
+        comments.append(body.startswith(_COMMENT) and text.count("\n") == 1)
+        if own:
             open_blocks.append((indent, number))
         starts_line = text.endswith("\n")
-    return outline
+    return Outline(names, parents, files, comments)
 
 
 def _names(body: str) -> tuple[str, ...]:
     """What a line defines, without its indentation."""
     if found := _DEFINITION.match(body):
+        if found.lastgroup == "words":
+            return tuple(_WORD.findall(body))
         return (found[found.lastgroup or 0].rpartition(".")[2],)
-    if _IMPORT.match(body):
-        return tuple(_WORD.findall(body)[1:])
-    if body.rstrip().endswith("{") and not _CONTROL.match(body) and (found := _BLOCK.search(body)):
+    if "{" in body and body.rstrip().endswith("{") and not _CONTROL.match(body) and (found := _BLOCK.search(body)):
         return (found[1],)
     return ()

@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
   uv run python -m utils.training.evaluate --num-examples 50 --output artifacts/evaluation/default
   uv run python -m utils.training.evaluate --tasks lookup --arms none,full,bm25,expand --chunk-size 8
   uv run python -m utils.training.evaluate --checkpoint artifacts/training/toy/model --source symbols \\
-      --tasks copy_symbols,find_symbol --memory-tokens 4-12 --chars-per-token 1 --chunk-size 1,2""",
+      --tasks copy_symbols,find_symbol --memory-tokens 4-12 --chars-per-token 1 --chunk-size 1""",
         prog="python -m utils.training.evaluate",
     )
     parser.add_argument("--checkpoint", help="folder, run folder or hub id; default: the embedded one")

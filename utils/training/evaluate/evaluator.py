@@ -159,6 +159,8 @@ class Evaluator:
 
     def _encode(self, spans: Sequence[MemorySpan]) -> list[torch.Tensor]:
         """Latents of spans, waited for, so that their time is known apart."""
+        if not spans:
+            return []
         began = time.perf_counter()
         latents = self.model.memory_encoder(spans)
         if self.model.device.type == "cuda":

@@ -3,7 +3,8 @@
     evaluator = Evaluator(model, processor)
     records = evaluator.run(examples, find_arms(["full", "memory"], [8], model.config))
 
-A record is one example in one arm, a JSON object. Greedy decoding throughout.
+A record is one example in one arm, a JSON object. Greedy decoding throughout. `encode_ms` is what the encoder took,
+`read_ms` what reading the prompt and writing the answer took: those of a batch, shared out among its examples.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class PackedRow:
     """One packed row of several examples.
 
     Attributes:
-        input_ids: [T] long, placeholders widened to their latents.
+        input_ids: [T] long, placeholders widened to their latents, or to text where that is shown.
         position_ids: [T] long, from 0 in each example.
         lengths: Decoder rows of each example.
         label_rows: [n] long, rows whose next token is predicted.

@@ -105,8 +105,9 @@ def parameter_groups(pair: TrainedPair, config: TrainConfig, stage: StageConfig)
     groups = []
     for part, parameters in learnable(pair, config).items():
         # At a rate of 0 a part belongs to the run, but needs no gradient.
-        if not (rate := stage.learning_rates.get(part)):
+        if part not in stage.learning_rates or not stage.learning_rates[part]:
             continue
+        rate = stage.learning_rates[part]
         for decayed in (True, False):
             chosen = [p for _, p in parameters if (p.ndim >= 2 and part != "markers") == decayed]
             for parameter in chosen:

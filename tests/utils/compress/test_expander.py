@@ -20,7 +20,7 @@ from utils.corpus.reader import EncodedCorpus
 from utils.errors import ConfigError, DatasetError, PromptError
 from utils.model.markers import wrap
 
-CODE = "def area(w, h):\n    return w * h\n\n\nLIMIT = 40\n\n\ndef greet(name):\n    return name\n"
+CODE = "def area(w, h):\n    return w * h\n\n\nLIMIT = 40\n\ndef greet(name):\n    return name\n"
 PROMPT = wrap(CODE) + "What is LIMIT?"
 
 

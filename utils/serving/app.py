@@ -27,20 +27,22 @@ from utils.errors import PromptError
 from utils.serving.api_error import ApiError
 from utils.serving.backend import Backend
 from utils.serving.bodies import BodyLimits
-from utils.serving.compress_request import CHAT, COMPLETIONS, EXTENSION, CompressedRequest, RequestCompressor
+from utils.serving.compress_request import CompressedRequest, RequestCompressor
 from utils.serving.door import SECURITY_HEADERS, Door, DoorPolicy
 from utils.serving.encoder_queue import EncoderQueue
 from utils.serving.json_body import read_object
 from utils.serving.memories import Memory, MemoryStore
 from utils.serving.metrics import Metrics
 from utils.serving.off_loop import OffLoop
+from utils.serving.read_request import CHAT, COMPLETIONS
+from utils.serving.request_options import EXTENSION
 from utils.serving.settings import GatewaySettings, owner_of
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _HEADER = "X-Code-Llava-"
-# Per-span reports in a header stay below what servers and proxies take; the totals are always there.
+# Lists in a header stay below what servers and proxies take; the totals are always there.
 _MAX_HEADER_BYTES = 4096
 # Address → file in `page/`, media type: served to everyone; what they ask the API for needs the API's key.
 PAGE_FILES = {
@@ -157,7 +159,7 @@ class Gateway:
     async def _forward(self, request: Request, path: str) -> Response:
         raw = await _read_body(request)
         compressed = await _unless_gone(request, self._requests.compress(path, raw, request.state.owner))
-        self._metrics.note_spans(compressed.spans)
+        self._metrics.note_spans(compressed.reports)
         self._metrics.fallbacks.inc(compressed.fallback)
         answer = await _unless_gone(request, self._backend.ask(compressed))
         headers = {**_report_headers(compressed), **answer.headers}
@@ -288,13 +290,18 @@ def _report_headers(compressed: CompressedRequest) -> dict[str, str]:
     if not compressed.is_ours:
         return {}
     report = compressed.report()
-    names = ("memory_tokens", "latents", "cached_tokens", "encode_milliseconds")
+    names = ("memory_tokens", "latents", "text_rows", "cached_tokens", "encode_milliseconds")
     headers = {_HEADER + name.replace("_", "-").title(): str(report[name]) for name in names}
     if compressed.fallback:
         headers[_HEADER + "Fallback"] = "plain-text"
-    spans = orjson.dumps(report["spans"])
-    if len(spans) <= _MAX_HEADER_BYTES:
-        headers[_HEADER + "Spans"] = spans.decode()
+    spans = [{name: value for name, value in span.items() if name != "segments"} for span in report["spans"]]
+    lists: dict[str, list[Any]] = {"Spans": spans}
+    if report["text_rows"]:
+        segments = [span["segments"] for span in report["spans"]]
+        lists["Text-Chars"] = [[chars for segment in own for chars in segment["chars"]] for own in segments]
+    for name, value in lists.items():
+        if len(content := orjson.dumps(value)) <= _MAX_HEADER_BYTES:
+            headers[_HEADER + name] = content.decode()
     return headers
 
 

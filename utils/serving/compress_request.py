@@ -4,43 +4,38 @@
     compressed.content    # the bytes to forward; the client's own where there is nothing to change
     compressed.report()   # what the answer says about the spans
 
-In order: read the JSON, find the spans, count what all of it expands to, and only then encode. What cannot fit is
-refused before it costs anything; long bodies are read and written beside the event loop.
+In order: read the JSON, find the spans, count what all of it expands to, choose what stays text, and only then encode.
+What cannot fit is refused before it costs anything; long bodies are read and written beside the event loop.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import orjson
+import torch
 
 from utils.compress.compressor import Compressor
+from utils.compress.policies.registry import POLICIES
 from utils.compress.prompt_embeds import encode_wire
-from utils.errors import CodeLlavaError, PromptError
-from utils.model.markers import PLACEHOLDER, has_markers
-from utils.model.prompt import MemoryPrompt
-from utils.serving.api_error import ApiError, shown
-from utils.serving.chat_parts import ChatOutline, SpanSplitter, outline_chat
+from utils.errors import CodeLlavaError
+from utils.model.markers import PLACEHOLDER
+from utils.model.prompt import MemoryPrompt, MemorySpan
+from utils.serving.api_error import ApiError
+from utils.serving.chat_parts import Part, between_markers, outline_chat, text_part
 from utils.serving.encoder_queue import EncodedSpan, EncoderQueue
-from utils.serving.json_body import MAX_DEPTH, MAX_VALUES, read_object
-from utils.serving.memories import Memory, MemoryStore
+from utils.serving.json_body import MAX_DEPTH, MAX_VALUES
+from utils.serving.memories import MemoryStore
 from utils.serving.off_loop import OffLoop
 from utils.serving.prompt_rows import ONE_PROMPT, PromptRows
+from utils.serving.read_request import Body, ReadRequest, RequestReader
+from utils.serving.report import SpanReport, span_reports, totals
+from utils.serving.request_options import OptionsReader
 from utils.serving.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
-Body = dict[str, Any]
-
-CHAT, COMPLETIONS = "/chat/completions", "/completions"
-
-# A request may say {"code_llava": {"chunk_size": 16}}; the answer tells under the same name what was compressed.
-EXTENSION = "code_llava"
-# vLLM's own field: what has another salt shares no prefix cache.
-_CACHE_SALT = "cache_salt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +50,7 @@ class CompressedRequest:
         is_ours: The request asked something of the gateway, so that the answer tells what was done.
         spans: What was encoded, in order.
         fallback: The memory went as plain text, because the encoder failed.
+        reports: What became of each span.
     """
 
     path: str
@@ -64,58 +60,15 @@ class CompressedRequest:
     is_ours: bool = False
     spans: Sequence[EncodedSpan] = ()
     fallback: bool = False
+    reports: Sequence[SpanReport] = ()
 
     def report(self) -> Body:
         """The extension field of an answer."""
-        tokens = sum(span.num_tokens for span in self.spans)
-        latents = sum(len(span.latents_ND) for span in self.spans)
         return {
-            "memory_tokens": tokens,
-            "latents": latents,
-            "cached_tokens": sum(span.cached_tokens for span in self.spans),
-            "compression_ratio": tokens / latents if latents else None,
-            "encode_milliseconds": max((round(span.milliseconds, 2) for span in self.spans), default=0.0),
+            **totals(self.reports),
             "fallback": "plain-text" if self.fallback else None,
-            "spans": [span.report() for span in self.spans],
+            "spans": [span.to_json() for span in self.reports],
         }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Read:
-    """A body that was read: its fields, and where its spans are.
-
-    Attributes:
-        chat: A chat's messages; None for a completion.
-        prompts: A completion's marked prompts, each as texts and spans in turns: a text first and last.
-        sources: What the spans stand for; together no longer than a body.
-    """
-
-    path: str
-    raw: bytes
-    body: Body
-    is_ours: bool
-    is_changed: bool
-    chunk_size: int | None
-    chat: ChatOutline | None
-    prompts: list[list[str]]
-    sources: list[str | Memory]
-
-    def unchanged(self) -> CompressedRequest:
-        """Forward it without memory."""
-        content = orjson.dumps(self.body) if self.is_changed else self.raw
-        return CompressedRequest(path=self.path, body=self.body, content=content, is_ours=self.is_ours)
-
-    def with_plain_text(self) -> Body:
-        """The body with its memory as text."""
-        texts = [source.text if isinstance(source, Memory) else source for source in self.sources]
-        if self.chat is not None:
-            return {**self.body, "messages": self.chat.fill([{"type": "text", "text": text} for text in texts])}
-        remaining = iter(texts)
-        plain = [
-            "".join(next(remaining) if place % 2 else text for place, text in enumerate(pieces))
-            for pieces in self.prompts
-        ]
-        return {**self.body, "prompt": plain if isinstance(self.body["prompt"], list) else plain[0]}
 
 
 class RequestCompressor:
@@ -143,6 +96,9 @@ class RequestCompressor:
         self._settings = settings
         self._is_local = is_local
         self._rows = PromptRows(compressor, settings.max_request_rows)
+        config = compressor.files.config
+        self._options = OptionsReader({config.chunk_size, *config.chunk_sizes}, settings.expansion)
+        self._reader = RequestReader(self._rows, self._options, memories, settings, is_local=is_local)
         # A tokenizer must not be used by two threads at once, and its work must not wait for long bodies.
         self._tokenizer = OffLoop("tokenizer")
         self._bodies = OffLoop("bodies")
@@ -165,20 +121,28 @@ class RequestCompressor:
             ApiError: 400, a body of another shape; 413, too many spans or rows; also an unknown memory, a full queue,
                 an encoder that failed.
         """
-        read = await self._bodies.run_if_long(len(raw), lambda: self._read(path, raw, owner))
+        read = await self._bodies.run_if_long(len(raw), lambda: self._reader.read(path, raw, owner))
         if not (read.sources or self._is_local):
-            return await self._bodies.run_if_long(len(raw), read.unchanged)
-        prompts = await self._tokenizer.run(lambda: self._parse(read))
-        spans = await self._encode(prompts, owner) if read.sources else []
-        return await self._tokenizer.run(lambda: self._write(read, prompts, spans))
+            return await self._bodies.run_if_long(len(raw), lambda: _unchanged(read))
+        prompts, questions = await self._tokenizer.run(lambda: self._parse(read))
+        if not read.sources:
+            return await self._tokenizer.run(lambda: self._write(read, prompts, []))
+        spans = await self._encode([*questions, *(span for prompt in prompts for span in prompt.spans)], owner)
+        return await self._tokenizer.run(lambda: self._select_and_write(read, prompts, questions, spans))
 
     def settings_report(self) -> Body:
         """What a client may want to know before it asks: the checkpoint, its chunk sizes and the limits."""
-        files, settings = self._compressor.files, self._settings
+        files, settings, default = self._compressor.files, self._settings, self._options.default
         return {
             "checkpoint": files.root.name,
             "chunk_size": files.config.chunk_size,
-            "chunk_sizes": sorted(self._chunk_sizes()),
+            "chunk_sizes": self._options.chunk_sizes,
+            "expand_policies": self._options.policies,
+            "expand_default": default and {
+                "expand_policy": default.policy,
+                "expand_tokens": default.tokens,
+                "expand": default.share if default.share is None else float(default.share),
+            },
             "max_spans": settings.max_spans,
             "limits": {
                 "body_bytes": settings.max_body_bytes,
@@ -192,78 +156,34 @@ class RequestCompressor:
                 "memories_bytes": self._memories.max_bytes,
                 "memory_ttl_seconds": self._memories.ttl_s,
             },
-        }
+        }  # fmt: skip
 
-    def _chunk_sizes(self) -> set[int]:
-        """The sizes that the checkpoint was made for: others would be answered badly without a word."""
-        config = self._compressor.files.config
-        return {config.chunk_size, *config.chunk_sizes}
+    def _parse(self, read: ReadRequest) -> tuple[list[MemoryPrompt], list[MemorySpan]]:
+        """What the backend will read, and, where they select, the prompts' questions; what cannot fit is refused."""
+        prompts, expansion = self._prompts(read), read.options.expansion
+        if expansion is None or not read.sources:
+            return prompts, []
+        asked: list[MemorySpan] = []
+        if POLICIES[expansion.policy].reads_query:
+            asked = [span for prompt in prompts if (span := self._rows.question(prompt, expansion))]
+            if len(asked) < len(prompts):
+                if not read.options.asks_to_expand:
+                    return prompts, []
+                raise ApiError(
+                    400, "the prompt asks nothing outside its memory: say with expand_query what to select by, or "
+                    "choose the expand_policy random or all",
+                )  # fmt: skip
+        if expansion.policy == "latents":
+            return prompts, asked
+        return self._rows.expand(prompts, expansion), []
 
-    def _read(self, path: str, raw: bytes, owner: str) -> _Read:
-        body = read_object(raw)
-        chat, prompts = None, []
-        if path == CHAT:
-            if self._is_local and isinstance(body.get("messages"), list):
-                self._rows.check_count(len(body["messages"]), "the chat, at one row a message or more")
-            chat = outline_chat(body.get("messages"), self._settings.max_spans)
-            spans = chat.spans
-        else:
-            prompts = self._marked_prompts(body)
-            spans = [span for pieces in prompts for span in pieces[1::2]]
-        chunk_size = self._chunk_size(body)
-        sources = [self._memories.resolve(span, owner) or span for span in spans]
-        num_bytes = len(raw) + sum(source.size_bytes for source in sources if isinstance(source, Memory))
-        if num_bytes > self._settings.max_body_bytes:
-            raise ApiError(
-                413, f"with the stored texts that it names the body has {num_bytes} bytes, the limit is "
-                f"{self._settings.max_body_bytes}",
-            )  # fmt: skip
-        salt = {_CACHE_SALT: _cache_salt(owner, body.get(_CACHE_SALT))} if owner and not self._is_local else {}
-        return _Read(
-            path=path,
-            raw=raw,
-            body={name: value for name, value in body.items() if name != EXTENSION} | salt,
-            is_ours=EXTENSION in body or bool(sources),
-            is_changed=EXTENSION in body or bool(salt),
-            chunk_size=chunk_size,
-            chat=chat,
-            prompts=prompts,
-            sources=sources,
-        )
-
-    def _marked_prompts(self, body: Body) -> list[list[str]]:
-        """A completion's prompts as texts and spans in turns; none where no prompt has memory."""
-        if body.get("prompt_embeds") is not None:
-            raise PromptError("prompt_embeds are not taken from clients: send text")
-        given = body.get("prompt")
-        prompts = given if isinstance(given, list) else [given]
-        texts = [text for text in prompts if isinstance(text, str)]
-        if not any(map(has_markers, texts)):
-            return []
-        if len(texts) < len(prompts):
-            raise ApiError(400, "prompts with memory and prompts of token ids cannot share a request")
-        self._rows.check_together(len(texts))
-        splitter = SpanSplitter(self._settings.max_spans)
-        return [[piece.text for piece in splitter.split(text, "the prompt")] for text in texts]
-
-    def _chunk_size(self, body: Body) -> int | None:
-        """The chunk size that a request asks for."""
-        options = body.get(EXTENSION, {})
-        if not isinstance(options, dict) or options.keys() - {"chunk_size"}:
-            raise ApiError(400, f'{EXTENSION} is {shown(options)}, expected {{"chunk_size": …}}')
-        chunk_size = options.get("chunk_size")
-        if chunk_size is not None and (type(chunk_size) is not int or chunk_size not in self._chunk_sizes()):
-            sizes = ", ".join(map(str, sorted(self._chunk_sizes())))
-            raise ApiError(400, f"chunk_size is {shown(chunk_size)}, this checkpoint has {sizes}")
-        return chunk_size
-
-    def _parse(self, read: _Read) -> list[MemoryPrompt]:
-        """What the backend will read, or of a server's chat the spans alone; what cannot fit is refused."""
-        rows, size = self._rows, read.chunk_size
+    def _prompts(self, read: ReadRequest) -> list[MemoryPrompt]:
+        """The prompts with all latents, or of a server's chat the spans alone."""
+        rows, size = self._rows, read.options.chunk_size
         if read.chat is not None and self._is_local:
             return [rows.chat(read.chat.flat([PLACEHOLDER] * len(read.sources)), read.sources, size)]
         if read.chat is not None:
-            return [rows.spans_alone(read.sources, size)]
+            return [rows.spans_alone(read.sources, size, read.chat.query() if read.options.expansion else "")]
         if not read.sources:
             return [rows.plain(read.body.get("prompt"))]
         remaining = iter(read.sources)
@@ -278,10 +198,28 @@ class RequestCompressor:
             raise ApiError(400, ONE_PROMPT)
         return parsed
 
-    async def _encode(self, prompts: Sequence[MemoryPrompt], owner: str) -> list[EncodedSpan] | None:
-        """The spans of all prompts; None when the encoder failed and plain text is the policy."""
+    def _select_and_write(
+        self,
+        read: ReadRequest,
+        prompts: Sequence[MemoryPrompt],
+        questions: Sequence[MemorySpan],
+        encoded: Sequence[EncodedSpan] | None,
+    ) -> CompressedRequest:
+        """`_write`, after the latents of the questions, which come first, have selected what stays text."""
+        if encoded is None or not questions or read.options.expansion is None:
+            return self._write(read, prompts, encoded)
+        asked, spans = encoded[: len(questions)], encoded[len(questions) :]
+        remaining = iter(spans)
+        latents = [
+            [question.latents_ND, *(next(remaining).latents_ND for _ in prompt.spans)]
+            for question, prompt in zip(asked, prompts, strict=True)
+        ]
+        return self._write(read, self._rows.expand(prompts, read.options.expansion, latents), spans)
+
+    async def _encode(self, spans: Sequence[MemorySpan], owner: str) -> list[EncodedSpan] | None:
+        """What the encoder makes of spans; None when it failed and plain text is the policy."""
         try:
-            return await self._queue.encode([span for prompt in prompts for span in prompt.spans], owner.encode())
+            return await self._queue.encode(spans, owner.encode())
         except (ApiError, CodeLlavaError):
             raise
         except Exception as error:  # out of memory, a broken device, …: whatever stops the encoder
@@ -291,13 +229,13 @@ class RequestCompressor:
             raise ApiError(500, f"the encoder failed ({type(error).__name__}): nothing was sent") from None
 
     def _write(
-        self, read: _Read, prompts: Sequence[MemoryPrompt], spans: Sequence[EncodedSpan] | None
+        self, read: ReadRequest, prompts: Sequence[MemoryPrompt], spans: Sequence[EncodedSpan] | None
     ) -> CompressedRequest:
         """The request as the backend takes it; without spans the encoder has failed."""
         if spans is not None:
             body = read.body if self._is_local else self._with_latents(read, prompts, spans)
         else:
-            body = read.with_plain_text()
+            body = read.with_plain_text(read.texts)
             if self._is_local and read.chat is not None:
                 prompts = [self._rows.chat(outline_chat(body["messages"]).flat([]), [], None)]
             elif self._is_local:
@@ -310,13 +248,18 @@ class RequestCompressor:
             is_ours=read.is_ours,
             spans=spans or (),
             fallback=spans is None,
+            reports=span_reports(prompts, spans) if spans else (),
         )
 
-    def _with_latents(self, read: _Read, prompts: Sequence[MemoryPrompt], spans: Sequence[EncodedSpan]) -> Body:
+    def _with_latents(self, read: ReadRequest, prompts: Sequence[MemoryPrompt], spans: Sequence[EncodedSpan]) -> Body:
         if read.chat is not None:
-            wires = (encode_wire(span.latents_ND, self._compressor.dtype) for span in spans)
-            parts = [{"type": "prompt_embeds", "data": wire} for wire in wires]
-            return {**read.body, "messages": read.chat.fill(parts)}
+            (alone,) = prompts
+            return read.with_parts(
+                [
+                    _span_parts(span, encoded.latents_ND, self._compressor.dtype)
+                    for span, encoded in zip(alone.spans, spans, strict=True)
+                ]
+            )
         remaining = iter(spans)
         rows = []
         for prompt in prompts:
@@ -326,8 +269,19 @@ class RequestCompressor:
         return {**others, "prompt_embeds": rows if isinstance(read.body["prompt"], list) else rows[0]}
 
 
-def _cache_salt(owner: str, given: Any) -> str:
-    """A salt that no other key's requests have, whatever salt they send."""
-    if given is not None and not isinstance(given, str):
-        raise ApiError(400, f"{_CACHE_SALT} is {shown(given)}, expected a text")
-    return hashlib.sha256(f"{owner} {given or ''}".encode()).hexdigest()
+def _unchanged(read: ReadRequest) -> CompressedRequest:
+    """A request without memory."""
+    content = orjson.dumps(read.body) if read.is_changed else read.raw
+    return CompressedRequest(path=read.path, body=read.body, content=content, is_ours=read.is_ours)
+
+
+def _span_parts(span: MemorySpan, latents_ND: torch.Tensor, dtype: torch.dtype) -> list[Part]:
+    """A chat's content parts for one span: between its markers runs of latents and, in their places, texts."""
+    parts = [
+        (start, {"type": "prompt_embeds", "data": encode_wire(latents_ND[chunk : chunk + stop - start], dtype)})
+        for start, stop, chunk in span.latent_runs
+    ]
+    for segment in span.segments:
+        parts.append((segment.rows[0], text_part("".join(span.text[begin:end] for begin, end in segment.chars))))
+    parts.sort(key=lambda placed: placed[0])
+    return between_markers([part for _, part in parts])

@@ -35,6 +35,16 @@ def build_parser() -> argparse.ArgumentParser:
     add_checkpoint_flags(parser)
     add_memory_limit_flags(parser)
     add_cache_flags(parser)
+    expansion = parser.add_argument_group("selective expansion, of requests that say nothing about it")
+    expansion.add_argument(
+        "--expand-tokens", type=int, metavar="N",
+        help="encoder tokens of a prompt's memory that stay text; default 0, all of it becomes latents",
+    )  # fmt: skip
+    expansion.add_argument("--expand", metavar="SHARE", help="the same as a share of the memory, such as 1/16")
+    expansion.add_argument(
+        "--expand-policy", choices=("bm25", "latents", "random", "all", "none"), default="bm25",
+        help="what chooses it: words of the question, similar latents, chance, or everything or nothing; default bm25",
+    )  # fmt: skip
     backend = parser.add_argument_group("backend")
     backend.add_argument(
         "--backend", choices=("vllm", "local"), default="vllm",

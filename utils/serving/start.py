@@ -7,16 +7,20 @@ import asyncio
 import gc
 import logging
 import os
+from dataclasses import replace
 
 from utils.client.completion import RetryPolicy
 from utils.client.server_client import VllmClient
 from utils.compress.compressor import Compressor
+from utils.compress.policies.registry import WHOLE
+from utils.compress.select import Expansion
 from utils.errors import ConfigError, ServerError
 from utils.flags import encoder_settings, memory_limit, open_cache
 from utils.serving.app import Gateway
 from utils.serving.backend import Backend
 from utils.serving.door import DoorPolicy
 from utils.serving.local import LocalBackend
+from utils.serving.request_options import read_share
 from utils.serving.server import GatewayServer
 from utils.serving.settings import GatewaySettings
 from utils.serving.upstream import Upstream
@@ -36,7 +40,9 @@ def serve(args: argparse.Namespace, settings: GatewaySettings) -> int:
     Returns:
         The process's exit code.
     """
-    DoorPolicy(settings.host, settings.allowed_hosts, settings.allowed_origins)  # before the weights are loaded
+    # Before the weights are loaded.
+    DoorPolicy(settings.host, settings.allowed_hosts, settings.allowed_origins)
+    settings = replace(settings, expansion=default_expansion(args))
     encoder = encoder_settings(args)
     compressor = Compressor.load(
         args.checkpoint, chunk_size=args.chunk_size, settings=encoder, limit=memory_limit(args), cache=open_cache(args)
@@ -54,6 +60,20 @@ def serve(args: argparse.Namespace, settings: GatewaySettings) -> int:
     gc.collect()
     gc.freeze()
     return GatewayServer(app, settings.connections, settings.host, args.port).run_process(os._exit)
+
+
+def default_expansion(args: argparse.Namespace) -> Expansion | None:
+    """What the flags say about requests that say nothing.
+
+    Raises:
+        ConfigError: Flags that cannot be.
+    """
+    share = None if args.expand is None else read_share(args.expand)
+    if args.expand is not None and share is None:
+        raise ConfigError(f"--expand must be a share from 0 to 1, such as 1/16 or 0.0625, got {args.expand!r}")
+    if args.expand_tokens is None and share is None and args.expand_policy not in WHOLE:
+        return None
+    return Expansion(tokens=args.expand_tokens, share=share, policy=args.expand_policy)
 
 
 async def check_server(settings: GatewaySettings, width: int) -> None:

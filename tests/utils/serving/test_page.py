@@ -96,9 +96,9 @@ def test_three_answers_and_the_text_that_was_kept(browser: chromium.Browser, url
     kept = "[...document.querySelectorAll('#kept-spans mark')].map(x => x.textContent)"
     # From 1/8, which is less than a line, to 1/2; and to all of it; and to nothing.
     for key, shown, marked in (
-        ("", "1/8 of its tokens", []),
-        ("ArrowRight " * 2, "1/2 of its tokens", [lines[1]]),
-        ("End", "all of it", ["".join(lines)]),
+        ("", "1/8", []),
+        ("ArrowRight " * 2, "1/2", [lines[1]]),
+        ("End", "all", ["".join(lines)]),
         ("Home", "nothing", None),
     ):
         for name in key.split():

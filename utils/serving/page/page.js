@@ -216,7 +216,7 @@ function showRows(id, tokens, latents, text) {
 }
 
 function showBudget() {
-  const share = SHARES[$("budget").value], shown = { 0: "nothing", 1: "all of it" }[share] ?? `${share} of its tokens`;
+  const share = SHARES[$("budget").value], shown = { 0: "nothing", 1: "all" }[share] ?? share;
   $("budget-shown").value = shown;
   $("budget").setAttribute("aria-valuetext", shown);
 }

@@ -50,6 +50,16 @@ class ChatOutline:
             filled.append({**message, "content": _joined(parts)} if parts else message)
         return filled
 
+    def fill_texts(self, texts: Sequence[str]) -> list[dict[str, Any]]:
+        """The messages with a text in each span's place; what was a string stays one."""
+        filled = self.fill([[text_part(text)] for text in texts])
+        return [
+            {**new, "content": "".join(part["text"] for part in new["content"])}
+            if new is not old and isinstance(old["content"], str)
+            else new
+            for old, new in zip(self.messages, filled, strict=True)
+        ]
+
     def query(self) -> str:
         """What the chat asks, see `chat_query`; parts that are no text are passed over."""
         texts = [

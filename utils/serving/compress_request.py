@@ -1,8 +1,6 @@
 """A client's request body → the body for the backend, with latents where memory markers were.
 
-    compressed = await requests.compress(CHAT, raw, owner)
-    compressed.content    # the bytes to forward; the client's own where there is nothing to change
-    compressed.report()   # what the answer says about the spans
+    compressed = await RequestCompressor(compressor, queue, memories, settings).compress(CHAT, raw, owner)
 
 In order: read the JSON, find the spans, count what all of it expands to, choose what stays text, and only then encode.
 What cannot fit is refused before it costs anything; long bodies are read and written beside the event loop.
@@ -12,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import orjson
 import torch
@@ -26,61 +23,29 @@ from utils.model.prompt import MemoryPrompt, MemorySpan
 from utils.serving.api_error import ApiError
 from utils.serving.chat_parts import Part, between_markers, outline_chat, text_part
 from utils.serving.encoder_queue import EncodedSpan, EncoderQueue
-from utils.serving.json_body import MAX_DEPTH, MAX_VALUES
 from utils.serving.memories import MemoryStore
-from utils.serving.off_loop import OffLoop
-from utils.serving.prompt_rows import ONE_PROMPT, PromptRows
-from utils.serving.read_request import Body, ReadRequest, RequestReader
-from utils.serving.report import SpanReport, span_reports, totals
+from utils.serving.prompt_rows import ONE_PROMPT
+from utils.serving.read_request import Body, ReadRequest
+from utils.serving.report import span_reports
 from utils.serving.request_options import OptionsReader
+from utils.serving.rewriter import CompressedRequest, Rewriter
 from utils.serving.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompressedRequest:
-    """A request ready for the backend.
-
-    Attributes:
-        path: Its endpoint.
-        body: The client's fields, less what is the gateway's own.
-        content: The body as a server gets it: a new one, or the client's own bytes.
-        prompts: The same for a decoder in this process: ids whose placeholders `spans` fill.
-        is_ours: The request asked something of the gateway, so that the answer tells what was done.
-        spans: What was encoded, in order.
-        fallback: The memory went as plain text, because the encoder failed.
-        reports: What became of each span.
-    """
-
-    path: str
-    body: Body
-    content: bytes = b""
-    prompts: Sequence[MemoryPrompt] = ()
-    is_ours: bool = False
-    spans: Sequence[EncodedSpan] = ()
-    fallback: bool = False
-    reports: Sequence[SpanReport] = ()
-
-    def report(self) -> Body:
-        """The extension field of an answer."""
-        return {
-            **totals(self.reports),
-            "fallback": "plain-text" if self.fallback else None,
-            "spans": [span.to_json() for span in self.reports],
-        }
-
-
-class RequestCompressor:
-    """Rewrites request bodies.
+class RequestCompressor(Rewriter):
+    """Puts latents in the spans' places: a chat's become content parts, a completion's prompt with memory rows.
 
     Args:
         compressor: Parses and embeds.
-        queue: Encodes.
+        queue: Encodes; closed with this.
         memories: Stored texts that spans may name.
         settings: Limits, keys and the policy on failure.
-        is_local: The backend decodes in this process: its text is parsed here, too, once and before the work begins.
+        is_local: See `Rewriter`.
     """
+
+    mode = "latents"
 
     def __init__(
         self,
@@ -90,73 +55,23 @@ class RequestCompressor:
         settings: GatewaySettings,
         is_local: bool = False,
     ) -> None:
+        config = compressor.files.config
+        options = OptionsReader({config.chunk_size, *config.chunk_sizes}, settings.expansion)
+        super().__init__(compressor, options, memories, settings, is_local=is_local)
         self._compressor = compressor
         self._queue = queue
-        self._memories = memories
-        self._settings = settings
-        self._is_local = is_local
-        self._rows = PromptRows(compressor, settings.max_request_rows)
-        config = compressor.files.config
-        self._options = OptionsReader({config.chunk_size, *config.chunk_sizes}, settings.expansion)
-        self._reader = RequestReader(self._rows, self._options, memories, settings, is_local=is_local)
-        # A tokenizer must not be used by two threads at once, and its work must not wait for long bodies.
-        self._tokenizer = OffLoop("tokenizer")
-        self._bodies = OffLoop("bodies")
 
     def close(self) -> None:
         """End the threads."""
-        self._tokenizer.close()
-        self._bodies.close()
+        self._queue.close()
+        super().close()
 
-    async def compress(self, path: str, raw: bytes, owner: str = "") -> CompressedRequest:
-        """Rewrite a body: a chat's spans become content parts, a completion's prompt with memory becomes rows.
-
-        Args:
-            path: The endpoint, `CHAT` or `COMPLETIONS`.
-            raw: The body.
-            owner: Whose memories and cache entries it may use, and what it may not share.
-
-        Raises:
-            PromptError: The markers are wrong, or a span is too long.
-            ApiError: 400, a body of another shape; 413, too many spans or rows; also an unknown memory, a full queue,
-                an encoder that failed.
-        """
-        read = await self._bodies.run_if_long(len(raw), lambda: self._reader.read(path, raw, owner))
-        if not (read.sources or self._is_local):
-            return await self._bodies.run_if_long(len(raw), lambda: _unchanged(read))
+    async def _rewrite(self, read: ReadRequest, owner: str) -> CompressedRequest:
         prompts, questions = await self._tokenizer.run(lambda: self._parse(read))
         if not read.sources:
             return await self._tokenizer.run(lambda: self._write(read, prompts, []))
         spans = await self._encode([*questions, *(span for prompt in prompts for span in prompt.spans)], owner)
         return await self._tokenizer.run(lambda: self._select_and_write(read, prompts, questions, spans))
-
-    def settings_report(self) -> Body:
-        """What a client may want to know before it asks: the checkpoint, its chunk sizes and the limits."""
-        files, settings, default = self._compressor.files, self._settings, self._options.default
-        return {
-            "checkpoint": files.root.name,
-            "chunk_size": files.config.chunk_size,
-            "chunk_sizes": self._options.chunk_sizes,
-            "expand_policies": self._options.policies,
-            "expand_default": default and {
-                "expand_policy": default.policy,
-                "expand_tokens": default.tokens,
-                "expand": default.share if default.share is None else float(default.share),
-            },
-            "max_spans": settings.max_spans,
-            "limits": {
-                "body_bytes": settings.max_body_bytes,
-                "body_values": MAX_VALUES,
-                "body_depth": MAX_DEPTH,
-                "spans": settings.max_spans,
-                "prompt_rows": self._rows.max_prompt_rows,
-                "request_rows": self._rows.max_request_rows,
-                "waiting_requests": settings.max_waiting,
-                "memories": self._memories.max_count,
-                "memories_bytes": self._memories.max_bytes,
-                "memory_ttl_seconds": self._memories.ttl_s,
-            },
-        }  # fmt: skip
 
     def _parse(self, read: ReadRequest) -> tuple[list[MemoryPrompt], list[MemorySpan]]:
         """What the backend will read, and, where they select, the prompts' questions; what cannot fit is refused."""
@@ -240,12 +155,11 @@ class RequestCompressor:
                 prompts = [self._rows.chat(outline_chat(body["messages"]).flat([]), [], None)]
             elif self._is_local:
                 prompts = [self._rows.plain(body["prompt"])]
-        return CompressedRequest(
-            path=read.path,
-            body=body,
-            content=b"" if self._is_local else orjson.dumps(body),
+        return self._forward(
+            read,
+            body,
+            b"" if self._is_local else orjson.dumps(body),
             prompts=prompts,
-            is_ours=read.is_ours,
             spans=spans or (),
             fallback=spans is None,
             reports=span_reports(prompts, spans) if spans else (),
@@ -267,12 +181,6 @@ class RequestCompressor:
             rows.append(encode_wire(self._compressor.embed(prompt, own).values_TD))
         others = {name: value for name, value in read.body.items() if name != "prompt"}
         return {**others, "prompt_embeds": rows if isinstance(read.body["prompt"], list) else rows[0]}
-
-
-def _unchanged(read: ReadRequest) -> CompressedRequest:
-    """A request without memory."""
-    content = orjson.dumps(read.body) if read.is_changed else read.raw
-    return CompressedRequest(path=read.path, body=read.body, content=content, is_ours=read.is_ours)
 
 
 def _span_parts(span: MemorySpan, latents_ND: torch.Tensor, dtype: torch.dtype) -> list[Part]:

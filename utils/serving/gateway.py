@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
   vllm serve checkpoints/code-llava-smollm2/llm --served-model-name code-llava --enable-prompt-embeds
   python -m utils.serving.gateway --backend-url http://127.0.0.1:8000
   python -m utils.serving.gateway --backend local      # no server needed; a page at http://127.0.0.1:8080/
+  python -m utils.serving.gateway --backend text --backend-url http://127.0.0.1:11434/v1
   curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "code-llava",
     "messages": [{"role": "user", "content": "What is this? <|memory_start|>def f(): …<|memory_end|>"}]}'""",
         prog="python -m utils.serving.gateway",
@@ -38,7 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     expansion = parser.add_argument_group("selective expansion, of requests that say nothing about it")
     expansion.add_argument(
         "--expand-tokens", type=int, metavar="N",
-        help="encoder tokens of a prompt's memory that stay text; default 0, all of it becomes latents",
+        help="encoder tokens of a prompt's memory that stay text; default 0, all of it becomes latents; with --backend "
+        "text an eighth of it",
     )  # fmt: skip
     expansion.add_argument("--expand", metavar="SHARE", help="the same as a share of the memory, such as 1/16")
     expansion.add_argument(
@@ -47,10 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     backend = parser.add_argument_group("backend")
     backend.add_argument(
-        "--backend", choices=("vllm", "local"), default="vllm",
-        help="a vLLM server, or the checkpoint's decoder in this process, one request at a time; default vllm",
+        "--backend", choices=("vllm", "local", "text"), default="vllm",
+        help="a vLLM server; the checkpoint's decoder in this process, one request at a time; or any server, which "
+        "gets selected text instead of latents; default vllm",
     )  # fmt: skip
-    backend.add_argument("--backend-url", help=f"vLLM server; default {DEFAULT_BACKEND_URL}")
+    backend.add_argument("--backend-url", help=f"the server; default {DEFAULT_BACKEND_URL}")
     backend.add_argument("--backend-key", help="its key; default $VLLM_API_KEY, else $OPENAI_API_KEY")
     backend.add_argument("--timeout", type=float, default=600.0, help="its longest silence in seconds; default 600")
     server = parser.add_argument_group("server")
@@ -105,6 +108,8 @@ def _run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
     if args.backend == "local" and args.backend_url:
         raise ConfigError("--backend local answers in this process: leave --backend-url out")
+    if args.backend == "text" and args.chunk_size is not None:
+        raise ConfigError("--backend text sends no latents: leave --chunk-size out")
     settings = GatewaySettings(
         backend_url=args.backend_url or DEFAULT_BACKEND_URL,
         backend_key=args.backend_key,

@@ -10,9 +10,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from utils.compress.compressor import Compressor
 from utils.compress.expander import Expander
 from utils.compress.select import Expansion
 from utils.errors import ConfigError
@@ -25,29 +24,53 @@ from utils.serving.memories import Memory
 if TYPE_CHECKING:
     import torch
 
+    from utils.checkpoint.layout import CheckpointFiles
+    from utils.model.processor import Processor
+
 ONE_PROMPT = "the local backend takes one prompt a request: a text that is not empty, or token ids"
 # A decoder that does not say how many positions it has.
 _NO_LIMIT = 1 << 20
+
+
+class PromptParser(Protocol):
+    """What parsing needs of a checkpoint, such as a `Compressor` has it."""
+
+    @property
+    def files(self) -> CheckpointFiles:
+        """The checkpoint."""
+        ...
+
+    @property
+    def processor(self) -> Processor:
+        """Its tokenizers, and the longest allowed span."""
+        ...
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest prompt in rows; None where nobody says."""
+        ...
 
 
 class PromptRows:
     """Parses prompts whose rows fit.
 
     Args:
-        compressor: Its tokenizers, limits and decoder's positions.
+        parser: Tokenizers, limits and the decoder's positions.
         max_request_rows: Most rows of all prompts of one request; None: four times the positions.
     """
 
-    def __init__(self, compressor: Compressor, max_request_rows: int | None = None) -> None:
-        processor = compressor.processor
-        config = compressor.files.config
-        self.max_prompt_rows = compressor.max_positions or _NO_LIMIT
+    def __init__(self, parser: PromptParser, max_request_rows: int | None = None) -> None:
+        processor = parser.processor
+        config = parser.files.config
+        self.max_prompt_rows = parser.max_positions or _NO_LIMIT
         self.max_request_rows = max_request_rows or 4 * self.max_prompt_rows
         self._chunk_size = config.chunk_size
         self._limit = processor.limit
         self._tokenizers = processor.tokenizers
+        self._has_positions = parser.max_positions is not None
         # More tokens than this are in no prompt, whatever its chunk size.
-        self._most_tokens = self.max_prompt_rows * max(config.chunk_size, *config.chunk_sizes, 1)
+        largest = max(config.chunk_size, *config.chunk_sizes, 1) if self._has_positions else 1
+        self._most_tokens = self.max_prompt_rows * largest
 
     def spans_alone(self, sources: Sequence[str | Memory], chunk_size: int | None, query: str = "") -> MemoryPrompt:
         """A prompt of nothing but the spans: for a backend that counts the text around them itself.
@@ -222,6 +245,8 @@ class PromptRows:
 
     def _too_long(self, what: str, num_rows: int | None = None) -> ApiError:
         count = f"{num_rows} rows" if num_rows else f"more than {self.max_prompt_rows} rows"
+        if not self._has_positions:
+            return ApiError(413, f"{what}: {count}, which is the limit: shorten the text or the memory")
         return ApiError(
             413, f"{what}: {count}, but the decoder has {self.max_prompt_rows} positions: compress more (a larger "
             "chunk_size), or shorten the text or the memory",

@@ -14,7 +14,7 @@ from typing import Any
 from utils.errors import PromptError
 from utils.model.markers import has_markers
 from utils.serving.api_error import ApiError, shown
-from utils.serving.chat_parts import ChatOutline, Part, SpanSplitter, outline_chat
+from utils.serving.chat_parts import ChatOutline, Part, SpanSplitter, outline_chat, text_part
 from utils.serving.json_body import read_object
 from utils.serving.memories import Memory, MemoryStore
 from utils.serving.prompt_rows import PromptRows
@@ -67,7 +67,11 @@ class ReadRequest:
     def with_plain_text(self, texts: Sequence[str]) -> Body:
         """The body with a text for each span."""
         if self.chat is not None:
-            return self.with_parts([[{"type": "text", "text": text}] for text in texts])
+            return self.with_parts([[text_part(text)] for text in texts])
+        return self.with_prompts(texts)
+
+    def with_prompts(self, texts: Sequence[str]) -> Body:
+        """A completion's body with a text for each span."""
         remaining = iter(texts)
         plain = [
             "".join(next(remaining) if place % 2 else text for place, text in enumerate(pieces))

@@ -80,7 +80,8 @@ class OptionsReader:
     def _chunk_size(self, given: Any) -> int | None:
         if given is not None and (type(given) is not int or given not in self.chunk_sizes):
             sizes = ", ".join(map(str, self.chunk_sizes))
-            raise ApiError(400, f"chunk_size is {shown(given)}, this checkpoint has {sizes}")
+            has = f"this checkpoint has {sizes}" if sizes else "but this gateway sends text: leave it out"
+            raise ApiError(400, f"chunk_size is {shown(given)}, {has}")
         return given
 
     def _expansion(self, given: Mapping[str, Any]) -> Expansion | None:

@@ -26,8 +26,8 @@ from utils.inference.inference import load_model
 from utils.model.markers import wrap
 from utils.model.prompt import MemoryPrompt
 from utils.serving import read_request
-from utils.serving.compress_request import CompressedRequest
 from utils.serving.local import LocalBackend
+from utils.serving.rewriter import CompressedRequest
 
 openai = pytest.importorskip("openai")
 

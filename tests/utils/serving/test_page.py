@@ -13,6 +13,7 @@ from tests.support import chromium, fake_server, gateway_server, local_gateway
 from tests.support.prompts import CODE
 from utils.compress.compressor import Compressor
 from utils.serving.app import PAGE_FILES
+from utils.serving.text_requests import TextSelector
 
 DONE = "document.querySelector('#status').innerText == 'Done.'"
 KEY = "front door"
@@ -117,6 +118,28 @@ def test_three_answers_and_the_text_that_was_kept(browser: chromium.Browser, url
         assert f"{tokens} of text), ratio 1.0×" in browser.text("#plain-text .rows")
         browser.evaluate("document.querySelector('#status').textContent = ''")
     assert browser.complaints == []
+
+
+@pytest.mark.slow
+def test_in_front_of_a_server_that_reads_text(browser: chromium.Browser, checkpoints: dict[str, Path]) -> None:
+    selector = TextSelector.load(checkpoints["lclm"])
+    with fake_server.running() as backend, gateway_server.running(selector, backend.url) as url:
+        browser.open(url + "/")
+        browser.wait_for("document.querySelector('#model').value == 'tiny'")
+        browser.complaints.clear()
+        assert browser.evaluate("document.querySelector('#chunk-size-field').hidden")
+        browser.press("#budget", "Home")
+        assert browser.text("#budget-shown") == "1/32"
+        browser.press("#budget", "End")
+        browser.press("#budget", "ArrowLeft")
+        browser.type("#paste", "red = 1  # one of the colours\ngreen = 2\n")
+        browser.type("#question", "What is green?")
+        browser.click("#send")
+        browser.wait_for(DONE)
+        assert browser.evaluate("document.querySelector('#compressed').hidden")
+        assert browser.text("#expanded .answer") == "fine"
+        assert browser.text("#kept-spans mark").strip() == "green = 2"
+        assert browser.complaints == []
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from tests.support.prompts import CHAT, CODE, COMPLETIONS
 from utils.compress.compressor import Compressor
 from utils.compress.select import Expansion
 from utils.errors import CheckpointError, ConfigError
-from utils.model.markers import wrap
+from utils.model.markers import MEMORY_END, MEMORY_START, wrap
 from utils.model.prompt import MemoryLimit
 from utils.serving import gateway as command
 from utils.serving.text_requests import TextSelector

@@ -165,9 +165,13 @@ class Gateway:
     async def _forward(self, request: Request, path: str) -> Response:
         raw = await _read_body(request)
         compressed = await _unless_gone(request, self._requests.compress(path, raw, request.state.owner))
-        self._metrics.note_spans(compressed.reports)
-        self._metrics.fallbacks.inc(compressed.fallback)
-        answer = await _unless_gone(request, self._backend.ask(compressed))
+        if compressed.loop is not None:
+            compressed, answer = await _unless_gone(request, compressed.loop.run(self._backend.ask))
+            self._metrics.note_spans(compressed.reports)
+        else:
+            self._metrics.note_spans(compressed.reports)
+            self._metrics.fallbacks.inc(compressed.fallback)
+            answer = await _unless_gone(request, self._backend.ask(compressed))
         headers = {**_report_headers(compressed), **answer.headers}
         content = answer.content
         if not isinstance(content, bytes):

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 
 import orjson
 import torch
@@ -23,6 +25,7 @@ from utils.model.prompt import MemoryPrompt, MemorySpan
 from utils.serving.api_error import ApiError
 from utils.serving.chat_parts import Part, between_markers, outline_chat, text_part
 from utils.serving.encoder_queue import EncodedSpan, EncoderQueue
+from utils.serving.expand_tool import ExpandTool, Segment, check_request, label, segment_ranges
 from utils.serving.memories import MemoryStore
 from utils.serving.prompt_rows import ONE_PROMPT
 from utils.serving.read_request import Body, ReadRequest
@@ -56,7 +59,8 @@ class RequestCompressor(Rewriter):
         is_local: bool = False,
     ) -> None:
         config = compressor.files.config
-        options = OptionsReader({config.chunk_size, *config.chunk_sizes}, settings.expansion)
+        sizes = {config.chunk_size, *config.chunk_sizes}
+        options = OptionsReader(sizes, settings.expansion, has_tool=not is_local)
         super().__init__(compressor, options, memories, settings, is_local=is_local)
         self._compressor = compressor
         self._queue = queue
@@ -67,6 +71,10 @@ class RequestCompressor(Rewriter):
         super().close()
 
     async def _rewrite(self, read: ReadRequest, owner: str) -> CompressedRequest:
+        if read.options.tool:
+            check_request(read.body)
+            whole = read
+            read = await self._tokenizer.run(lambda: self._in_segments(whole))
         prompts, questions = await self._tokenizer.run(lambda: self._parse(read))
         if not read.sources:
             return await self._tokenizer.run(lambda: self._write(read, prompts, []))
@@ -91,6 +99,13 @@ class RequestCompressor(Rewriter):
         if expansion.policy == "latents":
             return prompts, asked
         return self._rows.expand(prompts, expansion), []
+
+    def _in_segments(self, read: ReadRequest) -> ReadRequest:
+        """The request with a source for each segment that the tool can show."""
+        prompt = self._rows.spans_alone(read.sources, read.options.chunk_size)
+        memories = self._rows.memory_texts(prompt)
+        texts = [[memory.text[slice(*chars)] for chars in segment_ranges(memory)] for memory in memories]
+        return replace(read, sources=[*chain(*texts)], num_segments=[*map(len, texts)])
 
     def _prompts(self, read: ReadRequest) -> list[MemoryPrompt]:
         """The prompts with all latents, or of a server's chat the spans alone."""
@@ -147,6 +162,8 @@ class RequestCompressor(Rewriter):
         self, read: ReadRequest, prompts: Sequence[MemoryPrompt], spans: Sequence[EncodedSpan] | None
     ) -> CompressedRequest:
         """The request as the backend takes it; without spans the encoder has failed."""
+        if spans is not None and read.options.tool:
+            return self._with_tool(read, prompts, spans)
         if spans is not None:
             body = read.body if self._is_local else self._with_latents(read, prompts, spans)
         else:
@@ -164,6 +181,31 @@ class RequestCompressor(Rewriter):
             fallback=spans is None,
             reports=span_reports(prompts, spans) if spans else (),
         )
+
+    def _with_tool(
+        self, read: ReadRequest, prompts: Sequence[MemoryPrompt], spans: Sequence[EncodedSpan]
+    ) -> CompressedRequest:
+        """A request that its tool's loop asks."""
+        (alone,) = prompts
+        decoder = self._compressor.processor.tokenizers.decoder
+        segments = []
+        for number, (span, encoded, report) in enumerate(
+            zip(alone.spans, spans, span_reports(prompts, spans), strict=True), start=1
+        ):
+            parts = _span_parts(span, encoded.latents_ND, self._compressor.dtype)
+            name = f"seg_{number}"
+            label_rows = len(decoder(label(name) + "\n", add_special_tokens=False)["input_ids"])
+            framed = replace(report, frame_rows=report.frame_rows + label_rows)
+            segments.append(Segment(id=name, text=span.text, latents=parts, report=framed))
+        loop = ExpandTool(
+            read,
+            self._forward(read, read.body, b""),
+            segments,
+            self._rows.max_prompt_rows,
+            self._tokenizer,
+            decoder,
+        )
+        return self._forward(read, read.body, b"", loop=loop)
 
     def _with_latents(self, read: ReadRequest, prompts: Sequence[MemoryPrompt], spans: Sequence[EncodedSpan]) -> Body:
         if read.chat is not None:

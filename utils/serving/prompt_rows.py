@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from utils.compress.expander import Expander
-from utils.compress.select import Expansion
+from utils.compress.select import Expansion, MemoryText
 from utils.errors import ConfigError
 from utils.model.markers import PLACEHOLDER
 from utils.model.prompt import MemoryPrompt, MemorySpan, chat_query, chat_text, num_latents, place_spans
@@ -162,6 +162,17 @@ class PromptRows:
         wider = [self._expand(prompt, expansion, own) for prompt, own in zip(prompts, each, strict=True)]
         self.check_together(sum(len(prompt.input_ids) for prompt in wider))
         return wider
+
+    def memory_texts(self, prompt: MemoryPrompt) -> list[MemoryText]:
+        """The spans as selection sees them.
+
+        Raises:
+            ApiError: 400, the encoder's tokenizer cannot tell which characters a token stands for.
+        """
+        try:
+            return [MemoryText.of(span, self._tokenizers.encoder) for span in self._as_encoded(prompt).spans]
+        except ConfigError as error:
+            raise ApiError(400, str(error)) from None
 
     def check_count(self, num_rows: int, what: str = "the prompt") -> None:
         """Refuse a prompt of too many rows."""

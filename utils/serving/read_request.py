@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 from utils.errors import PromptError
@@ -41,7 +42,8 @@ class ReadRequest:
         options: What it asks of the gateway.
         chat: A chat's messages; None for a completion.
         prompts: A completion's marked prompts, each as texts and spans in turns: a text first and last.
-        sources: What the spans stand for; together no longer than a body.
+        sources: What the spans stand for, or their segments; together no longer than a body.
+        num_segments: Of each span, where it was cut into segments.
     """
 
     path: str
@@ -53,6 +55,7 @@ class ReadRequest:
     chat: ChatOutline | None
     prompts: list[list[str]]
     sources: list[str | Memory]
+    num_segments: Sequence[int] = ()
 
     @property
     def texts(self) -> list[str]:
@@ -60,8 +63,11 @@ class ReadRequest:
         return [source.text if isinstance(source, Memory) else source for source in self.sources]
 
     def with_parts(self, span_parts: Sequence[Sequence[Part]]) -> Body:
-        """A chat's body with content parts for each span."""
+        """A chat's body with content parts for each span, or each segment."""
         assert self.chat is not None
+        if self.num_segments:
+            remaining = iter(span_parts)
+            span_parts = [[*chain(*islice(remaining, count))] for count in self.num_segments]
         return {**self.body, "messages": self.chat.fill(span_parts)}
 
     def with_plain_text(self, texts: Sequence[str]) -> Body:
@@ -132,6 +138,8 @@ class RequestReader:
             prompts = self._marked_prompts(body)
             spans = [span for pieces in prompts for span in pieces[1::2]]
         options = self._options.read(body)
+        if options.tool and path != CHAT:
+            raise ApiError(400, "the tool expand needs a chat: completions call no tools")
         sources = [self._memories.resolve(span, owner) or span for span in spans]
         num_bytes = len(raw) + sum(source.size_bytes for source in sources if isinstance(source, Memory))
         if num_bytes > self._settings.max_body_bytes:

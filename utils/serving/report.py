@@ -15,8 +15,8 @@ from typing import Any
 from utils.model.prompt import MemoryPrompt, MemorySpan
 from utils.serving.encoder_queue import EncodedSpan
 
-# A span stands between two markers, which its text would not need.
-_MARKER_ROWS = 2
+# What stands around a span's latents and text.
+MARKER_ROWS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +28,7 @@ class SpanReport:
         latents: Rows of latents that the decoder reads.
         text_rows: Rows of text that it reads in place of others.
         segments: The text: half-open ranges of characters, and their rows.
+        frame_rows: Rows around them, which the plain text would not need: markers, and ids of segments.
         cached_tokens: Tokens whose latents came from the cache.
         milliseconds: Encoding time of the batch that it was in.
     """
@@ -36,8 +37,14 @@ class SpanReport:
     latents: int = 0
     text_rows: int = 0
     segments: Sequence[tuple[Sequence[tuple[int, int]], int]] = ()
+    frame_rows: int = 0
     cached_tokens: int = 0
     milliseconds: float = 0.0
+
+    @property
+    def rows(self) -> int:
+        """All that the decoder reads of it."""
+        return self.latents + self.text_rows + self.frame_rows
 
     @classmethod
     def of(cls, span: MemorySpan, encoded: EncodedSpan) -> SpanReport:
@@ -47,6 +54,7 @@ class SpanReport:
             latents=span.num_latents,
             text_rows=span.text_rows,
             segments=[(segment.chars, segment.rows[1] - segment.rows[0]) for segment in span.segments],
+            frame_rows=MARKER_ROWS,
             cached_tokens=encoded.cached_tokens,
             milliseconds=encoded.milliseconds,
         )
@@ -57,7 +65,7 @@ class SpanReport:
             "tokens": self.tokens,
             "latents": self.latents,
             "text_rows": self.text_rows,
-            "gain": self.tokens - self.latents - self.text_rows - _MARKER_ROWS * (self.latents > 0),
+            "gain": self.tokens - self.rows,
             "cached_tokens": self.cached_tokens,
             "milliseconds": round(self.milliseconds, 2),
             "segments": [{"chars": [*map(list, chars)], "rows": rows} for chars, rows in self.segments],
@@ -68,6 +76,35 @@ def span_reports(prompts: Sequence[MemoryPrompt], encoded: Sequence[EncodedSpan]
     """One report a span of all prompts, in order."""
     spans = [span for prompt in prompts for span in prompt.spans]
     return [SpanReport.of(span, own) for span, own in zip(spans, encoded, strict=True)]
+
+
+def merged(parts: Sequence[SpanReport], num_characters: Sequence[int], num_parts: Sequence[int]) -> list[SpanReport]:
+    """The reports of spans that were cut into parts.
+
+    Args:
+        parts: Of all spans, in order.
+        num_characters: Of each part.
+        num_parts: Of each span.
+    """
+    reports, at = [], 0
+    for count in num_parts:
+        own, begin, segments = parts[at : at + count], 0, []
+        for part, length in zip(own, num_characters[at : at + count], strict=True):
+            segments += [([(a + begin, b + begin) for a, b in chars], rows) for chars, rows in part.segments]
+            begin += length
+        reports.append(
+            SpanReport(
+                tokens=sum(part.tokens for part in own),
+                latents=sum(part.latents for part in own),
+                text_rows=sum(part.text_rows for part in own),
+                segments=segments,
+                frame_rows=sum(part.frame_rows for part in own),
+                cached_tokens=sum(part.cached_tokens for part in own),
+                milliseconds=max(part.milliseconds for part in own),
+            )
+        )
+        at += count
+    return reports
 
 
 def totals(spans: Sequence[SpanReport]) -> dict[str, Any]:

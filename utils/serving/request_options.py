@@ -20,7 +20,7 @@ from utils.serving.api_error import ApiError, shown
 
 # A request may say {"code_llava": {"chunk_size": 16}}; the answer tells under the same name what was done.
 EXTENSION = "code_llava"
-FIELDS = ("chunk_size", "expand_tokens", "expand", "expand_query", "expand_policy")
+FIELDS = ("chunk_size", "expand_tokens", "expand", "expand_query", "expand_policy", "tool")
 # `answer` knows what only an evaluation knows.
 REQUEST_POLICIES = ("bm25", "latents", "random", "all", "none")
 # Short, so that no exponent and no endless fraction has to be computed.
@@ -35,11 +35,13 @@ class RequestOptions:
         chunk_size: Encoder tokens per latent; None for the checkpoint's own.
         expansion: How much of the memory stays text; None for nothing.
         asks_to_expand: The request said so itself: what cannot be done is then an error.
+        tool: The model gets the tool that shows segments as text.
     """
 
     chunk_size: int | None = None
     expansion: Expansion | None = None
     asks_to_expand: bool = False
+    tool: bool = False
 
 
 class OptionsReader:
@@ -49,14 +51,21 @@ class OptionsReader:
         chunk_sizes: What the checkpoint was made for: other sizes would be answered badly without a word.
         default: Expansion of requests that say nothing about it.
         policies: What they may choose.
+        has_tool: The backend is a server that reads latents, so that its model can be offered the tool.
     """
 
     def __init__(
-        self, chunk_sizes: Iterable[int], default: Expansion | None, policies: tuple[str, ...] = REQUEST_POLICIES
+        self,
+        chunk_sizes: Iterable[int],
+        default: Expansion | None,
+        policies: tuple[str, ...] = REQUEST_POLICIES,
+        *,
+        has_tool: bool = False,
     ) -> None:
         self.chunk_sizes = sorted(chunk_sizes)
         self.default = None if default is None or default.is_off else default
         self.policies = policies
+        self._has_tool = has_tool
 
     def read(self, body: Mapping[str, Any]) -> RequestOptions:
         """The options of a body.
@@ -75,7 +84,15 @@ class OptionsReader:
             chunk_size=self._chunk_size(given.get("chunk_size")),
             expansion=self._expansion(given) if asks else self.default,
             asks_to_expand=asks,
+            tool=self._tool(given.get("tool")),
         )
+
+    def _tool(self, given: Any) -> bool:
+        if given not in (None, "expand"):
+            raise ApiError(400, f'tool is {shown(given)}, expected "expand"')
+        if given is not None and not self._has_tool:
+            raise ApiError(400, "the tool expand needs a vLLM backend")
+        return given is not None
 
     def _chunk_size(self, given: Any) -> int | None:
         if given is not None and (type(given) is not int or given not in self.chunk_sizes):

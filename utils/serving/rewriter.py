@@ -16,6 +16,7 @@ import orjson
 
 from utils.model.prompt import MemoryPrompt
 from utils.serving.encoder_queue import EncodedSpan
+from utils.serving.expand_tool import ExpandTool
 from utils.serving.json_body import MAX_DEPTH, MAX_VALUES
 from utils.serving.memories import MemoryStore
 from utils.serving.off_loop import OffLoop
@@ -41,6 +42,8 @@ class CompressedRequest:
         spans: What was encoded, in order.
         fallback: The memory went as plain text, because the encoder failed.
         reports: What became of each span.
+        tool: What the model did with the tool `expand`; None where it was not offered.
+        loop: Asks on the request's behalf, round by round.
         mode: Whether memory becomes latents, or text for a backend that reads nothing else.
     """
 
@@ -52,6 +55,8 @@ class CompressedRequest:
     spans: Sequence[EncodedSpan] = ()
     fallback: bool = False
     reports: Sequence[SpanReport] = ()
+    tool: Body | None = None
+    loop: ExpandTool | None = None
     mode: Mode = "latents"
 
     def report(self) -> Body:
@@ -60,6 +65,7 @@ class CompressedRequest:
             "mode": self.mode,
             **totals(self.reports),
             "fallback": "plain-text" if self.fallback else None,
+            **({} if self.tool is None else {"tool": self.tool}),
             "spans": [span.to_json() for span in self.reports],
         }
 

@@ -92,7 +92,6 @@ class TextRequests(Rewriter):
         options = OptionsReader((), default, TEXT_POLICIES)
         # Other servers than vLLM know no salt, and some refuse fields that they do not know.
         super().__init__(selector, options, memories, settings, salted=False)
-        self._encoder = selector.processor.tokenizers.encoder
         self._decoder = selector.processor.tokenizers.decoder
 
     async def _rewrite(self, read: ReadRequest, owner: str) -> CompressedRequest:
@@ -108,7 +107,7 @@ class TextRequests(Rewriter):
         texts: list[str] = []
         reports: list[SpanReport] = []
         for prompt in self._prompts(read):
-            memories = [MemoryText.of(span, self._encoder) for span in prompt.spans]
+            memories = self._rows.memory_texts(prompt)
             for memory, ranges in zip(memories, self._chosen(prompt, memories, expansion), strict=True):
                 texts.append(with_notes(memory, ranges))
                 reports.append(self._report(memory, ranges, texts[-1]))

@@ -20,6 +20,8 @@ from utils.model.prompt import chat_query
 from utils.serving.api_error import ApiError, shown
 
 Part = dict[str, Any]
+# vLLM refuses texts that hold it: where embeddings stand, it reads this token.
+RESERVED = "<prompt_embeds>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

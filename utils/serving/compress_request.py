@@ -23,7 +23,7 @@ from utils.errors import CodeLlavaError
 from utils.model.markers import PLACEHOLDER
 from utils.model.prompt import MemoryPrompt, MemorySpan
 from utils.serving.api_error import ApiError
-from utils.serving.chat_parts import Part, between_markers, outline_chat, text_part
+from utils.serving.chat_parts import RESERVED, Part, between_markers, outline_chat, text_part
 from utils.serving.encoder_queue import EncodedSpan, EncoderQueue
 from utils.serving.expand_tool import ExpandTool, Segment, check_request, label, segment_ranges
 from utils.serving.memories import MemoryStore
@@ -189,10 +189,8 @@ class RequestCompressor(Rewriter):
         (alone,) = prompts
         decoder = self._compressor.processor.tokenizers.decoder
         segments = []
-        for number, (span, encoded, report) in enumerate(
-            zip(alone.spans, spans, span_reports(prompts, spans), strict=True), start=1
-        ):
-            parts = _span_parts(span, encoded.latents_ND, self._compressor.dtype)
+        own = zip(alone.spans, self._chat_parts(alone, spans), span_reports(prompts, spans), strict=True)
+        for number, (span, parts, report) in enumerate(own, start=1):
             name = f"seg_{number}"
             label_rows = len(decoder(label(name) + "\n", add_special_tokens=False)["input_ids"])
             framed = replace(report, frame_rows=report.frame_rows + label_rows)
@@ -210,12 +208,7 @@ class RequestCompressor(Rewriter):
     def _with_latents(self, read: ReadRequest, prompts: Sequence[MemoryPrompt], spans: Sequence[EncodedSpan]) -> Body:
         if read.chat is not None:
             (alone,) = prompts
-            return read.with_parts(
-                [
-                    _span_parts(span, encoded.latents_ND, self._compressor.dtype)
-                    for span, encoded in zip(alone.spans, spans, strict=True)
-                ]
-            )
+            return read.with_parts(self._chat_parts(alone, spans))
         remaining = iter(spans)
         rows = []
         for prompt in prompts:
@@ -224,14 +217,24 @@ class RequestCompressor(Rewriter):
         others = {name: value for name, value in read.body.items() if name != "prompt"}
         return {**others, "prompt_embeds": rows if isinstance(read.body["prompt"], list) else rows[0]}
 
+    def _chat_parts(self, prompt: MemoryPrompt, spans: Sequence[EncodedSpan]) -> list[list[Part]]:
+        """For each span its content parts: between the markers runs of latents and, in their places, texts."""
+        own = zip(prompt.spans, spans, strict=True)
+        return [self._span_parts(prompt, span, encoded.latents_ND) for span, encoded in own]
 
-def _span_parts(span: MemorySpan, latents_ND: torch.Tensor, dtype: torch.dtype) -> list[Part]:
-    """A chat's content parts for one span: between its markers runs of latents and, in their places, texts."""
-    parts = [
-        (start, {"type": "prompt_embeds", "data": encode_wire(latents_ND[chunk : chunk + stop - start], dtype)})
-        for start, stop, chunk in span.latent_runs
-    ]
-    for segment in span.segments:
-        parts.append((segment.rows[0], text_part("".join(span.text[begin:end] for begin, end in segment.chars))))
-    parts.sort(key=lambda placed: placed[0])
-    return between_markers([part for _, part in parts])
+    def _span_parts(self, prompt: MemoryPrompt, span: MemorySpan, latents_ND: torch.Tensor) -> list[Part]:
+        parts: list[tuple[int, Part]] = [
+            (start, self._rows_part(latents_ND[chunk : chunk + stop - start]))
+            for start, stop, chunk in span.latent_runs
+        ]
+        for segment in span.segments:
+            text = "".join(span.text[begin:end] for begin, end in segment.chars)
+            if RESERVED in text:
+                alone = MemoryPrompt(input_ids=prompt.input_ids[slice(*segment.rows)], spans=())
+                parts.append((segment.rows[0], self._rows_part(self._compressor.embed(alone, []).values_TD)))
+            else:
+                parts.append((segment.rows[0], text_part(text)))
+        return between_markers([part for _, part in sorted(parts, key=lambda placed: placed[0])])
+
+    def _rows_part(self, rows_TD: torch.Tensor) -> Part:
+        return {"type": "prompt_embeds", "data": encode_wire(rows_TD, self._compressor.dtype)}

@@ -24,7 +24,7 @@ from utils.compress.select import MemoryText
 from utils.model.expand import CharRange
 from utils.serving.api_error import ApiError
 from utils.serving.backend import Answer
-from utils.serving.chat_parts import Part, text_part
+from utils.serving.chat_parts import RESERVED, Part, text_part
 from utils.serving.off_loop import OffLoop
 from utils.serving.read_request import Body, ReadRequest
 from utils.serving.report import MARKER_ROWS, SpanReport, merged
@@ -144,7 +144,7 @@ class ExpandTool:
         self._decoder = decoder
         # As text they would be obeyed; in latents they are data.
         controls = [re.escape(token.content) for token in decoder.added_tokens_decoder.values() if token.special]
-        self._controls = re.compile("|".join(controls) or "(?!)")
+        self._controls = re.compile("|".join([*controls, RESERVED]))
         self._turns: list[Body] = []
         self._rounds = 0
 

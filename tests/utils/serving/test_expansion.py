@@ -91,6 +91,18 @@ def test_text_stands_between_the_latents_of_the_rest(gateway: httpx.Client, back
     assert span["gain"] == span["tokens"] - span["latents"] - span["text_rows"] - 2
 
 
+def test_a_line_that_vllm_refuses_as_text_goes_as_rows(
+    gateway: httpx.Client, backend: FakeServer, compressor: Compressor
+) -> None:
+    text = f"{wrap(COLOURS + 'pink = <prompt_embeds>')} What is pink?"
+    gateway.post(CHAT, json=chat_body(text, code_llava={"expand_tokens": 22})).raise_for_status()
+    expected = expected_rows(compressor, text, Expansion(tokens=22), chat=True)
+    content = backend.bodies[-1]["messages"][0]["content"]
+    assert [part["type"] for part in content] == ["text", "prompt_embeds", "prompt_embeds", "text"]
+    assert torch.equal(rows_read(backend.bodies[-1], compressor), expected)
+    assert "<prompt_embeds>" not in "".join(part.get("text", "") for part in content)
+
+
 @pytest.mark.parametrize("fields", [{}, {"expand_tokens": 0}, {"expand": 0}, {"expand_policy": "none"}])
 @pytest.mark.parametrize("chat", [True, False])
 def test_without_a_budget_requests_go_out_as_ever(
@@ -220,6 +232,22 @@ def test_the_gateways_default(compressor: Compressor, backend: FakeServer) -> No
         told = gateway.get("/v1/compression").json()
     assert told["expand_default"] == {"expand_policy": "random", "expand_tokens": 30, "expand": None}
     assert "answer" not in told["expand_policies"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{"expand": "1/8"}, {"expand": "1/2", "expand_policy": "random"}])
+def test_tokens_are_the_local_prompts_with_a_real_tokenizer(
+    default_compressor: Compressor, backend: FakeServer, fields: dict[str, str]
+) -> None:
+    memory = Path(__file__).read_text(encoding="utf-8")[:6000]
+    text = f"{wrap(memory)}\nWhat does expected_rows return?"
+    expansion = Expansion(share=Fraction(fields["expand"]), policy=fields.get("expand_policy", "bm25"))
+    with gateway_server.running(default_compressor, backend.url) as url:
+        got = httpx.post(url + CHAT, json=chat_body(text, code_llava=fields), timeout=120)
+    assert len(got.json()["code_llava"]["spans"][0]["segments"]) > 1
+    assert torch.equal(
+        rows_read(backend.bodies[-1], default_compressor), expected_rows(default_compressor, text, expansion, chat=True)
+    )
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])

@@ -82,14 +82,18 @@ class RequestCompressor(Rewriter):
         return await self._tokenizer.run(lambda: self._select_and_write(read, prompts, questions, spans))
 
     def _parse(self, read: ReadRequest) -> tuple[list[MemoryPrompt], list[MemorySpan]]:
-        """What the backend will read, and, where they select, the prompts' questions; what cannot fit is refused."""
+        """What the backend will read, and, where latents select, the questions of the prompts with memory.
+
+        What cannot fit is refused.
+        """
         prompts, expansion = self._prompts(read), read.options.expansion
         if expansion is None or not read.sources:
             return prompts, []
         asked: list[MemorySpan] = []
         if POLICIES[expansion.policy].reads_query:
-            asked = [span for prompt in prompts if (span := self._rows.question(prompt, expansion))]
-            if len(asked) < len(prompts):
+            with_memory = [prompt for prompt in prompts if prompt.spans]
+            asked = [span for prompt in with_memory if (span := self._rows.question(prompt, expansion))]
+            if len(asked) < len(with_memory):
                 if not read.options.asks_to_expand:
                     return prompts, []
                 raise ApiError(
@@ -135,14 +139,14 @@ class RequestCompressor(Rewriter):
         questions: Sequence[MemorySpan],
         encoded: Sequence[EncodedSpan] | None,
     ) -> CompressedRequest:
-        """`_write`, after the latents of the questions, which come first, have selected what stays text."""
+        """`_write`, after the latents of the questions, if any come first, have selected what stays text."""
         if encoded is None or not questions or read.options.expansion is None:
             return self._write(read, prompts, encoded)
-        asked, spans = encoded[: len(questions)], encoded[len(questions) :]
-        remaining = iter(spans)
+        spans = encoded[len(questions) :]
+        asked, remaining = iter(encoded), iter(spans)
         latents = [
-            [question.latents_ND, *(next(remaining).latents_ND for _ in prompt.spans)]
-            for question, prompt in zip(asked, prompts, strict=True)
+            [next(asked).latents_ND, *(next(remaining).latents_ND for _ in prompt.spans)] if prompt.spans else []
+            for prompt in prompts
         ]
         return self._write(read, self._rows.expand(prompts, read.options.expansion, latents), spans)
 

@@ -153,7 +153,7 @@ class PromptRows:
         Args:
             prompts: Parsed; each has the whole budget for itself.
             expansion: Budget and policy.
-            latents: For the policy `latents`: of each prompt those of its question and its spans.
+            latents: For the policy `latents`: of each prompt with memory those of its question and its spans.
 
         Raises:
             ApiError: 400, the encoder's tokenizer cannot; 413, the text does not fit.

@@ -261,15 +261,19 @@ def test_text_that_does_not_fit_is_refused_unencoded(gateway: httpx.Client, back
     assert len(backend.requests) == 1
 
 
+@pytest.mark.parametrize("policy", ["bm25", "latents"])
 def test_each_prompt_of_a_completion_has_the_budget(
-    gateway: httpx.Client, backend: FakeServer, compressor: Compressor
+    gateway: httpx.Client, backend: FakeServer, compressor: Compressor, policy: str
 ) -> None:
-    texts = [TEXT, "plain", f"{wrap(CODE)} {wrap(COLOURS)} Where is width?"]
-    got = gateway.post(COMPLETIONS, json={"prompt": texts, "code_llava": BUDGET})
+    texts = [TEXT, "plain", f"{wrap(CODE)} {wrap(COLOURS)} Where is width?", "."]
+    fields = {**BUDGET, "expand_policy": policy}
+    got = gateway.post(COMPLETIONS, json={"prompt": texts, "code_llava": fields})
     assert got.status_code == 200, got.text
+    expansion = Expansion(tokens=30, policy=policy)
     for blob, text in zip(backend.bodies[-1]["prompt_embeds"], texts, strict=True):
-        assert torch.equal(rows_of(blob), expected_rows(compressor, text, Expansion(tokens=30), chat=False))
+        assert torch.equal(rows_of(blob), expected_rows(compressor, text, expansion, chat=False))
     assert len(got.json()["code_llava"]["spans"]) == 4
+    assert gateway.post(COMPLETIONS, json={"prompt": [TEXT, " "], "code_llava": fields}).status_code == 200
 
 
 @pytest.mark.parametrize("policy", ["bm25", "latents"])
@@ -292,6 +296,26 @@ def test_the_local_decoder_answers_the_expanded_prompt(checkpoints: dict[str, Pa
             assert said == tokenizer.decode(ids, skip_special_tokens=True)
             assert got["usage"]["prompt_tokens"] == len(expander(prompt, expansion).input_ids)
             assert got["code_llava"]["text_rows"] > 0
+
+
+@pytest.mark.parametrize("fields", [BUDGET, {**BUDGET, "expand_policy": "latents"}, {"tool": "expand"}])
+def test_the_memory_goes_as_plain_text_where_the_encoder_fails(
+    compressor: Compressor, backend: FakeServer, fields: dict[str, Any]
+) -> None:
+    class Failing:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(compressor, name)
+
+        def encode_spans(self, *_: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+    body = chat_body(TEXT, code_llava=fields)
+    with gateway_server.running(Failing(), backend.url, on_error="plain-text") as url:
+        got = httpx.post(url + CHAT, json=body).json()
+    plain = f"{COLOURS} {CODE} {QUESTION}"
+    assert backend.bodies == [chat_body([{"type": "text", "text": plain}])]
+    assert got["code_llava"]["fallback"] == "plain-text"
+    assert got["code_llava"]["text_rows"] == 0
 
 
 def test_what_the_limit_on_a_span_cuts_off_is_not_shown(checkpoints: dict[str, Path], backend: FakeServer) -> None:

@@ -126,9 +126,9 @@ def test_without_a_budget_requests_go_out_as_ever(
 
 
 def test_another_question_about_the_same_memory_encodes_nothing(gateway: httpx.Client, backend: FakeServer) -> None:
-    memory = wrap("".join(f"{name} = {number}\n" for number, name in enumerate(("never", "seen", "before"))))
+    memory = wrap("".join(f"{name} = {number}\n" for number, name in enumerate(("cyan", "pink", "brown"))))
     asked = []
-    for question in ("never?", "before?"):
+    for question in ("What is cyan?", "What is brown?"):
         got = gateway.post(CHAT, json=chat_body(f"{memory} {question}", code_llava={"expand_tokens": 12}))
         asked.append(got.json()["code_llava"])
     assert [report["cached_tokens"] for report in asked] == [0, asked[1]["memory_tokens"]]
@@ -323,7 +323,7 @@ def test_what_the_limit_on_a_span_cuts_off_is_not_shown(checkpoints: dict[str, P
     compressor = Compressor.load(checkpoints["lclm"], settings=ON_CPU, limit=limit)
     with gateway_server.running(compressor, backend.url) as url:
         for tail in ("", "green_code = 'beyond the limit'\n" * 1000):
-            fields = {"expand": 1, "expand_query": "green beyond"}
+            fields = {"expand_tokens": 20, "expand_query": "green_code beyond"}
             got = httpx.post(url + CHAT, json=chat_body(wrap(COLOURS + tail), code_llava=fields)).json()
             _, _, text, _, _ = backend.bodies[-1]["messages"][0]["content"]
             assert text["text"] == "green_code = 1  # é\n"

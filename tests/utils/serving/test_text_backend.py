@@ -124,8 +124,9 @@ def test_stretches_that_a_note_would_not_shorten_stay(gateway: httpx.Client, bac
     assert len(left) < len(expected)
 
 
-def test_nothing_suits_the_question(gateway: httpx.Client, backend: FakeServer) -> None:
-    got = gateway.post(CHAT, json=chat_body(f"{wrap(MEMORY.strip())} Why?", code_llava=BUDGET)).json()["code_llava"]
+def test_no_line_fits_the_budget(gateway: httpx.Client, backend: FakeServer) -> None:
+    body = chat_body(f"{wrap(MEMORY.strip())} Why?", code_llava={"expand_tokens": 3})
+    got = gateway.post(CHAT, json=body).json()["code_llava"]
     assert backend.bodies[-1]["messages"][0]["content"] == left_out(MEMORY.strip(), line_end="") + " Why?"
     assert got["spans"][0]["segments"] == []
 

@@ -15,8 +15,10 @@ from utils.files import refuse_overwriting_inputs
 from utils.flags import (
     add_cache_flags,
     add_checkpoint_flags,
+    add_expand_flags,
     add_memory_limit_flags,
     encoder_settings,
+    expansion,
     memory_limit,
     open_cache,
 )
@@ -41,6 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of both commands."""
     add_checkpoint_flags(parser, per_span_chunk_size=True)
     add_memory_limit_flags(parser)
+    add_expand_flags(parser)
     add_cache_flags(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--output", default=DEFAULT_OUTPUT, help=f"default {DEFAULT_OUTPUT}, beside it its .json")
@@ -69,7 +72,7 @@ def compress_and_save(
 
     outputs = {"--output": args.output, "the sidecar of --output": sidecar_path(args.output)}
     refuse_overwriting_inputs(outputs, inputs)
-    sizes = args.chunk_size
+    sizes, stays_text = args.chunk_size, expansion(args)
     began = time.perf_counter()
     compressor = Compressor.load(
         args.checkpoint,
@@ -81,7 +84,7 @@ def compress_and_save(
     refuse_overwriting_inputs(outputs, {"--checkpoint": compressor.files.root})
     loaded = time.perf_counter()
     parsed = compressor.parse_raw(prompt, sizes) if isinstance(prompt, str) else compressor.parse_chat(prompt, sizes)
-    embeds = compressor.compress([parsed])[0]
+    embeds = compressor.compress([parsed], stays_text)[0]
     compressed = time.perf_counter()
     save_prompt_embeds(args.output, embeds, format=args.format)
     _print_result(
@@ -92,6 +95,7 @@ def compress_and_save(
             "spans": len(embeds.spans),
             "memory_tokens": embeds.stats.memory_tokens,
             "num_latents": embeds.stats.num_latents,
+            "text_rows": embeds.stats.text_rows,
             "ratio": round(embeds.stats.ratio, 2),
             "cached_tokens": embeds.stats.cached_tokens,
             "truncated_tokens": sum(span.truncated_tokens for span in parsed.spans),
@@ -103,6 +107,11 @@ def compress_and_save(
     return EXIT_OK
 
 
+def text_rows(count: int) -> str:
+    """How a report goes on behind the latents."""
+    return f" + {count} rows of text" if count else ""
+
+
 def _print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
@@ -111,7 +120,7 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     print(f"prompt embeddings  [{rows}, {width}] in {result['output']}")
     print(
         f"memory             {result['memory_tokens']} tokens in {result['spans']} spans → "
-        f"{result['num_latents']} latents, ratio {result['ratio']}"
+        f"{result['num_latents']} latents{text_rows(result['text_rows'])}, ratio {result['ratio']}"
     )
     if result["cached_tokens"]:
         print(f"from the cache     {result['cached_tokens']} tokens")

@@ -3,6 +3,7 @@
     <output>/data/<length>/<task>/        datasets
     <output>/runs/text/                   answers with the full text
     <output>/runs/memory-x<chunk size>/   answers with the context compressed
+    <output>/runs/expand-x<chunk size>/   the same with part of it as text, with --expand or --expand-tokens
     <output>/report/                      report.md, report.csv, report.json, pictures
 
 Every step goes on where an earlier call of the same command stopped.
@@ -24,6 +25,7 @@ from ruler.scoring.report import write_report
 from utils.cli import print_json
 from utils.client.completion import RetryPolicy
 from utils.errors import ConfigError, DatasetError
+from utils.flags import expansion
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +93,10 @@ def planned_runs(args: argparse.Namespace) -> dict[str, BackendSettings]:
     for size in filter(None, (part.strip() for part in args.chunk_size.split(","))):
         if not size.isdecimal() or int(size) < 1:
             raise ConfigError(f"--chunk-size: {size!r} is not a number of tokens: expected for example 4,8")
-        name, model = f"memory-x{int(size)}", args.model
-        runs[name] = backend_settings(args, name=f"{args.where}-memory", model=model, chunk_size=int(size))
+        memory = {"name": f"{args.where}-memory", "model": args.model, "chunk_size": int(size)}
+        runs[f"memory-x{int(size)}"] = backend_settings(args, **memory)
+        if stays_text := expansion(args):
+            runs[f"expand-x{int(size)}"] = backend_settings(args, **memory, expansion=stays_text)
     if not runs:
         raise ConfigError("nothing to run: give --chunk-size, or leave out --without-text")
     return runs

@@ -7,6 +7,7 @@ import sys
 
 from ruler_minimal.evaluation import add_evaluation_arguments, chat_settings, run_evaluation
 from utils.cli import make_parser, run_command
+from utils.flags import add_expand_flags, expansion
 
 EXAMPLES = """\
   uv run python ruler_minimal/eval_with_memory.py --task variable_tracking --num-samples 10 --chunk-size 8 \\
@@ -22,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     memory.add_argument("--checkpoint", "--model-path", help="Code-LLaVA checkpoint (default: the embedded one)")
     memory.add_argument("--chunk-size", type=int, help="encoder tokens a latent (default: the checkpoint's)")
     memory.add_argument("--device", default="auto", help="of the encoder (default: auto)")
+    add_expand_flags(parser)
     memory.add_argument("--local", action="store_true", help="answer with the checkpoint's decoder, without a server")
     return parser
 
@@ -34,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
         model=args.checkpoint if args.local else args.model_name,
         checkpoint=args.checkpoint,
         chunk_size=args.chunk_size,
+        expansion=expansion(args),
         device=args.device,
     )
     return run_evaluation(args, settings)

@@ -1,4 +1,5 @@
-"""Command-line flags that several commands share: checkpoint, how it runs, memory files and their limit, the cache.
+"""Command-line flags that several commands share: checkpoint, how it runs, memory files, what of them stays text, the
+cache.
 
 Knows no torch, so that `--help` stays fast.
 """
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from utils.checkpoint.settings import DTYPE_NAMES, EncoderSettings
 from utils.compress.latent_cache import LatentCache
-from utils.errors import PromptError
+from utils.errors import ConfigError, PromptError
 from utils.model.markers import MARKERS, wrap
 
 if TYPE_CHECKING:
+    from utils.compress.select import Expansion
     from utils.model.prompt import MemoryLimit
 
 
@@ -59,6 +61,20 @@ def add_memory_limit_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_expand_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what decides which part of the memory stays text; `expansion(args)` reads them."""
+    group = parser.add_argument_group("memory that stays text")
+    budget = group.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--expand", metavar="SHARE", help="share of the memory tokens that stays text, the rest is latents: 1/16"
+    )
+    budget.add_argument("--expand-tokens", type=int, metavar="N", help="the same in tokens; default 0")
+    group.add_argument("--expand-query", metavar="TEXT", help="select by this; default: what the prompt asks")
+    group.add_argument(
+        "--expand-policy", metavar="NAME", help="bm25, latents (by similarity), random, all, none; default bm25"
+    )
+
+
 def add_memory_files_flag(group: argparse._ArgumentGroup) -> None:
     """Add `--memory`; `read_memory_files(args.memory)` reads what it names."""
     group.add_argument(
@@ -84,6 +100,26 @@ def memory_limit(args: argparse.Namespace) -> MemoryLimit:
     from utils.model.prompt import MemoryLimit
 
     return MemoryLimit(max_tokens=args.max_code_length, truncate=args.truncate_memory)
+
+
+def expansion(args: argparse.Namespace) -> Expansion | None:
+    """What the flags of `add_expand_flags` say; None where they say nothing.
+
+    Raises:
+        ConfigError: They do not go together, or a value is out of range.
+    """
+    from utils.compress.select import Expansion, share_of
+
+    if args.expand is None and args.expand_tokens is None and args.expand_policy is None:
+        if args.expand_query is not None:
+            raise ConfigError("--expand-query needs a budget: --expand-tokens 256, or --expand 1/16")
+        return None
+    return Expansion(
+        tokens=args.expand_tokens,
+        share=None if args.expand is None else share_of(args.expand),
+        policy=args.expand_policy or "bm25",
+        query=args.expand_query,
+    )
 
 
 def open_cache(args: argparse.Namespace) -> LatentCache | None:

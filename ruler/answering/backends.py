@@ -63,6 +63,8 @@ def open_backend(settings: BackendSettings, retry: RetryPolicy | None = None) ->
     }
     if settings.name not in builders:
         raise ConfigError(f"unknown backend {settings.name!r}: expected one of {', '.join(BACKENDS)}")
+    if settings.expansion is not None and not settings.name.endswith("memory"):
+        raise ConfigError(f"the backend {settings.name} compresses nothing of which a part could stay text")
     return builders[settings.name](settings)
 
 
@@ -167,10 +169,12 @@ class ServerMemory(ServerText):
             prompt_tokens=embeds.stats.prompt_tokens,
             memory_tokens=embeds.stats.memory_tokens,
             num_latents=embeds.stats.num_latents,
+            text_rows=embeds.stats.text_rows if self._settings.expansion else None,
         )
 
     def _compress(self, question: Question) -> PromptEmbeds:
-        return self._compressor.compress([parse_prompt(self._compressor, question.memory_text, self._settings)])[0]
+        prompt = parse_prompt(self._compressor, question.memory_text, self._settings)
+        return self._compressor.compress([prompt], self._settings.expansion)[0]
 
 
 @contextlib.contextmanager
@@ -232,6 +236,7 @@ class LocalCodeLlava(LocalModel):
     """A Code-LLaVA checkpoint in this process: contexts as latents, or as text for its bare decoder."""
 
     def __init__(self, settings: BackendSettings) -> None:
+        from utils.compress.expander import Expander
         from utils.inference.inference import load_model
 
         self._compress = settings.name == "local-memory"
@@ -240,6 +245,7 @@ class LocalCodeLlava(LocalModel):
         self._model, tokenizer, self._processor = load_model(
             files.root, settings.device, settings.chunk_size, cache=cache
         )
+        self._expander = Expander(self._processor.tokenizers, self._model.encode_memory)
         super().__init__(settings, self._model.decoder, tokenizer)
         self.details = {"model": files.root.name, "fingerprint": files.fingerprint}
         if self._compress:
@@ -247,9 +253,12 @@ class LocalCodeLlava(LocalModel):
 
     def _read(self, questions: Sequence[Question]) -> tuple[list[torch.Tensor], list[dict[str, int]]]:
         texts = [question.memory_text if self._compress else question.text for question in questions]
-        prompts = [parse_prompt(self._processor, text, self._settings) for text in texts]
+        expansion = self._settings.expansion
+        prompts = [self._expander(parse_prompt(self._processor, text, self._settings), expansion) for text in texts]
         self._model.check_room(prompts, max(question.max_tokens for question in questions))
         counts = [{"memory_tokens": prompt.memory_tokens, "num_latents": prompt.num_latents} for prompt in prompts]
+        if expansion:
+            counts = [count | {"text_rows": p.text_rows} for count, p in zip(counts, prompts, strict=True)]
         return self._model.embed_prompts(prompts), counts if self._compress else [{}] * len(prompts)
 
 

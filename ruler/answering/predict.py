@@ -22,6 +22,7 @@ from utils.cli import EXIT_FAILED_ROWS, EXIT_OK, print_json
 from utils.client.completion import RetryPolicy, Sampling
 from utils.errors import ConfigError
 from utils.files import provenance, write_json, write_jsonl
+from utils.flags import add_expand_flags, expansion
 
 EXAMPLES = """\
   python -m ruler predict --data-dir out/data --output out/runs/memory --backend local-memory --chunk-size 8
@@ -214,6 +215,7 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     memory = parser.add_argument_group("memory backends")
     memory.add_argument("--no-cache", dest="cache", action="store_false", help="encode every context, store nothing")
     memory.add_argument("--cache-dir", help="latent cache (default: $CODE_LLAVA_CACHE_DIR, else ~/.cache/code-llava)")
+    add_expand_flags(parser)
     local = parser.add_argument_group("local backends")
     local.add_argument("--device", default="auto", help="auto, cpu, cuda:0, … (default: auto)")
     local.add_argument("--batch-size", type=int, default=1, help="rows a forward pass (default: 1)")
@@ -225,7 +227,7 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def backend_settings(args: argparse.Namespace, **chosen: Any) -> BackendSettings:
-    """Read the flags of `add_backend_arguments`; `chosen` names the backend, its model and chunk size.
+    """Read the flags of `add_backend_arguments`; `chosen` names the backend, its model and how it compresses.
 
     Raises:
         ConfigError: A number is out of range.
@@ -242,7 +244,9 @@ def backend_settings(args: argparse.Namespace, **chosen: Any) -> BackendSettings
 
 def run(args: argparse.Namespace) -> int:
     """Answer the rows; exit code 3 when some failed."""
-    settings = backend_settings(args, name=args.backend, model=args.model, chunk_size=args.chunk_size)
+    settings = backend_settings(
+        args, name=args.backend, model=args.model, chunk_size=args.chunk_size, expansion=expansion(args)
+    )
     job = PredictJob(
         data_dir=args.data_dir,
         output_dir=args.output,

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from utils.client.completion import Sampling
 from utils.errors import ServerError
 from utils.model.markers import MARKERS, wrap
+
+if TYPE_CHECKING:
+    from utils.compress.select import Expansion
 
 DEFAULT_SERVER_URL = "http://127.0.0.1:8000"
 BACKENDS = ("server-text", "local-text", "server-memory", "local-memory")
@@ -67,12 +70,14 @@ class Answer:
         prompt_tokens: Rows the decoder read; None where a server does not say.
         memory_tokens: Encoder tokens that were compressed; None for text.
         num_latents: Latents that stand for them; None for text.
+        text_rows: Rows of them that stayed text beside the latents; None where no expansion was asked for.
     """
 
     text: str
     prompt_tokens: int | None = None
     memory_tokens: int | None = None
     num_latents: int | None = None
+    text_rows: int | None = None
 
     def counts(self) -> dict[str, int]:
         """The known counts, for the prediction row."""
@@ -88,6 +93,7 @@ class BackendSettings:
         model: Served model name, or a model or checkpoint folder; None takes the server's only model, or the embedded
             default checkpoint.
         chunk_size: Encoder tokens a latent, for the memory backends; None takes the checkpoint's own.
+        expansion: What of a context stays text, for the memory backends; None: nothing.
         checkpoint: The encoder's checkpoint for `server-memory`.
         server_url: Base URL of a server, with or without `/v1`.
         api_key: Key for it; None looks into VLLM_API_KEY and OPENAI_API_KEY.
@@ -104,6 +110,7 @@ class BackendSettings:
     name: str = "local-memory"
     model: str | None = None
     chunk_size: int | None = None
+    expansion: Expansion | None = None
     checkpoint: str | None = None
     server_url: str = DEFAULT_SERVER_URL
     api_key: str | None = field(default=None, repr=False)
@@ -124,7 +131,9 @@ class BackendSettings:
 
     def identity(self) -> dict[str, Any]:
         """What an answer depends on; two runs with another identity must not share a folder."""
-        return {
+        # Without expansion runs are called what they were called before there was any.
+        expanded = {"expansion": self.expansion.to_json()} if self.expansion else {}
+        return expanded | {
             "backend": self.name,
             "model": self.model,
             "checkpoint": self.checkpoint,

@@ -20,7 +20,7 @@ from utils.files import write_json, write_text
 EXAMPLES = """\
   python -m ruler report out/runs/text out/runs/memory-x4 out/runs/memory-x8 --output out/report"""
 _CSV_FIELDS = (
-    "score", "strict", "rows", "expected_rows", "nulls", "prompt_tokens", "memory_tokens", "num_latents"
+    "score", "strict", "rows", "expected_rows", "nulls", "prompt_tokens", "memory_tokens", "num_latents", "text_rows"
 )  # fmt: skip
 
 Run = Mapping[str, Any]
@@ -114,7 +114,8 @@ def _overview(runs: Sequence[Run]) -> Iterable[str]:
     yield _table(header, lines)
     yield (
         "Tokens the decoder reads a row, before and after compression (with the two markers around a memory), and "
-        "memory tokens a latent. Kvpress uses “compression ratio” for the fraction removed instead."
+        "memory tokens a row that stands for them, latent or text. Kvpress uses “compression ratio” for the fraction "
+        "removed instead."
     )
     tokens = [
         [run["name"], str(e["length"] or "–"), _number(e["tokens_before"], 0), _number(e["tokens_after"], 0), ratio]

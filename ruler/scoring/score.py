@@ -36,7 +36,7 @@ SCORES_NAME = "scores.json"
 EXAMPLES = """\
   python -m ruler score out/runs/text out/runs/memory
   python -m ruler score out/runs/memory --json"""
-_COUNTS = ("prompt_tokens", "memory_tokens", "num_latents")
+_COUNTS = ("prompt_tokens", "memory_tokens", "num_latents", "text_rows")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,15 +157,17 @@ def _mean_score(name: str, judged: Mapping[str, Sequence[Judged]], group: Sequen
 
 
 def _token_means(tasks: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Mean tokens a row before and after compression, and memory tokens a latent (1 for text); None where unknown."""
+    """Mean tokens a row before and after compression, and memory tokens a row that stands for them, latent or text (1
+    where all is text); None where unknown.
+    """
     after = [scores["prompt_tokens"] for scores in tasks if "prompt_tokens" in scores]
     memory = [scores.get("memory_tokens", 0.0) for scores in tasks]
-    latents = [scores.get("num_latents", 0.0) for scores in tasks]
+    standing = [scores.get("num_latents", 0.0) + scores.get("text_rows", 0.0) for scores in tasks]
     known = len(after) == len(tasks)
     return {
-        "tokens_before": round(fmean(after) - fmean(latents) + fmean(memory), 1) if known else None,
+        "tokens_before": round(fmean(after) - fmean(standing) + fmean(memory), 1) if known else None,
         "tokens_after": round(fmean(after), 1) if known else None,
-        "ratio": round(sum(memory) / sum(latents), 2) if sum(latents) else 1.0,
+        "ratio": round(sum(memory) / sum(standing), 2) if sum(standing) else 1.0,
     }
 
 

@@ -96,6 +96,25 @@ BENCHMARKS = {
             Flag("--chunk-sizes", [2, 4, 8, 16], "encoder tokens per latent", quick=[4]),
         ],
     ),
+    "selection": Benchmark(
+        "how often the answer is among the text that is selected, by policy and budget",
+        [
+            Flag("--tasks", "lookup,which_file,next_lines,needle", "of held-out code, with commas"),
+            Flag(
+                "--ruler-tasks",
+                "niah_single_2,niah_multikey_3,vt,qa_2,code_where",
+                "of RULER, those whose answer stands in the text, with commas; may be empty",
+                quick="niah_single_2",
+            ),
+            Flag("--policies", "bm25,random,answer", "with commas"),
+            Flag("--memory-tokens", [500, 4000], "shortest and longest memory of held-out code"),
+            Flag("--ruler-lengths", "4k", "budgets of RULER rows in tokens", quick="1k"),
+            Flag("--parts", [32, 16, 8, 4], "budgets: the memory's tokens divided by each"),
+            Flag("--num-examples", 100, "of each task", quick=5),
+            Flag("--seed", 1000, "of the examples"),
+        ],
+        takes_checkpoint=False,
+    ),
     "training": Benchmark(
         "training steps beside the HF Trainer on plain text",
         [

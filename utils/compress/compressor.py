@@ -120,19 +120,29 @@ class Compressor:
         return self.processor.parse_chat(messages, chunk_size, **template)
 
     def expand(self, prompt: MemoryPrompt, expansion: Expansion | None) -> MemoryPrompt:
-        """The prompt with text in place of some latents; see `utils.compress.expander.Expander`."""
+        """The prompt with text in place of some latents; see `utils.compress.expander.Expander`.
+
+        Raises:
+            PromptError: There is nothing to select by.
+            ConfigError: The encoder has no fast tokenizer, or the policy knows too little.
+        """
         return self._expander(prompt, expansion)
 
     @torch.inference_mode()
-    def compress(self, prompts: Sequence[MemoryPrompt]) -> list[PromptEmbeds]:
+    def compress(self, prompts: Sequence[MemoryPrompt], expansion: Expansion | None = None) -> list[PromptEmbeds]:
         """Turn prompts into prompt embeddings; the spans of all of them are encoded together.
+
+        Args:
+            prompts: Parsed.
+            expansion: What of each prompt's memory stays text; None: nothing.
 
         Returns:
             One `PromptEmbeds` a prompt, in order, on the CPU.
 
         Raises:
-            PromptError: A prompt is longer than the decoder's positions, or a chunk size does not fit.
+            PromptError: A prompt is longer than the decoder's positions, or a chunk size does not fit; or as `expand`.
         """
+        prompts = [self.expand(prompt, expansion) for prompt in prompts]
         for number, prompt in enumerate(prompts):
             check_prompt_fits(len(prompt.input_ids), self.files.decoder_config, name=f"prompt {number}")
         encoded = iter(self.encode_spans([span for prompt in prompts for span in prompt.spans]))

@@ -59,7 +59,7 @@ class Expander:
         def encode(_: Any) -> list[np.ndarray]:
             assert self._encode is not None
             asked = self._query_span(expansion.query or prompt.query, prompt.spans[0].chunk_size)
-            return [latents.float().numpy() for latents in self._encode([asked, *prompt.spans])]
+            return [latents.float().cpu().numpy() for latents in self._encode([asked, *prompt.spans])]
 
         question = Question(prompt.query, answer, encode if self._encode else None)
         chosen = select(memories, question, expansion)

@@ -2,19 +2,20 @@
 
     expansion = Expansion(tokens=256)
     memories = [MemoryText.of(span, tokenizers.encoder) for span in prompt.spans]
-    chosen = select(memories, prompt.query, expansion)       # for each span the characters that stay text
+    chosen = select(memories, Question(prompt.query), expansion)    # for each span the characters that stay text
 
-A memory is cut into pieces: its lines, the long ones cut further. A policy of `policies/` gives each piece a score; the
-best that fit the budget are taken. Knows no torch; no model has to be at hand. What is chosen here becomes rows of the
-prompt in `utils.model.expand`.
+A memory is cut into pieces: its lines, the long ones cut further, at sentences where there are any. A policy of
+`policies/` gives each piece a score; the best that fit the budget are taken. Knows no torch; no model has to be at
+hand. What is chosen here becomes rows of the prompt in `utils.model.expand`.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
+from bisect import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -28,7 +29,11 @@ from utils.model.prompt import MemorySpan
 
 # Longer lines are cut: a generated file of one line has pieces, too.
 _MOST_PIECE_TOKENS = 64
-_LINE = re.compile(r"[^\n]*\n|[^\n]+")
+# Where sentences end, a long line is cut sooner, so that one of them can be chosen without the others.
+_SENTENCES_TOKENS = 32
+# A line with its end and the empty lines behind it.
+_LINE = re.compile(r"[^\n]*\n(?:[^\S\n]*\n)*|[^\n]+")
+_SENTENCE_END = re.compile(r"[.!?;](?=\s)|[。！？]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,11 +74,27 @@ class Expansion:
         """No budget: all of the memory becomes latents."""
         return self.policy == "none" or (self.policy not in WHOLE and not (self.tokens or self.share))
 
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values, for manifests."""
+        return {**asdict(self), "share": None if self.share is None else str(self.share)}
+
     def budget(self, memory_tokens: int) -> int:
         """Tokens that stay text of a prompt with so many memory tokens."""
         if self.policy in WHOLE:
             return memory_tokens
         return self.tokens if self.tokens is not None else int(memory_tokens * (self.share or 0))
+
+
+def share_of(text: str) -> Fraction:
+    """A share as people write it: 1/16, 0.0625.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(f"--expand must be a share of the memory such as 1/16 or 0.05, got {text!r}") from None
 
 
 @dataclass(frozen=True)
@@ -107,15 +128,13 @@ class MemoryText:
 
     @cached_property
     def pieces(self) -> list[CharRange]:
-        """Half-open ranges of characters, end to end: lines with their ends, long ones cut at tokens."""
+        """Half-open ranges of characters, end to end: lines with their ends, long ones cut."""
+        ends = [match.end() for match in _LINE.finditer(self.text)]
+        lines = list(itertools.pairwise([0, *ends]))
+        first, stop = self._token_ranges(lines)
         pieces: list[CharRange] = []
-        for match in _LINE.finditer(self.text):
-            begin, end = match.span()
-            first, stop = self._tokens_in(begin, end)
-            cuts = [int(self.offsets[at, 0]) for at in range(first + _MOST_PIECE_TOKENS, stop, _MOST_PIECE_TOKENS)]
-            # Tokens that share a character would cut it.
-            ends = sorted({cut for cut in cuts if begin < cut < end} | {begin, end})
-            pieces += itertools.pairwise(ends)
+        for (begin, end), num_tokens in zip(lines, (stop - first).tolist(), strict=True):
+            pieces += [(begin, end)] if num_tokens <= _MOST_PIECE_TOKENS else self._cut(begin, end)
         return pieces
 
     @cached_property
@@ -126,14 +145,52 @@ class MemoryText:
     @cached_property
     def piece_tokens(self) -> list[tuple[int, int]]:
         """For each piece the half-open range of tokens that have a character in it; neighbours may share one."""
-        begins, ends = np.array(self.pieces, dtype=np.int64).reshape(-1, 2).T
-        first = np.searchsorted(self.offsets[:, 1], begins, side="right")
-        stop = np.searchsorted(self.offsets[:, 0], ends)
-        return list(zip(first.tolist(), np.maximum(first, stop).tolist(), strict=True))
+        first, stop = self._token_ranges(self.pieces)
+        return list(zip(first.tolist(), stop.tolist(), strict=True))
 
-    def _tokens_in(self, begin: int, end: int) -> tuple[int, int]:
-        first = int(np.searchsorted(self.offsets[:, 1], begin, side="right"))
-        return first, int(np.searchsorted(self.offsets[:, 0], end))
+    @cached_property
+    def barred_pieces(self) -> set[int]:
+        """Numbers of the pieces that hold a part of something barred."""
+        matches = self.barred.finditer(self.text) if self.barred else ()
+        return {piece for match in matches for piece in self.pieces_in(*match.span())}
+
+    def pieces_in(self, begin: int, end: int) -> range:
+        """Numbers of the pieces that have a character in a range that is not empty."""
+        return range(bisect(self._piece_ends, begin), bisect(self._piece_ends, end - 1) + 1)
+
+    @cached_property
+    def _piece_ends(self) -> list[int]:
+        return [end for _, end in self.pieces]
+
+    def _token_ranges(self, pieces: Sequence[CharRange]) -> tuple[np.ndarray, np.ndarray]:
+        begins, ends = np.array(pieces, dtype=np.int64).reshape(-1, 2).T
+        first = np.searchsorted(self.offsets[:, 1], begins, side="right")
+        return first, np.maximum(first, np.searchsorted(self.offsets[:, 0], ends))
+
+    def _cut(self, begin: int, end: int) -> list[CharRange]:
+        """A long line in pieces: where sentences end, else before white space, else between tokens."""
+        line_end = begin + len(self.text[begin:end].rstrip())
+        sentence_ends = [match.end() for match in _SENTENCE_END.finditer(self.text, begin, line_end)]
+        cuts = [begin]
+        while True:
+            at = int(np.searchsorted(self.offsets[:, 1], cuts[-1], side="right"))
+            soon, last = (self._begin_of(at + most, end) for most in (_SENTENCES_TOKENS, _MOST_PIECE_TOKENS))
+            if soon >= end:
+                break
+            fitting = sentence_ends[bisect(sentence_ends, cuts[-1]) : bisect(sentence_ends, last)]
+            if fitting:
+                cuts.append(fitting[max(bisect(fitting, soon), 1) - 1])
+            elif last >= end:
+                break
+            else:
+                last = max(last, cuts[-1] + 1)  # tokens may share a character
+                space = self.text.rfind(" ", cuts[-1] + 1, last)
+                cuts.append(space if space > 0 else last)
+        return list(itertools.pairwise([*cuts, end]))
+
+    def _begin_of(self, token: int, end: int) -> int:
+        """The character that a token begins with, or the end of the line that it is behind."""
+        return min(int(self.offsets[token, 0]), end) if token < len(self.offsets) else end
 
 
 @dataclass(frozen=True)
@@ -142,12 +199,12 @@ class Question:
 
     Attributes:
         query: What is asked.
-        answer: The right answer, for the policy `answer`: evaluation knows it.
+        answer: The right answer, or several that are all needed, for the policy `answer`: evaluation knows it.
         encode: Latents of texts, for the policy `latents`: [n, D] arrays, one a text; None where no encoder is at hand.
     """
 
     query: str
-    answer: str = ""
+    answer: str | tuple[str, ...] = ""
     encode: Callable[[Sequence[MemoryText]], list[np.ndarray]] | None = None
 
 
@@ -161,7 +218,7 @@ def select(memories: Sequence[MemoryText], question: Question, expansion: Expans
 
     Returns:
         For each span half-open ranges of its characters, ascending, not touching each other. Together they have at
-        most as many encoder tokens as the budget. Empty where nothing fits, or nothing suits the query.
+        most as many encoder tokens as the budget. Empty where nothing fits, or the policy wants nothing.
 
     Raises:
         PromptError: There is nothing to select by.
@@ -182,22 +239,20 @@ def select(memories: Sequence[MemoryText], question: Question, expansion: Expans
 def _best(memories: Sequence[MemoryText], scores: np.ndarray, budget: int) -> list[list[CharRange]]:
     """The pieces with the best scores that fit together, earlier ones first among equals; none without a score."""
     places = [(span, piece) for span, memory in enumerate(memories) for piece in range(len(memory.pieces))]
-    taken: list[set[int]] = [set() for _ in memories]
+    taken: list[list[int]] = [[] for _ in memories]
+    # A token that pieces share, as a line end with the next line's indent, is counted once.
+    counted = [bytearray(len(memory.offsets)) for memory in memories]
     for at in np.argsort(-scores, kind="stable").tolist():
         if scores[at] <= 0 or budget <= 0:
             break
         span, piece = places[at]
         memory = memories[span]
         first, stop = memory.piece_tokens[piece]
-        # A token that a neighbour shares, as a line end with the next line's indent, is counted once.
-        cost = stop - first
-        if piece - 1 in taken[span] and memory.piece_tokens[piece - 1][1] > first:
-            cost -= 1
-        if piece + 1 in taken[span] and memory.piece_tokens[piece + 1][0] < stop:
-            cost -= 1
-        if cost > budget or (memory.barred and memory.barred.search(memory.piece_texts[piece])):
+        cost = counted[span].count(0, first, stop)
+        if cost > budget or piece in memory.barred_pieces:
             continue
-        taken[span].add(piece)
+        counted[span][first:stop] = b"\1" * (stop - first)
+        taken[span].append(piece)
         budget -= cost
     return [_joined(memory.pieces[piece] for piece in sorted(own)) for memory, own in zip(memories, taken, strict=True)]
 

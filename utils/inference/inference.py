@@ -26,9 +26,11 @@ from utils.files import read_json
 from utils.flags import (
     add_cache_flags,
     add_checkpoint_flags,
+    add_expand_flags,
     add_memory_files_flag,
     add_memory_limit_flags,
     encoder_settings,
+    expansion,
     memory_limit,
     open_cache,
     read_memory_files,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     import torch
 
     from utils.compress.latent_cache import LatentCache
+    from utils.compress.select import Expansion
     from utils.model.code_llava_model import CodeLLaVAModel
     from utils.model.processor import Processor
 
@@ -99,6 +102,8 @@ def generate_text(
     device: str | torch.device = "auto",
     max_tokens: int = 512,
     temperature: float = 0.7,
+    *,
+    expansion: Expansion | None = None,
 ) -> str:
     """Answer one prompt about one piece of code; the new text only.
 
@@ -111,13 +116,16 @@ def generate_text(
         device: Kept for the published signature; the model stays where it was loaded.
         max_tokens: Most new tokens.
         temperature: 0 for greedy decoding.
+        expansion: What of the code stays text; None: nothing.
 
     Raises:
         PromptError: Markers in the code, empty code, or a prompt longer than the decoder's positions.
     """
+    from utils.compress.expander import Expander
     from utils.inference.generation import Generator
 
-    rows = [model.embed_prompt(processor.parse_chat(build_messages(code, prompt)))]
+    parsed = processor.parse_chat(build_messages(code, prompt))
+    rows = [model.embed_prompt(Expander(processor.tokenizers, model.encode_memory)(parsed, expansion))]
     sampling = published_sampling(max_tokens, temperature)
     return Generator(model.decoder, llm_tokenizer).complete(rows, sampling)[0].text
 
@@ -168,6 +176,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_checkpoint_flags(parser)
     add_memory_limit_flags(parser)
+    add_expand_flags(parser)
     add_cache_flags(parser)
     data = parser.add_argument_group("prompts")
     one = data.add_mutually_exclusive_group()
@@ -218,12 +227,15 @@ def _chats(args: argparse.Namespace) -> list[tuple[str, list[dict[str, str]]]]:
 def _answers(args: argparse.Namespace, chats: Sequence[tuple[str, list[dict[str, str]]]]) -> Iterator[dict[str, Any]]:
     import torch
 
+    from utils.compress.expander import Expander
+    from utils.compress.prompt_embeds import compression_ratio
     from utils.inference.generation import Generator, batches_by_length, open_pair
 
     settings, limit = encoder_settings(args), memory_limit(args)
     model, processor = open_pair(args.checkpoint, args.chunk_size, settings, open_cache(args), limit)
     # All prompts are parsed before the first is answered: a bad one is reported at once.
-    prompts = [processor.parse_chat(messages) for _, messages in chats]
+    expander, stays_text = Expander(processor.tokenizers, model.encode_memory), expansion(args)
+    prompts = [expander(processor.parse_chat(messages), stays_text) for _, messages in chats]
     model.check_room(prompts, args.max_tokens)
     generator = Generator(model.decoder, processor.tokenizers.decoder)
     sampling = published_sampling(args.max_tokens, args.temperature)
@@ -246,10 +258,16 @@ def _answers(args: argparse.Namespace, chats: Sequence[tuple[str, list[dict[str,
                     "finish_reason": completion.finish_reason,
                     "memory_tokens": prompt.memory_tokens,
                     "num_latents": prompt.num_latents,
-                    "ratio": round(prompt.memory_tokens / max(1, prompt.num_latents), 2),
+                    "text_rows": prompt.text_rows,
+                    "ratio": round(compression_ratio(prompt.memory_tokens, prompt.num_latents + prompt.text_rows), 2),
                     "prompt_tokens": completion.prompt_tokens,
                     "completion_tokens": completion.completion_tokens,
                     "truncated_tokens": sum(span.truncated_tokens for span in prompt.spans),
+                    "expanded": [
+                        {"span": number, "chars": segment.chars}
+                        for number, span in enumerate(prompt.spans)
+                        for segment in span.segments
+                    ],
                     "seconds": round(seconds / len(batch), 3),
                     "seed": args.seed,
                 }
@@ -263,7 +281,8 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    counts = f"{result['memory_tokens']} memory tokens → {result['num_latents']} latents, ratio {result['ratio']}"
+    text = f" + {result['text_rows']} rows of text" if result["text_rows"] else ""
+    counts = f"{result['memory_tokens']} memory tokens → {result['num_latents']} latents{text}, ratio {result['ratio']}"
     sys.stdout.write(
         f"{result['prompt']}\n> {result['text']}\n"
         f"  ({counts}; {result['completion_tokens']} new tokens, {result['seconds']} s)\n"

@@ -78,6 +78,12 @@ def expand(
     return replace(prompt, input_ids=ids, spans=tuple(spans))
 
 
+def tokens_inside(offsets: np.ndarray, begin: int, end: int) -> tuple[int, int]:
+    """The tokens wholly inside a half-open range of characters, as a half-open range; it may be empty."""
+    first, stop = np.searchsorted(offsets[:, 0], begin), np.searchsorted(offsets[:, 1], end, side="right")
+    return int(first), max(int(first), int(stop))
+
+
 def inner_chunks(tokens: tuple[int, int], num_tokens: int, chunk_size: int) -> tuple[int, int]:
     """The chunks wholly inside a half-open range of a span's tokens, as a half-open range; it may be empty.
 
@@ -116,8 +122,7 @@ def _without_latents_between(
     """Ranges in groups, each with the chunks inside it: between two groups there is at least one latent."""
     groups: list[tuple[list[CharRange], tuple[int, int]]] = []
     for begin, end in ranges:
-        inside = int(np.searchsorted(offsets[:, 0], begin)), int(np.searchsorted(offsets[:, 1], end, side="right"))
-        first, stop = inner_chunks(inside, len(span.token_ids), span.chunk_size)
+        first, stop = inner_chunks(tokens_inside(offsets, begin, end), len(span.token_ids), span.chunk_size)
         if groups and groups[-1][1][1] >= first:
             chars, chunks = groups[-1]
             groups[-1] = ([*chars, (begin, end)], (chunks[0], max(chunks[1], stop)))

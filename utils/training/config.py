@@ -133,7 +133,8 @@ class StageConfig:
     Attributes:
         preset: Which of the presets it starts from.
         steps: Optimiser steps.
-        learning_rates: Peak rate of each part that learns; parts that are not named are frozen.
+        learning_rates: Peak rate of each part that learns; parts that are not named, or have a rate of 0, are
+            frozen.
         chunk_sizes: Chunk size → weight of its being drawn, for each example anew.
         mixture: Task → weight of its being drawn; all tasks equally by default.
         row_tokens: Decoder rows of one packed row.
@@ -142,6 +143,8 @@ class StageConfig:
         length_discount: Each of an answer's n labels weighs n^-length_discount in the loss. 0 counts tokens alike, and
             a text that is repeated drowns the answer to a question; 1 counts answers alike; 0.5 lies between
             (InternVL 2.5's square averaging, arXiv 2412.05271).
+        expanded: Share of the examples in which some segments of the memory are text and the rest latents, as selective
+            expansion shows it: what the selector chooses, or one to three others.
         unpack_weight: Weight of the unpack loss (`unpacking.py`) beside the next-token loss; with it, and only then,
             the part `unpacker` learns.
         warmup_steps: Linear rise of the learning rate; then a cosine.
@@ -159,6 +162,7 @@ class StageConfig:
     memory_tokens: int | None = None
     rows: int = 1
     length_discount: float = 0.0
+    expanded: float = 0.0
     unpack_weight: float = 0.0
     warmup_steps: int = 20
     final_rate: float = 0.1
@@ -169,6 +173,7 @@ class StageConfig:
         for name in ("steps", "row_tokens", "rows"):
             _check_range(name, getattr(self, name), 1)
         _check_range("length_discount", self.length_discount, 0, 1)
+        _check_range("expanded", self.expanded, 0, 1)
         _check_weights("chunk_sizes", self.chunk_sizes)
         _check_weights("mixture", self.mixture)
         if not self.learning_rates:
@@ -178,8 +183,10 @@ class StageConfig:
                 f"unpack_weight is {self.unpack_weight} and learning_rates name {', '.join(self.learning_rates)}: give "
                 f"the {UNPACKER} a learning rate where the weight is above 0, and only there"
             )
-        if self.preset == "align" and (set(self.learning_rates) != {"adapter"} or set(self.chunk_sizes) != {1}):
-            raise ConfigError("the align stage trains the adapter only, at chunk size 1: set neither otherwise")
+        if self.preset == "align" and (
+            set(self.learning_rates) != {"adapter"} or set(self.chunk_sizes) != {1} or self.expanded
+        ):
+            raise ConfigError("the align stage trains the adapter only, at chunk size 1, all latents: set nothing else")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -115,7 +115,7 @@ def step_flops(trainer: Trainer, stage: StageConfig, rows: list[PackedRow]) -> i
     latents = [num_latents(length, size) for length, size in sizes]
     again, causal = trainer.config.gradient_checkpointing, cost.config.causal
     total = cost.adapter.training_flops(latents, causal=False, learning_weights=cost.adapter.matrix_weights)
-    if align or "encoder" not in stage.learning_rates:
+    if align or not stage.learning_rates.get("encoder"):
         total += cost.encoder.forward_flops(windows, causal=causal)
     else:
         learning = _learning_matrices(encoder)

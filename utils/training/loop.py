@@ -179,6 +179,7 @@ class Trainer:
             stage.mixture or dict.fromkeys(self.caches, 1.0),
             stage.chunk_sizes,
             seed=f"{self.config.seed} stage {stage_number}",
+            expanded=stage.expanded,
         )
         return RowPacker(stream, stage.row_tokens, self.tokenizers.markers, stage.memory_tokens, stage.length_discount)
 

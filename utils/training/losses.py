@@ -20,7 +20,7 @@ from utils.errors import ConfigError
 from utils.model.code_llava_model import CodeLLaVAModel
 from utils.model.markers import MarkerIds
 from utils.model.packed_attention import supports_packed_attention, use_packed_attention
-from utils.model.splice import splice_latents
+from utils.model.splice import splice_spans
 from utils.model.transfer import to_device
 from utils.model.windows import plan_windows
 from utils.training.packing import PackedRow
@@ -116,7 +116,7 @@ class TrainedPair(nn.Module):
     def _next_token_loss(self, row: PackedRow, latents: list[torch.Tensor]) -> torch.Tensor:
         embeds_TD = self.decoder.get_input_embeddings()(row.input_ids)
         embeds_TD = self.marker_rows(row.input_ids, embeds_TD)
-        embeds_TD = splice_latents(embeds_TD, latents, [(span.start, span.stop) for span in row.spans])
+        embeds_TD = splice_spans(embeds_TD, latents, row.spans)
         hidden_TD = self.decoder.get_decoder()(
             inputs_embeds=embeds_TD[None],
             position_ids=row.position_ids[None],

@@ -23,9 +23,10 @@ import torch
 from utils.errors import ConfigError, DatasetError
 from utils.model.markers import MarkerIds
 from utils.model.packed_attention import Segments
-from utils.model.prompt import MemorySpan, num_latents, widen
+from utils.model.prompt import MemorySpan
 from utils.model.transfer import to_device
 from utils.training.data.cache import TokenCache, TokenizedExample
+from utils.training.expanded import draw_shown, layout, widen_example
 from utils.training.plain import from_plain
 
 # Examples in a row that may be too long before the data are called unsuitable.
@@ -37,7 +38,7 @@ class PackedRow:
     """One packed row of several examples.
 
     Attributes:
-        input_ids: [T] long, placeholders widened to their latents.
+        input_ids: [T] long, placeholders widened to their latents, or to text where that is shown.
         position_ids: [T] long, from 0 in each example.
         lengths: Decoder rows of each example.
         label_rows: [n] long, rows whose next token is predicted.
@@ -80,22 +81,24 @@ class PackedRow:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """An example of a task and the chunk size it is compressed with."""
+    """An example of a task, the chunk size it is compressed with, and which of its candidates are text, ascending."""
 
     task: str
     number: int
     chunk_size: int
+    shown: tuple[int, ...] = ()
 
 
 @dataclass
 class ExampleStream:
-    """Draws tasks by weight, examples without repetition within an epoch, chunk sizes by weight.
+    """Draws tasks by weight, examples without repetition within an epoch, chunk sizes by weight, and what is text.
 
     Attributes:
         caches: Task → its examples.
         mixture: Task → weight.
         chunk_sizes: Chunk size → weight.
         seed: Of everything drawn.
+        expanded: Share of the draws that show some of the memory as text, where the example has candidates for it.
         cursor: Task → how many of its examples were drawn.
         drawn: Draws so far.
     """
@@ -104,6 +107,7 @@ class ExampleStream:
     mixture: Mapping[str, float]
     chunk_sizes: Mapping[int, float]
     seed: str
+    expanded: float = 0.0
     cursor: dict[str, int] = field(default_factory=dict)
     drawn: int = 0
     _orders: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
@@ -117,7 +121,11 @@ class ExampleStream:
         position = self.cursor.get(task, 0)
         self.cursor[task] = position + 1
         epoch, place = divmod(position, len(self.caches[task]))
-        return Draw(task, self._order(task, epoch)[place], chunk_size)
+        draw = Draw(task, self._order(task, epoch)[place], chunk_size)
+        # Behind all other draws, which are the same whatever the share.
+        if random.random() >= self.expanded:
+            return draw
+        return dataclasses.replace(draw, shown=draw_shown(random, self.caches[task][draw.number], chunk_size))
 
     def _order(self, task: str, epoch: int) -> list[int]:
         if self._orders.get(task, (None, []))[0] != epoch:
@@ -133,7 +141,7 @@ class Cursor:
 
     cursor: dict[str, int]
     drawn: int
-    waiting: tuple[str, int, int] | None
+    waiting: tuple[str, int, int, tuple[int, ...]] | None
     too_long: int
 
     def __post_init__(self) -> None:
@@ -174,7 +182,7 @@ class RowPacker:
             draw = self._waiting or self.stream.next()
             self._waiting = None
             example = self.stream.caches[draw.task][draw.number]
-            num_rows, num_memory = packed_length(example, draw.chunk_size), sum(map(len, example.spans))
+            num_rows, num_memory = packed_length(example, draw), sum(map(len, example.spans))
             if self._exceeds(num_rows, num_memory):
                 self.too_long += 1
                 failures += 1
@@ -193,7 +201,8 @@ class RowPacker:
 
     def state(self) -> dict[str, Any]:
         """Where the packer and its stream stand, as JSON."""
-        waiting = self._waiting and [self._waiting.task, self._waiting.number, self._waiting.chunk_size]
+        draw = self._waiting
+        waiting = draw and [draw.task, draw.number, draw.chunk_size, list(draw.shown)]
         return {
             "cursor": dict(self.stream.cursor),
             "drawn": self.stream.drawn,
@@ -216,6 +225,7 @@ class RowPacker:
                 draw.task in caches
                 and 0 <= draw.number < len(caches[draw.task])
                 and draw.chunk_size in self.stream.chunk_sizes
+                and set(draw.shown) <= set(range(len(caches[draw.task][draw.number].candidates)))
             )
         ):
             raise DatasetError("the data cursor is of other data")
@@ -250,16 +260,16 @@ def packed_ahead(
             yield made
 
 
-def packed_length(example: TokenizedExample, chunk_size: int) -> int:
-    """Decoder rows of an example at a chunk size."""
-    return len(example.decoder_ids) + sum(num_latents(len(span), chunk_size) - 1 for span in example.spans)
+def packed_length(example: TokenizedExample, draw: Draw) -> int:
+    """Decoder rows of an example as it is drawn."""
+    return len(example.decoder_ids) + sum(rows - 1 for rows, _ in layout(example, draw.chunk_size, draw.shown))
 
 
 def pack(
     chosen: Sequence[tuple[Draw, TokenizedExample]], markers: MarkerIds, length_discount: float = 0.0
 ) -> PackedRow:
     """Lay examples end to end, equal lengths side by side so that they share one attention call."""
-    chosen = sorted(chosen, key=lambda item: packed_length(item[1], item[0].chunk_size))
+    chosen = sorted(chosen, key=lambda item: packed_length(item[1], item[0]))
     ids: list[np.ndarray] = []
     label_rows: list[np.ndarray] = []
     labels: list[np.ndarray] = []
@@ -267,21 +277,18 @@ def pack(
     spans: list[MemorySpan] = []
     start = 0
     for draw, example in chosen:
-        plain = np.asarray(example.decoder_ids)
-        # Spans become their latents' placeholders; the places of targets and spans move along.
-        widened, begins = widen(
-            plain, [num_latents(len(span), draw.chunk_size) for span in example.spans], markers.memory
-        )
+        # The places of targets and spans move along.
+        widened, begins, own = widen_example(example, draw.chunk_size, draw.shown, markers.memory, start)
+        in_memory = np.zeros(len(widened), dtype=bool)
+        for span in own:
+            in_memory[span.start - start : span.stop - start] = True
         for first, stop in example.targets:
             wanted = np.arange(begins[first], begins[stop])
-            wanted = wanted[~np.isin(widened[wanted], (markers.start, markers.end, markers.memory))]
+            wanted = wanted[~(in_memory[wanted] | np.isin(widened[wanted], (markers.start, markers.end)))]
             label_rows.append(start + wanted - 1)
             labels.append(widened[wanted])
             weights.append(np.full(len(wanted), max(1, len(wanted)) ** -length_discount))
-        for tokens, at in zip(example.spans, np.flatnonzero(plain == markers.memory), strict=True):
-            place = {"start": start + int(begins[at]), "stop": start + int(begins[at + 1])}
-            # Read here: the file behind the tokens is not looked at again.
-            spans.append(MemorySpan(text="", token_ids=np.array(tokens), chunk_size=draw.chunk_size, **place))
+        spans += own
         ids.append(widened)
         start += len(widened)
     return PackedRow(

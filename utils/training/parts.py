@@ -104,7 +104,8 @@ def parameter_groups(pair: TrainedPair, config: TrainConfig, stage: StageConfig)
         parameter.requires_grad_(False)
     groups = []
     for part, parameters in learnable(pair, config).items():
-        if part not in stage.learning_rates:
+        # At a rate of 0 a part belongs to the run, but needs no gradient.
+        if part not in stage.learning_rates or not stage.learning_rates[part]:
             continue
         rate = stage.learning_rates[part]
         for decayed in (True, False):

@@ -201,3 +201,26 @@ def test_cuts_cover_everything_and_are_never_empty(data: st.DataObject) -> None:
 def test_more_spans_than_tokens_are_refused() -> None:
     with pytest.raises(ConfigError, match="--spans 6: expected 1 to 5"):
         cut_points(5, 6)
+
+
+@pytest.mark.slow
+def test_selection(result_of: Run) -> None:
+    sizes = ["--tasks", "next_lines", "--ruler-tasks", "niah_multiquery", "--ruler-lengths", "1k", "--num-examples", 2]
+    results = result_of("selection", *sizes, "--memory-tokens", "500,900", "--parts", "1,8,100000")["results"]
+    assert [(row["task"], row["policy"]) for row in results] == [
+        (task, policy) for task in ("next_lines", "niah_multiquery, 1024") for policy in ("bm25", "random", "answer")
+    ]
+    for row in results:
+        # The whole memory holds every answer, no text none; bm25 finds four needles in an eighth of it.
+        assert row["budgets"]["1/1"]["share"] == 1
+        assert row["budgets"]["1/100000"]["share"] == 0
+        assert row["ms"] > 0
+    assert results[3]["budgets"]["1/8"]["share"] > results[4]["budgets"]["1/8"]["share"]
+
+
+@pytest.mark.parametrize(
+    "flags", [["--tasks", "lookups"], ["--policies", "best"], ["--parts", "0"], ["--memory-tokens", "500"]]
+)
+def test_selection_refuses_what_it_cannot_measure(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["selection", *flags]) == 1
+    assert "error" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from utils.compress.select import Expansion
 from utils.errors import PromptError
 from utils.inference.generation import Generator
 from utils.inference.inference import (
@@ -46,7 +47,7 @@ def test_published_signatures() -> None:
     assert list(inspect.signature(load_model).parameters)[:6] == names
     names = ["model", "llm_tokenizer", "processor", "code", "prompt", "device", "max_tokens", "temperature"]
     parameters = inspect.signature(generate_text).parameters
-    assert list(parameters) == names
+    assert list(parameters)[: len(names)] == names
     assert [parameters[n].default for n in names[5:]] == ["auto", 512, 0.7]
 
 
@@ -135,6 +136,31 @@ def test_questions_about_files(
     assert run(capsys, *flags, "--text", marked)[0]["text"] == rows[1]["text"]
     assert main([*flags, *memory]) == 1
     assert "--memory needs --text" in capsys.readouterr().err
+
+
+def test_part_of_the_memory_stays_text(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--checkpoint", str(checkpoints["lclm"]), "--device", "cpu", "--max-tokens", "6", "--temperature", "0"]
+    text = "x = 2\n" * 8 + "limit = 3\n" + "y = 1\n" * 8
+    (tmp_path / "a.py").write_text(text)
+    asked = [*flags, "--memory", str(tmp_path / "a.py"), "--text", "What is limit?"]
+    (row,) = run(capsys, *asked, "--expand-tokens", "10")
+    assert row["expanded"] == [{"span": 0, "chars": [[text.index("limit"), text.index("limit") + 10]]}]
+    assert (row["text_rows"], row["memory_tokens"]) == (10, len(text))
+    assert row["ratio"] == round(len(text) / (row["num_latents"] + 10), 2)
+    (same,) = run(capsys, *asked, "--expand", "1/10")
+    assert same["expanded"] == row["expanded"]
+    (latents,) = run(capsys, *asked, "--expand", "0")
+    assert latents["expanded"] == []
+    assert main([*asked, "--expand-tokens", "10"]) == 0
+    assert "latents + 10 rows of text" in capsys.readouterr().out
+    model, tokenizer, processor = load_model(checkpoints["lclm"], device="cpu")
+    answer = {"code": text, "prompt": "What is limit?", "max_tokens": 6, "temperature": 0}
+    assert generate_text(model, tokenizer, processor, **answer, expansion=Expansion(tokens=10))
+    for wrong in (["--expand", "x"], ["--expand", "2"], ["--expand-query", "y"], ["--expand-policy", "bm25"]):
+        assert main([*asked, *wrong]) == 1
+        assert "--expand" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_an_epoch_shows_every_example_once(caches: dict[str, TokenCache]) -> Non
 
 
 def test_examples_longer_than_a_row_are_counted(caches: dict[str, TokenCache]) -> None:
-    lengths = [packed_length(caches["copy_symbols"][i], 1) for i in range(60)]
+    lengths = [packed_length(caches["copy_symbols"][i], Draw("copy_symbols", i, 1)) for i in range(60)]
     middle = sorted(lengths)[30]
     packer = packer_of({"copy_symbols": caches["copy_symbols"]}, row_tokens=middle)
     for _ in range(40):

@@ -213,6 +213,17 @@ def test_only_the_parts_of_a_stage_learn(run_config: Config) -> None:
     assert not frozen
 
 
+def test_a_part_at_a_rate_of_0_belongs_to_the_run_and_rests(run_config: Config) -> None:
+    stage = {"preset": "decoder", "steps": 1, "row_tokens": 128, "chunk_sizes": {2: 1}}
+    config = run_config(stages=[stage | {"learning_rates": {"adapter": 1e-3, "encoder": 0}}])
+    trainer = Trainer(config, device="cpu")
+    encoder = {name: p for name, p in trainer.pair.named_parameters() if ".encoder." in name}
+    before = {name: p.detach().clone() for name, p in encoder.items()}
+    trainer.run()
+    assert encoder.keys() <= trainer.trained.keys() | {n for n in encoder if "embed_tokens" in n}
+    assert all(torch.equal(p, before[name]) and not p.requires_grad for name, p in encoder.items())
+
+
 @pytest.mark.slow
 def test_gradient_checkpointing_changes_time_and_memory_only(run_config: Config, tmp_path: Path) -> None:
     states = []

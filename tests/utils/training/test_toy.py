@@ -54,7 +54,8 @@ def test_the_toy_run_learns_to_copy_and_begins_to_look_up(
     assert "done" in capsys.readouterr().out
     flags = ["--checkpoint", str(tmp_path / "toy" / "model"), "--source", "symbols", "--device", "cpu"]
     flags += ["--tasks", "copy_symbols,find_symbol", "--memory-tokens", "4-8", "--chars-per-token", "1"]
-    assert evaluate.main([*flags, "--chunk-sizes", "1,2", "--num-examples", "100", "--batch-size", "50", "--json"]) == 0
+    flags += ["--arms", "full,memory,truncated", "--chunk-sizes", "1,2", "--num-examples", "100", "--batch-size", "50"]
+    assert evaluate.main([*flags, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     means = {(row["task"], row["metric"], row["condition"]): row["mean"] for row in result["rows"]}
     assert means["copy_symbols", "exact", "memory@1"] >= 0.9

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from utils.compress.select import MemoryText, Question
 
 
 def score(memories: Sequence[MemoryText], question: Question) -> np.ndarray:
-    """1 for the pieces of the answer's places, earlier places before later ones; 0 for the others."""
-    answer = question.answer.strip()
+    """1 for the pieces of an answer's first place in a memory, less for its further places; 0 for the other pieces."""
+    given = (question.answer,) if isinstance(question.answer, str) else question.answer
+    answers = [answer.strip() for answer in given if answer.strip()]
+    if not answers:
+        raise ConfigError("the policy answer needs the right answer, which an evaluation knows: choose bm25")
     scores = []
     for memory in memories:
-        places = _places(memory.text, answer) if answer else []
-        for begin, end in memory.pieces:
-            rank = next((rank for rank, (a, b) in enumerate(places) if a < end and begin < b), None)
-            scores.append(0.0 if rank is None else 1 / (1 + rank))
-    return np.array(scores)
-
-
-def _places(text: str, wanted: str) -> list[tuple[int, int]]:
-    places, at = [], text.find(wanted)
-    while at >= 0:
-        places.append((at, at + len(wanted)))
-        at = text.find(wanted, at + len(wanted))
-    return places
+        own = np.zeros(len(memory.pieces))
+        for answer in answers:
+            for rank, match in enumerate(re.finditer(re.escape(answer), memory.text), start=1):
+                for piece in memory.pieces_in(*match.span()):
+                    own[piece] = max(own[piece], 1 / rank)
+        scores.append(own)
+    return np.concatenate([np.zeros(0), *scores])

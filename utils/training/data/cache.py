@@ -4,7 +4,7 @@
     cache = TokenCache.open("data/lookup")
     cache[7].decoder_ids        # each span a single placeholder: the chunk size is chosen when rows are packed
 
-A folder holds three plain arrays and `meta.json`. Shape legend: n examples, s spans, m targets.
+A folder holds four plain arrays and `meta.json`. Shape legend: n examples, s spans, m targets, c candidates.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from utils.errors import ConfigError, DatasetError, PromptError, shown_name
 from utils.files import atomic_folder, read_json, sha256_bytes, sha256_file, write_json
 from utils.model.processor import Processor
 from utils.model.prompt import MemorySpan, parse_chat_prompt, parse_raw_prompt
+from utils.training.data.segments import Candidate, find_candidates
 from utils.training.plain import from_plain
 
-_META, _DECODER, _ENCODER, _INDEX = "meta.json", "decoder.i32", "encoder.i32", "index.npz"
-_FILES = (_DECODER, _ENCODER, _INDEX)
-_VERSION = 3
+_META, _INDEX = "meta.json", "index.npz"
+_DECODER, _ENCODER, _SHOWN = "decoder.i32", "encoder.i32", "shown.i32"
+_FILES = (_DECODER, _ENCODER, _SHOWN, _INDEX)
+_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +41,13 @@ class TokenizedExample:
         spans: Encoder tokens of each span, int32.
         targets: Half-open ranges of decoder rows that the loss is taken on, one an answer; placeholders and markers in
             them never count.
+        candidates: What of the memory may stand as text, in the memory's order.
     """
 
     decoder_ids: np.ndarray
     spans: tuple[np.ndarray, ...]
     targets: tuple[tuple[int, int], ...]
+    candidates: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,23 +70,36 @@ class TokenCache:
         self.meta = meta
         self._decoder = _map(folder / _DECODER)
         self._encoder = _map(folder / _ENCODER)
+        self._shown = _map(folder / _SHOWN)
         with np.load(folder / _INDEX) as index:
-            # Offsets of decoder ids [n + 1], spans [n + 1], encoder ids [s + 1], targets [n + 1]; targets [m, 2].
+            # Offsets of decoder ids [n + 1], spans [n + 1], encoder ids [s + 1], targets [n + 1], candidates [n + 1],
+            # their ids [c + 1]; targets [m, 2]; candidates [c, 5]: span, first and last token + 1, holds an answer,
+            # selected.
             self._index = dict(index)
 
     def __len__(self) -> int:
         return len(self._index["target_offsets"]) - 1
 
     def __getitem__(self, number: int) -> TokenizedExample:
-        decoder, spans, targets = (
+        decoder, spans, targets, candidates = (
             slice(*self._index[name][number : number + 2])
-            for name in ("decoder_offsets", "span_offsets", "target_offsets")
+            for name in ("decoder_offsets", "span_offsets", "target_offsets", "candidate_offsets")
         )
-        ends = self._index["encoder_offsets"]
+        ends, shown = self._index["encoder_offsets"], self._index["shown_offsets"]
         return TokenizedExample(
             decoder_ids=self._decoder[decoder],
             spans=tuple(self._encoder[ends[s] : ends[s + 1]] for s in range(spans.start, spans.stop)),
             targets=tuple((int(a), int(b)) for a, b in self._index["targets"][targets]),
+            candidates=tuple(
+                Candidate(
+                    span=int(row[0]),
+                    tokens=(int(row[1]), int(row[2])),
+                    ids=self._shown[shown[c] : shown[c + 1]],
+                    holds_answer=bool(row[3]),
+                    selected=bool(row[4]),
+                )
+                for c, row in enumerate(self._index["candidates"][candidates], candidates.start)
+            ),
         )
 
     @classmethod
@@ -117,10 +134,16 @@ class TokenCache:
         Raises:
             DatasetError: A row of another shape, without a span, or with wrong markers; the message names it.
         """
-        offsets: dict[str, list[int]] = {name: [0] for name in ("decoder", "span", "encoder", "target")}
+        names = ("decoder", "span", "encoder", "target", "candidate", "shown")
+        offsets: dict[str, list[int]] = {name: [0] for name in names}
         targets: list[tuple[int, int]] = []
+        candidates: list[tuple[int, int, int, bool, bool]] = []
         with atomic_folder(folder, holds=(*_FILES, _META)) as temporary:
-            with (temporary / _DECODER).open("wb") as decoder, (temporary / _ENCODER).open("wb") as encoder:
+            with (
+                (temporary / _DECODER).open("wb") as decoder,
+                (temporary / _ENCODER).open("wb") as encoder,
+                (temporary / _SHOWN).open("wb") as shown,
+            ):
                 bar = tqdm(rows, desc=f"tokenising {shown_name(Path(source).name)}", unit="example", disable=None)
                 for number, row in enumerate(bar, start=1):
                     example = tokenize_row(row, processor, f"{source}, row {number}")
@@ -132,12 +155,21 @@ class TokenCache:
                     offsets["span"].append(len(offsets["encoder"]) - 1)
                     targets += example.targets
                     offsets["target"].append(len(targets))
+                    for candidate in example.candidates:
+                        candidate.ids.tofile(shown)
+                        offsets["shown"].append(offsets["shown"][-1] + len(candidate.ids))
+                        candidates.append(
+                            (candidate.span, *candidate.tokens, candidate.holds_answer, candidate.selected)
+                        )
+                    offsets["candidate"].append(len(candidates))
             if not targets:
                 raise DatasetError(f"{source}: no examples")
             index: dict[str, Any] = {
                 f"{name}_offsets": np.array(ends, dtype=np.int64) for name, ends in offsets.items()
             }
-            np.savez(temporary / _INDEX, **index, targets=np.array(targets, dtype=np.int64))
+            index["targets"] = np.array(targets, dtype=np.int64)
+            index["candidates"] = np.array(candidates, dtype=np.int64).reshape(-1, 5)
+            np.savez(temporary / _INDEX, **index)
             meta = _Meta(
                 version=_VERSION,
                 examples=len(offsets["target"]) - 1,
@@ -206,10 +238,12 @@ def tokenize_row(row: Mapping[str, Any], processor: Processor, where: str) -> To
                     raise DatasetError(
                         f'{where}: give a "target", or let the last message be the assistant\'s, with a text as content'
                     )
-            spans, ids, targets = _tokenize_turns(messages, turns, processor)
+            spans, ids, targets, queries = _tokenize_turns(messages, turns, processor)
+            answers = [messages[at]["content"] for at in turns]
         elif isinstance(row.get("text"), str):
             prompt = parse_raw_prompt(row["text"], processor.tokenizers, None, processor.limit)
             spans, ids, targets = prompt.spans, prompt.input_ids, [(1, len(prompt.input_ids))]
+            answers, queries = [], []
         else:
             raise DatasetError(
                 f'{where}: expected {{"messages", "target"}}, {{"messages"}} or {{"text"}}, got the keys {sorted(row)}'
@@ -222,6 +256,7 @@ def tokenize_row(row: Mapping[str, Any], processor: Processor, where: str) -> To
         decoder_ids=np.array(ids, dtype=np.int32),
         spans=tuple(np.array(span.token_ids, dtype=np.int32) for span in spans),
         targets=tuple(targets),
+        candidates=find_candidates(spans, queries, answers, processor.tokenizers),
     )
 
 
@@ -234,13 +269,15 @@ def _is_answer(message: Any) -> bool:
 
 def _tokenize_turns(
     messages: Sequence[Mapping[str, Any]], turns: Sequence[int], processor: Processor
-) -> tuple[Sequence[MemorySpan], list[int], list[tuple[int, int]]]:
-    """A chat up to its last turn that is learnt: spans, decoder ids, and the rows of the assistant's messages `turns`.
+) -> tuple[Sequence[MemorySpan], list[int], list[tuple[int, int]], list[str]]:
+    """A chat up to its last turn that is learnt: spans, decoder ids, the rows of the assistant's messages `turns`, and
+    what each of them was asked.
 
     Each turn is tokenised as a request for it would be, and then as it would be answered.
     """
     ids: list[int] = []
     targets: list[tuple[int, int]] = []
+    queries: list[str] = []
     spans: Sequence[MemorySpan] = ()
     for at in turns:
         prompt = parse_chat_prompt(messages[:at], processor.tokenizers, None, processor.limit)
@@ -251,8 +288,9 @@ def _tokenize_turns(
             )
         ids = [*prompt.input_ids, *processor.target_ids(messages[at]["content"])]
         targets.append((len(prompt.input_ids), len(ids)))
+        queries.append(prompt.query)
         spans = prompt.spans
-    return spans, ids, targets
+    return spans, ids, targets, queries
 
 
 def cache_key(source: str | Path, processor: Processor) -> str:

@@ -38,7 +38,13 @@ def replayed_answers(data: DataConfig, model: CodeLLaVAModel, processor: Process
     number = min(data.tasks.get(CHAT, 0), MAX_QUESTIONS)
     if not number:
         return {}
-    return answer_questions(chat_questions(Random(f"{data.seed} {CHAT} questions"), number), model, processor)
+    questions = chat_questions(Random(f"{data.seed} {CHAT} questions"), number)
+    # Here on the CPU, where bfloat16 is often emulated, many times slower.
+    stored = model.decoder.dtype
+    model.decoder.float()
+    answers = answer_questions(questions, model, processor)
+    model.decoder.to(stored)
+    return answers
 
 
 def chat_questions(random: Random, number: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m utils.training.evaluate`: a checkpoint on held-out code, by generation, at several chunk sizes."""
+"""`python -m utils.training.evaluate`: a checkpoint on held-out code, beside text of the same budgets."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from pathlib import Path
 from utils.cli import EXIT_OK, make_parser, print_json, run_command
 
 TASKS = "reconstruct,needle,lookup,which_file,continue"
+ARMS = "none,full,memory,truncated,bm25,expand,random"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags of `python -m utils.training.evaluate`."""
     parser = make_parser(
-        "Measure what a checkpoint answers from compressed memory, beside full text and beside truncation.",
+        "Measure what a checkpoint answers from compressed memory, beside the full text and other ways to shorten it.",
         examples="""\
   uv run python -m utils.training.evaluate --num-examples 50 --output artifacts/evaluation/default
+  uv run python -m utils.training.evaluate --tasks lookup --arms none,full,bm25,expand --chunk-size 8
   uv run python -m utils.training.evaluate --checkpoint artifacts/training/toy/model --source symbols \\
-      --tasks copy_symbols,find_symbol --memory-tokens 4-12 --chars-per-token 1 --chunk-size 1,2""",
+      --tasks copy_symbols,find_symbol --memory-tokens 4-12 --chars-per-token 1 --chunk-size 1""",
         prog="python -m utils.training.evaluate",
     )
     parser.add_argument("--checkpoint", help="folder, run folder or hub id; default: the embedded one")
@@ -34,12 +36,27 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--question-first", action="store_true", help="ask before the memory; default: after it")
     data.add_argument("--seed", type=int, default=1000, help="of the examples; default 1000")
     run = parser.add_argument_group("run")
-    run.add_argument("--chunk-size", "--chunk-sizes", dest="chunk_sizes", default="4,8,16,32", help="default 4,8,16,32")
+    run.add_argument(
+        "--arms",
+        default=ARMS,
+        help=f"default {ARMS}; there is also answer: text selected by the answer, as only an evaluation can",
+    )
+    run.add_argument(
+        "--chunk-size",
+        "--chunk-sizes",
+        dest="chunk_sizes",
+        default="4,8,16",
+        help="memory tokens for each decoder row of an arm, several; default 4,8,16",
+    )
     run.add_argument(
         "--batch-size", type=int, help="prompts generated together; default: 8, on a GPU as many as fit, 128 at most"
     )
     run.add_argument("--threads", type=int, help="torch threads; default: torch's choice")
-    run.add_argument("--output", type=Path, help="folder for result.json, records.jsonl, table.md and result.png")
+    run.add_argument(
+        "--output",
+        type=Path,
+        help="folder for records.jsonl, result.json, table.md and result.png; what was killed goes on there",
+    )
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
     return parser
 

@@ -1,19 +1,17 @@
-"""One pair on held-out examples under several conditions.
-
-    memory@8       the memory compressed at chunk size 8
-    truncated@8    as many rows of plain text: the beginning of the memory
-    full           the memory as plain text, uncompressed
+"""One pair on held-out examples, in several arms (`arms.py`).
 
     evaluator = Evaluator(model, processor)
-    records = evaluator.run(examples, conditions)
+    records = evaluator.run(examples, find_arms(["full", "memory"], [8], model.config))
 
-A record is one example under one condition, a JSON object. Greedy decoding throughout.
+A record is one example in one arm, a JSON object. Greedy decoding throughout. `encode_ms` is what the encoder took,
+`read_ms` what reading the prompt and writing the answer took: those of a batch, shared out among its examples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,48 +20,34 @@ from tqdm import tqdm
 
 from utils.model.code_llava_model import CodeLLaVAModel
 from utils.model.limits import free_device_bytes
-from utils.model.markers import wrap
 from utils.model.processor import Processor
-from utils.model.prompt import MemoryPrompt, num_latents
+from utils.model.prompt import MemoryPrompt, MemorySpan
 from utils.training.data.examples import Example
+from utils.training.evaluate.arms import Arm, Prompts
 from utils.training.evaluate.scores import contains, edit_similarity, is_exact
 from utils.training.flops import TransformerCost
 
-FULL, MEMORY, TRUNCATED = "full", "memory", "truncated"
-# Room for an answer that says more than was asked.
-_SPARE_TOKENS = 16
+# The end token, and room for an answer that says more than was asked.
+_SPARE_TOKENS = 17
 _CPU_PROMPTS, _MOST_CUDA_PROMPTS = 8, 128
 
 
 @dataclass(frozen=True, slots=True)
-class Condition:
-    """How the memory is shown.
+class Asked:
+    """An example in an arm: its number among all, its prompt, and the most new tokens of its answer."""
 
-    Attributes:
-        kind: `FULL`, `MEMORY` or `TRUNCATED`.
-        chunk_size: Encoder tokens per latent; 1 for full text.
-    """
-
-    kind: str
-    chunk_size: int = 1
-
-    @property
-    def name(self) -> str:
-        """How tables call it."""
-        return self.kind if self.kind == FULL else f"{self.kind}@{self.chunk_size}"
+    number: int
+    example: Example
+    prompt: MemoryPrompt
+    num_tokens: int
 
 
-def all_conditions(chunk_sizes: Sequence[int]) -> list[Condition]:
-    """Full text, and for each chunk size memory and truncation to as many rows."""
-    return [Condition(FULL), *(Condition(kind, size) for size in chunk_sizes for kind in (MEMORY, TRUNCATED))]
-
-
-@dataclass(frozen=True)
+@dataclass
 class Evaluator:
     """A pair that answers.
 
     Attributes:
-        model: In eval mode.
+        model: In eval mode. Its encoder is timed: nothing comes from a latent cache.
         processor: Parses prompts for it.
         batch_size: Prompts generated together; None: by device, on a GPU as many as there is memory for.
     """
@@ -71,83 +55,119 @@ class Evaluator:
     model: CodeLLaVAModel
     processor: Processor
     batch_size: int | None = None
+    _encode_s: float = field(default=0.0, init=False)
 
-    def run(self, examples: Sequence[Example], conditions: Sequence[Condition]) -> Iterator[dict[str, Any]]:
-        """Records of all examples under all conditions, condition by condition."""
-        asked = [(i, e) for i, e in enumerate(examples) if e.question]
-        read = [(i, e) for i, e in enumerate(examples) if not e.question]
-        for condition in conditions:
-            with tqdm(total=len(examples), desc=condition.name, unit="example", disable=None) as bar:
-                yield from self._answers(asked, condition, bar)
-                yield from self._continuations(read, condition, bar)
+    def __post_init__(self) -> None:
+        self._prompts = Prompts(self.processor)
+        self._room = getattr(self.model.decoder.config, "max_position_embeddings", None)
 
-    def _answers(
-        self, examples: Sequence[tuple[int, Example]], condition: Condition, bar: Any
+    def run(
+        self, examples: Sequence[Example], arms: Sequence[Arm], done: Collection[tuple[str, int]] = ()
     ) -> Iterator[dict[str, Any]]:
-        # Prompts and answers of like length side by side waste least.
-        size = self._chunk_size(condition)
-        prompts = {i: self.processor.parse_chat(e.messages(self._shown(e, condition)), size) for i, e in examples}
-        order = sorted(examples, key=lambda item: (len(item[1].answer), len(prompts[item[0]].input_ids)))
-        longest = max((len(prompt.input_ids) for prompt in prompts.values()), default=1)
-        batch_size = self.batch_size or prompts_that_fit(
-            self.model.decoder, longest, free_device_bytes(self.model.device)
-        )
-        for at in range(0, len(order), batch_size):
-            batch = order[at : at + batch_size]
-            num_tokens = max(len(self.processor.target_ids(e.answer)) for _, e in batch) + _SPARE_TOKENS
-            ids = self.model.generate([prompts[i] for i, _ in batch], max_new_tokens=num_tokens)
-            for (number, example), row in zip(batch, ids, strict=True):
-                answer = self.processor.tokenizers.decoder.decode(row, skip_special_tokens=True)
-                yield self._record(number, example, condition, prompts[number]) | {
+        """Records of all examples, arm by arm, as they come.
+
+        Args:
+            examples: Those without a question are continued, in the arms that can be.
+            arms: How their memory is shown.
+            done: Arms' names and examples' numbers that are left out.
+        """
+        before, self.model.cached_encoder = self.model.cached_encoder, self._encode
+        try:
+            for arm in arms:
+                left = ((n, e) for n, e in enumerate(examples) if (arm.name, n) not in done)
+                asked = [self._ask(n, e, arm) for n, e in left if e.question or not arm.needs_question]
+                with tqdm(total=len(asked), desc=arm.name, unit="example", disable=None) as bar:
+                    for batch in self._batches(asked):
+                        yield from self._answers(batch, arm)
+                        bar.update(len(batch))
+        finally:
+            self.model.cached_encoder = before
+
+    def _ask(self, number: int, example: Example, arm: Arm) -> Asked:
+        # The text of a continuation has no end token and nothing to spare.
+        decoder = self.processor.tokenizers.decoder
+        num_tokens = len(decoder(example.answer, add_special_tokens=False)["input_ids"])
+        return Asked(number, example, self._prompts.prompt(example, arm), num_tokens)
+
+    def _batches(self, asked: Sequence[Asked]) -> Iterator[list[Asked]]:
+        """Prompts and answers of like length side by side waste least; what is too long stands alone."""
+        longest = max((len(one.prompt.input_ids) for one in asked), default=1)
+        free = free_device_bytes(self.model.device)
+        size = self.batch_size or prompts_that_fit(self.model.decoder, longest, free)
+        batch: list[Asked] = []
+        for one in sorted(asked, key=lambda one: (one.num_tokens, len(one.prompt.input_ids))):
+            wider = [*batch, one]
+            answered = all(item.example.question for item in wider)
+            if batch and not (answered and len(wider) <= size and self._fits(wider)):
+                yield batch
+                wider = [one]
+            batch = wider
+        if batch:
+            yield batch
+
+    def _fits(self, batch: Sequence[Asked]) -> bool:
+        rows, tokens = max(len(one.prompt.input_ids) for one in batch), max(one.num_tokens for one in batch)
+        return self._room is None or rows + tokens + _SPARE_TOKENS <= self._room
+
+    def _answers(self, batch: Sequence[Asked], arm: Arm) -> Iterator[dict[str, Any]]:
+        """The records of a batch."""
+        if not self._fits(batch):
+            results: Sequence[dict[str, Any]] = [{"too_long": True}]
+        else:
+            began, self._encode_s = time.perf_counter(), 0.0
+            results = self._generate(batch) if batch[0].example.question else [self._continue(batch[0])]
+            read_s = time.perf_counter() - began - self._encode_s
+            times = {"encode_ms": 1e3 * self._encode_s / len(batch), "read_ms": 1e3 * read_s / len(batch)}
+            results = [result | {name: round(ms, 2) for name, ms in times.items()} for result in results]
+        for one, result in zip(batch, results, strict=True):
+            yield {
+                "number": one.number,
+                "task": one.example.task,
+                "kind": one.example.kind,
+                "condition": arm.name,
+                "memory_tokens": self._prompts.num_tokens(one.example),
+                "prompt_rows": len(one.prompt.input_ids),
+                "num_latents": one.prompt.num_latents,
+                "text_rows": one.prompt.text_rows,
+                **result,
+            }
+
+    def _generate(self, batch: Sequence[Asked]) -> list[dict[str, Any]]:
+        num_tokens = max(one.num_tokens for one in batch) + _SPARE_TOKENS
+        rows = self.model.generate([one.prompt for one in batch], max_new_tokens=num_tokens)
+        results = []
+        for one, row in zip(batch, rows, strict=True):
+            answer, wanted = self.processor.tokenizers.decoder.decode(row, skip_special_tokens=True), one.example.answer
+            results.append(
+                {
                     "answer": answer,
-                    "wanted": example.answer,
-                    "exact": is_exact(answer, example.answer),
-                    "contains": contains(answer, example.answer),
-                    "edit_similarity": round(edit_similarity(answer.strip(), example.answer.strip()), 4),
+                    "wanted": wanted,
+                    "exact": is_exact(answer, wanted),
+                    "contains": contains(answer, wanted),
+                    "edit_similarity": round(edit_similarity(answer.strip(), wanted.strip()), 4),
                 }
-            bar.update(len(batch))
+            )
+        return results
 
     @torch.inference_mode()
-    def _continuations(
-        self, examples: Sequence[tuple[int, Example]], condition: Condition, bar: Any
-    ) -> Iterator[dict[str, Any]]:
-        decoder = self.processor.tokenizers.decoder
-        for number, example in examples:
-            shown = self._shown(example, condition)
-            prompt = self.processor.parse_raw(shown, self._chunk_size(condition))
-            wanted = decoder(example.answer, add_special_tokens=False)["input_ids"]
-            whole = MemoryPrompt(input_ids=[*prompt.input_ids, *wanted], spans=prompt.spans)
-            logits = self.model.decoder(inputs_embeds=self.model.embed_prompt(whole)[None]).logits[0]
-            predicted = logits[len(prompt.input_ids) - 1 : -1].float()
-            loss = F.cross_entropy(predicted, torch.tensor(wanted, device=predicted.device))
-            yield self._record(number, example, condition, prompt) | {"nll": float(loss), "tokens": len(wanted)}
-            bar.update(1)
+    def _continue(self, one: Asked) -> dict[str, Any]:
+        wanted = self.processor.tokenizers.decoder(one.example.answer, add_special_tokens=False)["input_ids"]
+        whole = MemoryPrompt(input_ids=[*one.prompt.input_ids, *wanted], spans=one.prompt.spans)
+        logits = self.model.decoder(inputs_embeds=self.model.embed_prompt(whole)[None]).logits[0]
+        predicted = logits[len(one.prompt.input_ids) - 1 : -1].float()
+        loss = F.cross_entropy(predicted, torch.tensor(wanted, device=predicted.device))
+        return {"nll": float(loss), "tokens": len(wanted)}
 
-    def _record(self, number: int, example: Example, condition: Condition, prompt: MemoryPrompt) -> dict[str, Any]:
-        return {
-            "number": number,
-            "task": example.task,
-            "kind": example.kind,
-            "condition": condition.name,
-            "memory_tokens": len(self._memory_ids(example)),
-            "prompt_rows": len(prompt.input_ids),
-            "num_latents": prompt.num_latents,
-        }
-
-    def _shown(self, example: Example, condition: Condition) -> str:
-        """What stands in the memory's place."""
-        if condition.kind == MEMORY:
-            return wrap(example.memory)
-        if condition.kind == FULL:
-            return example.memory
-        ids = self._memory_ids(example)
-        return self.processor.tokenizers.encoder.decode(ids[: num_latents(len(ids), condition.chunk_size)])
-
-    def _memory_ids(self, example: Example) -> list[int]:
-        return self.processor.tokenizers.encoder(example.memory, add_special_tokens=False)["input_ids"]
-
-    def _chunk_size(self, condition: Condition) -> int:
-        return condition.chunk_size if condition.kind == MEMORY else self.processor.chunk_size
+    def _encode(self, spans: Sequence[MemorySpan]) -> list[torch.Tensor]:
+        """Latents of spans, waited for, so that their time is known apart."""
+        if not spans:
+            return []
+        began = time.perf_counter()
+        latents = self.model.memory_encoder(spans)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        self._encode_s += time.perf_counter() - began
+        return latents
 
 
 def prompts_that_fit(decoder: Any, num_rows: int, free_bytes: int | None) -> int:

@@ -10,13 +10,16 @@ from typing import Any
 import torch
 
 from utils.checkpoint.default.assemble import assemble_default_checkpoint
+from utils.checkpoint.locate import find_checkpoint
 from utils.errors import ConfigError
-from utils.files import provenance, write_json, write_jsonl, write_text
+from utils.files import provenance, sha256_bytes, write_json, write_text
 from utils.inference.inference import load_model
 from utils.training.config import DataConfig
 from utils.training.data.build import draw_examples, read_sources
 from utils.training.data.examples import Example
-from utils.training.evaluate.evaluator import FULL, Condition, Evaluator, all_conditions
+from utils.training.evaluate.arms import FULL, Arm, find_arms
+from utils.training.evaluate.evaluator import Evaluator
+from utils.training.evaluate.records import RESULT, RecordsFile
 from utils.training.evaluate.report import draw, format_table, summarize
 
 REFERENCE = "full, reference"
@@ -24,29 +27,37 @@ REFERENCE = "full, reference"
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Evaluate and write what was asked for; the result as JSON values and as a table."""
-    chunk_sizes = _numbers("--chunk-sizes", args.chunk_sizes, ",")
+    chunk_sizes = _numbers("--chunk-size", args.chunk_sizes, ",")
     examples = _examples(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    model, _, processor = load_model(args.checkpoint, args.device, min(chunk_sizes), dtype=args.dtype)
-    for size in chunk_sizes:
-        model.config.with_chunk_size(size)  # an error where the pair cannot serve it
-    records = list(Evaluator(model, processor, args.batch_size).run(examples, all_conditions(chunk_sizes)))
-    if args.reference:
-        start = assemble_default_checkpoint(trained=False) if args.reference == "untrained" else args.reference
-        model, _, processor = load_model(start, args.device, dtype=args.dtype)
-        reference = Evaluator(model, processor, args.batch_size).run(examples, [Condition(FULL)])
-        records += [{**record, "condition": REFERENCE} for record in reference]
+    model, _, processor = load_model(args.checkpoint, args.device, dtype=args.dtype)
+    arms = find_arms(args.arms.split(","), chunk_sizes, model.config)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    rows = summarize(records, args.seed)
-    result = {"settings": settings, "rows": rows, "provenance": provenance()}
-    table = format_table(rows)
-    if args.output:
-        write_json(args.output / "result.json", result)
-        write_jsonl(args.output / "records.jsonl", records)
-        write_text(args.output / "table.md", table + "\n")
-        draw(rows, args.output / "result.png")
+    settings["checkpoint_files"] = _stamp(args.checkpoint)
+    with RecordsFile(args.output, settings) as records:
+        records.take(Evaluator(model, processor, args.batch_size).run(examples, arms, records.done))
+        if args.reference:
+            start = assemble_default_checkpoint(trained=False) if args.reference == "untrained" else args.reference
+            model, _, processor = load_model(start, args.device, dtype=args.dtype)
+            done = {(FULL, number) for condition, number in records.done if condition == REFERENCE}
+            reference = Evaluator(model, processor, args.batch_size).run(examples, [Arm(FULL)], done)
+            records.take({**record, "condition": REFERENCE} for record in reference)
+        rows = summarize(records.all, args.seed)
+        result = {"settings": settings, "rows": rows, "provenance": provenance()}
+        table = format_table(rows)
+        if args.output:
+            write_text(args.output / "table.md", table + "\n")
+            draw(rows, args.output / "result.png")
+            write_json(args.output / RESULT, result)
     return result, table
+
+
+def _stamp(checkpoint: str | None) -> str:
+    """Changes when a checkpoint's files do."""
+    files = sorted(path for path in find_checkpoint(checkpoint).root.rglob("*") if path.is_file())
+    states = [(path, path.stat()) for path in files]
+    return sha256_bytes(repr([(str(path), state.st_size, state.st_mtime_ns) for path, state in states]).encode())
 
 
 def _examples(args: argparse.Namespace) -> list[Example]:

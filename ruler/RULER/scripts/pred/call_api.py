@@ -17,6 +17,7 @@ from ruler.registry import resolve_tasks
 from utils.cli import make_parser, run_command
 from utils.client.completion import RetryPolicy, Sampling
 from utils.errors import ConfigError
+from utils.flags import add_expand_flags, expansion
 
 EXAMPLES = """\
   call_api.py --data_dir data/4096 --save_dir pred/4096 --task vt --server_type vllm --server_port 8000 \\
@@ -60,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     server.add_argument("--chunk-size", type=int, help="memory: encoder tokens a latent (default: the checkpoint's)")
     server.add_argument("--checkpoint", help="vllm-memory: the encoder's checkpoint (default: the embedded one)")
     server.add_argument("--timeout", "--timeout-s", type=float, default=600.0, help="seconds a request (default: 600)")
+    add_expand_flags(parser)
     sampling = parser.add_argument_group("inference")
     sampling.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1.0)")
     sampling.add_argument("--top_k", "--top-k", type=int, default=32, help="0 is no limit (default: 32)")
@@ -91,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         name=SERVER_TYPES[args.server_type],
         model=args.model_name_or_path,
         chunk_size=args.chunk_size,
+        expansion=expansion(args),
         checkpoint=args.checkpoint,
         server_url=os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1") if is_openai else local_url,
         # The hosted service has no completions for its chat models and no top_k.

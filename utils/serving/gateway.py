@@ -12,7 +12,7 @@ import sys
 
 from utils.cli import make_parser, run_command
 from utils.errors import ConfigError
-from utils.flags import add_cache_flags, add_checkpoint_flags, add_memory_limit_flags
+from utils.flags import add_cache_flags, add_checkpoint_flags, add_expand_flags, add_memory_limit_flags
 from utils.serving.settings import DEFAULT_BACKEND_URL, GatewaySettings, is_loopback, read_keys
 
 logger = logging.getLogger(__name__)
@@ -35,23 +35,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_checkpoint_flags(parser)
     add_memory_limit_flags(parser)
+    add_expand_flags(parser)
     add_cache_flags(parser)
-    expansion = parser.add_argument_group("selective expansion, of requests that say nothing about it")
-    expansion.add_argument(
-        "--expand-tokens", type=int, metavar="N",
-        help="encoder tokens of a prompt's memory that stay text; default 0, all of it becomes latents; with --backend "
-        "text an eighth of it",
-    )  # fmt: skip
-    expansion.add_argument("--expand", metavar="SHARE", help="the same as a share of the memory, such as 1/16")
-    expansion.add_argument(
-        "--expand-policy", choices=("bm25", "latents", "random", "all", "none"), default="bm25",
-        help="what chooses it: words of the question, similar latents, chance, or everything or nothing; default bm25",
-    )  # fmt: skip
     backend = parser.add_argument_group("backend")
     backend.add_argument(
         "--backend", choices=("vllm", "local", "text"), default="vllm",
         help="a vLLM server; the checkpoint's decoder in this process, one request at a time; or any server, which "
-        "gets selected text instead of latents; default vllm",
+        "gets selected text instead of latents, an eighth of the memory by default; default vllm",
     )  # fmt: skip
     backend.add_argument("--backend-url", help=f"the server; default {DEFAULT_BACKEND_URL}")
     backend.add_argument("--backend-key", help="its key; default $VLLM_API_KEY, else $OPENAI_API_KEY")

@@ -115,7 +115,7 @@ class OptionsReader:
         policy = given.get("expand_policy", self.default.policy if self.default else self.policies[0])
         if policy not in self.policies:
             raise ApiError(400, f"expand_policy is {shown(policy)}, expected one of {', '.join(self.policies)}")
-        query = given.get("expand_query")
+        query = given.get("expand_query", self.default.query if self.default else None)
         if query is not None and not (isinstance(query, str) and query.strip()):
             raise ApiError(400, f"expand_query is {shown(query)}, expected a text to select by")
         if tokens is None and share is None and policy not in WHOLE:

@@ -12,14 +12,13 @@ from dataclasses import replace
 from utils.client.completion import RetryPolicy
 from utils.client.server_client import VllmClient
 from utils.compress.compressor import Compressor
-from utils.compress.policies.registry import WHOLE
 from utils.compress.select import Expansion
 from utils.errors import ConfigError, ServerError
-from utils.flags import encoder_settings, memory_limit, open_cache
+from utils.flags import encoder_settings, expansion, memory_limit, open_cache
 from utils.serving.app import Gateway
 from utils.serving.door import DoorPolicy
 from utils.serving.local import LocalBackend
-from utils.serving.request_options import read_share
+from utils.serving.request_options import REQUEST_POLICIES
 from utils.serving.server import GatewayServer
 from utils.serving.settings import GatewaySettings
 from utils.serving.text_requests import TextSelector
@@ -78,12 +77,10 @@ def default_expansion(args: argparse.Namespace) -> Expansion | None:
     Raises:
         ConfigError: Flags that cannot be.
     """
-    share = None if args.expand is None else read_share(args.expand)
-    if args.expand is not None and share is None:
-        raise ConfigError(f"--expand must be a share from 0 to 1, such as 1/16 or 0.0625, got {args.expand!r}")
-    if args.expand_tokens is None and share is None and args.expand_policy not in WHOLE:
-        return None
-    return Expansion(tokens=args.expand_tokens, share=share, policy=args.expand_policy)
+    wanted = expansion(args)
+    if wanted is not None and wanted.policy not in REQUEST_POLICIES:
+        raise ConfigError(f"--expand-policy must be one of {', '.join(REQUEST_POLICIES)}, got {wanted.policy}")
+    return wanted
 
 
 async def check_server(settings: GatewaySettings, width: int | None) -> None:

@@ -214,7 +214,7 @@ def test_a_prompt_that_asks_nothing(gateway: httpx.Client, backend: FakeServer, 
 
 
 def test_the_gateways_default(compressor: Compressor, backend: FakeServer) -> None:
-    default = Expansion(tokens=30, policy="random")
+    default = Expansion(tokens=30, policy="random", query=QUESTION)
     with (
         gateway_server.running(compressor, backend.url, expansion=default) as url,
         httpx.Client(base_url=url) as gateway,
@@ -223,8 +223,8 @@ def test_the_gateways_default(compressor: Compressor, backend: FakeServer) -> No
             ({}, default),
             ({"code_llava": {"chunk_size": 4}}, default),
             ({"code_llava": {"expand_tokens": 0}}, None),
-            ({"code_llava": {"expand_policy": "bm25"}}, Expansion(tokens=30)),
-            ({"code_llava": {"expand": 1}}, Expansion(share=Fraction(1), policy="random")),
+            ({"code_llava": {"expand_policy": "bm25", "expand_query": "width?"}}, Expansion(tokens=30, query="width?")),
+            ({"code_llava": {"expand": 1}}, Expansion(share=Fraction(1), policy="random", query=QUESTION)),
         ):
             gateway.post(CHAT, json=chat_body(TEXT, **fields)).raise_for_status()
             expected = expected_rows(compressor, TEXT, expansion, chat=True)
@@ -323,7 +323,7 @@ def test_what_the_limit_on_a_span_cuts_off_is_not_shown(checkpoints: dict[str, P
     compressor = Compressor.load(checkpoints["lclm"], settings=ON_CPU, limit=limit)
     with gateway_server.running(compressor, backend.url) as url:
         for tail in ("", "green_code = 'beyond the limit'\n" * 1000):
-            fields = {"expand_tokens": 20, "expand_query": "green_code beyond"}
+            fields = {"expand_tokens": 24, "expand_query": "green_code beyond"}
             got = httpx.post(url + CHAT, json=chat_body(wrap(COLOURS + tail), code_llava=fields)).json()
             _, _, text, _, _ = backend.bodies[-1]["messages"][0]["content"]
             assert text["text"] == "green_code = 1  # é\n"

@@ -93,6 +93,13 @@ class Browser:
         """Click an element."""
         self.evaluate(f"document.querySelector({json.dumps(selector)}).click()")
 
+    def press(self, selector: str, key: str) -> None:
+        """Press a key, by its name, in an element."""
+        codes = {"End": 35, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39}
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).focus()")
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=codes[key])
+
     def choose_files(self, selector: str, *files: Path) -> None:
         """Put files into a file input, as the dialogue does."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]

@@ -27,20 +27,24 @@ from utils.errors import PromptError
 from utils.serving.api_error import ApiError
 from utils.serving.backend import Backend
 from utils.serving.bodies import BodyLimits
-from utils.serving.compress_request import CHAT, COMPLETIONS, EXTENSION, CompressedRequest, RequestCompressor
+from utils.serving.compress_request import RequestCompressor
 from utils.serving.door import SECURITY_HEADERS, Door, DoorPolicy
 from utils.serving.encoder_queue import EncoderQueue
 from utils.serving.json_body import read_object
 from utils.serving.memories import Memory, MemoryStore
 from utils.serving.metrics import Metrics
 from utils.serving.off_loop import OffLoop
+from utils.serving.read_request import CHAT, COMPLETIONS
+from utils.serving.request_options import EXTENSION
+from utils.serving.rewriter import CompressedRequest, Rewriter
 from utils.serving.settings import GatewaySettings, owner_of
+from utils.serving.text_requests import TextRequests, TextSelector
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _HEADER = "X-Code-Llava-"
-# Per-span reports in a header stay below what servers and proxies take; the totals are always there.
+# Lists in a header stay below what servers and proxies take; the totals are always there.
 _MAX_HEADER_BYTES = 4096
 # Address → file in `page/`, media type: served to everyone; what they ask the API for needs the API's key.
 PAGE_FILES = {
@@ -56,22 +60,18 @@ class Gateway:
 
     Args:
         settings: Limits, keys and policies.
-        compressor: The checkpoint whose decoder the backend serves.
+        compressor: Of the checkpoint whose decoder the backend serves; a selector for one that reads text only.
         backend: Answers.
     """
 
-    def __init__(self, settings: GatewaySettings, compressor: Compressor, backend: Backend) -> None:
+    def __init__(self, settings: GatewaySettings, compressor: Compressor | TextSelector, backend: Backend) -> None:
         self._settings = settings
         self._backend = backend
         self._metrics = Metrics()
-        self._queue = EncoderQueue(
-            compressor, settings.max_waiting, settings.max_batch_tokens, self._metrics.note_batch
-        )
-        self._metrics.watch_queue(lambda: self._queue.num_waiting)
         self._memories = MemoryStore(
             settings.max_memories, settings.max_memories_bytes, settings.memory_ttl_s, len(settings.api_keys)
         )
-        self._requests = RequestCompressor(compressor, self._queue, self._memories, settings, backend.is_local)
+        self._requests = self._rewriter(compressor)
         self._long_work = OffLoop("answers")
 
     def app(self) -> FastAPI:
@@ -154,12 +154,24 @@ class Gateway:
         """Show the counters."""
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    def _rewriter(self, compressor: Compressor | TextSelector) -> Rewriter:
+        if isinstance(compressor, TextSelector):
+            return TextRequests(compressor, self._memories, self._settings)
+        limits = self._settings.max_waiting, self._settings.max_batch_tokens
+        queue = EncoderQueue(compressor, *limits, self._metrics.note_batch)
+        self._metrics.watch_queue(lambda: queue.num_waiting)
+        return RequestCompressor(compressor, queue, self._memories, self._settings, self._backend.is_local)
+
     async def _forward(self, request: Request, path: str) -> Response:
         raw = await _read_body(request)
         compressed = await _unless_gone(request, self._requests.compress(path, raw, request.state.owner))
-        self._metrics.note_spans(compressed.spans)
-        self._metrics.fallbacks.inc(compressed.fallback)
-        answer = await _unless_gone(request, self._backend.ask(compressed))
+        if compressed.loop is not None:
+            compressed, answer = await _unless_gone(request, compressed.loop.run(self._backend.ask))
+            self._metrics.note_spans(compressed.reports)
+        else:
+            self._metrics.note_spans(compressed.reports)
+            self._metrics.fallbacks.inc(compressed.fallback)
+            answer = await _unless_gone(request, self._backend.ask(compressed))
         headers = {**_report_headers(compressed), **answer.headers}
         content = answer.content
         if not isinstance(content, bytes):
@@ -172,7 +184,6 @@ class Gateway:
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         yield
-        self._queue.close()
         self._requests.close()
         self._long_work.close()
         await self._backend.close()
@@ -288,13 +299,18 @@ def _report_headers(compressed: CompressedRequest) -> dict[str, str]:
     if not compressed.is_ours:
         return {}
     report = compressed.report()
-    names = ("memory_tokens", "latents", "cached_tokens", "encode_milliseconds")
+    names = ("mode", "memory_tokens", "latents", "text_rows", "cached_tokens", "encode_milliseconds")
     headers = {_HEADER + name.replace("_", "-").title(): str(report[name]) for name in names}
     if compressed.fallback:
         headers[_HEADER + "Fallback"] = "plain-text"
-    spans = orjson.dumps(report["spans"])
-    if len(spans) <= _MAX_HEADER_BYTES:
-        headers[_HEADER + "Spans"] = spans.decode()
+    spans = [{name: value for name, value in span.items() if name != "segments"} for span in report["spans"]]
+    lists: dict[str, list[Any]] = {"Spans": spans}
+    if report["text_rows"]:
+        segments = [span["segments"] for span in report["spans"]]
+        lists["Text-Chars"] = [[chars for segment in own for chars in segment["chars"]] for own in segments]
+    for name, value in lists.items():
+        if len(content := orjson.dumps(value)) <= _MAX_HEADER_BYTES:
+            headers[_HEADER + name] = content.decode()
     return headers
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from utils.serving.compress_request import CompressedRequest
+    from utils.serving.rewriter import CompressedRequest
 
 EVENT_STREAM = "text/event-stream"
 

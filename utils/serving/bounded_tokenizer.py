@@ -24,11 +24,21 @@ def ids_within(tokenizer: Any, text: str, limit: int, *, special_tokens: bool = 
 
 def first_ids(tokenizer: Any, text: str, limit: int, *, special_tokens: bool = False) -> list[int]:
     """The ids of a text; of one that has more than `limit`, its first ones, more than `limit` of them."""
+    return _beginning(tokenizer, text, limit, special_tokens=special_tokens)[0]
+
+
+def first_part(tokenizer: Any, text: str, limit: int) -> str:
+    """The text that `first_ids` looks at."""
+    return text[: _beginning(tokenizer, text, limit)[1]]
+
+
+def _beginning(tokenizer: Any, text: str, limit: int, *, special_tokens: bool = False) -> tuple[list[int], int]:
+    """The ids that are sure, and the number of characters they were made from."""
     size = max(_LEAST_CHARACTERS, _CHARACTERS_PER_ID * limit)
     while True:
         ids = list(tokenizer(text[:size], add_special_tokens=special_tokens)["input_ids"])
         if size >= len(text):
-            return ids
+            return ids, len(text)
         if len(ids) - _UNSURE_IDS > limit:
-            return ids[:-_UNSURE_IDS]
+            return ids[:-_UNSURE_IDS], size
         size *= 4

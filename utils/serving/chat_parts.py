@@ -1,7 +1,7 @@
 """Chat messages with memory markers: their spans, and the messages with something else in the spans' places.
 
     outline = outline_chat(messages)       # outline.spans: the texts between the markers
-    outline.fill([part, …])                # content parts: latents between the markers, or plain text
+    outline.fill([[part, …], …])           # content parts for each span: latents and markers, or plain text
     outline.flat([text, …])                # contents as texts, as the local decoder's template takes them
 
 Markers are looked for once. A message without memory stays as it was, strings included.
@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.errors import PromptError
-from utils.model.markers import MEMORY_END, MEMORY_START, Piece, has_markers, split_spans
+from utils.model.markers import MEMORY_END, MEMORY_START, PLACEHOLDER, Piece, has_markers, split_spans
+from utils.model.prompt import chat_query
 from utils.serving.api_error import ApiError, shown
 
 Part = dict[str, Any]
+# vLLM refuses texts that hold it: where embeddings stand, it reads this token.
+RESERVED = "<prompt_embeds>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +38,8 @@ class ChatOutline:
     pieces: list[list[Piece | Part]]
     spans: list[str]
 
-    def fill(self, span_parts: Sequence[Part]) -> list[dict[str, Any]]:
-        """The messages with one content part for each span; latents come to stand between the markers."""
+    def fill(self, span_parts: Sequence[Sequence[Part]]) -> list[dict[str, Any]]:
+        """The messages with content parts in each span's place; neighbouring texts become one."""
         remaining = iter(span_parts)
         filled = []
         for message, pieces in zip(self.messages, self.pieces, strict=True):
@@ -44,14 +47,33 @@ class ChatOutline:
             for piece in pieces if _memories(pieces) else []:
                 if isinstance(piece, dict):
                     parts.append(piece)
-                elif not piece.is_memory:
-                    parts.append(_text(piece.text))
-                elif (part := next(remaining))["type"] == "text":
-                    parts.append(part)
                 else:
-                    parts += [_text(MEMORY_START), part, _text(MEMORY_END)]
+                    parts += next(remaining) if piece.is_memory else [text_part(piece.text)]
             filled.append({**message, "content": _joined(parts)} if parts else message)
         return filled
+
+    def fill_texts(self, texts: Sequence[str]) -> list[dict[str, Any]]:
+        """The messages with a text in each span's place; what was a string stays one."""
+        filled = self.fill([[text_part(text)] for text in texts])
+        return [
+            {**new, "content": "".join(part["text"] for part in new["content"])}
+            if new is not old and isinstance(old["content"], str)
+            else new
+            for old, new in zip(self.messages, filled, strict=True)
+        ]
+
+    def query(self) -> str:
+        """What the chat asks, see `chat_query`; parts that are no text are passed over."""
+        texts = [
+            {
+                "role": message.get("role"),
+                "content": "".join(
+                    PLACEHOLDER if piece.is_memory else piece.text for piece in pieces if isinstance(piece, Piece)
+                ),
+            }
+            for message, pieces in zip(self.messages, self.pieces, strict=True)
+        ]
+        return chat_query(texts)
 
     def flat(self, span_texts: Sequence[str]) -> list[dict[str, Any]]:
         """The messages with texts as contents, in which each span is what is given for it.
@@ -111,6 +133,16 @@ def outline_chat(messages: Any, max_spans: int | None = None) -> ChatOutline:
     return ChatOutline(messages=messages, pieces=all_pieces, spans=spans)
 
 
+def text_part(text: str) -> Part:
+    """A content part that is a text."""
+    return {"type": "text", "text": text}
+
+
+def between_markers(parts: Sequence[Part]) -> list[Part]:
+    """What a decoder reads as memory."""
+    return [text_part(MEMORY_START), *parts, text_part(MEMORY_END)]
+
+
 class SpanSplitter:
     """`split_spans` over the texts of one request, whose spans are counted before anything is made of them.
 
@@ -162,10 +194,6 @@ def _memories(pieces: Sequence[Piece | Part]) -> list[str]:
     return [piece.text for piece in pieces if isinstance(piece, Piece) and piece.is_memory]
 
 
-def _text(text: str) -> Part:
-    return {"type": "text", "text": text}
-
-
 def _joined(parts: Sequence[Part]) -> list[Part]:
     """Content parts in which neighbouring texts are one: parts then do not depend on where spans were cut."""
     joined: list[Part] = []
@@ -173,7 +201,7 @@ def _joined(parts: Sequence[Part]) -> list[Part]:
         if not is_text:
             joined += group
         elif text := "".join(part["text"] for part in group):
-            joined.append(_text(text))
+            joined.append(text_part(text))
     return joined
 
 

@@ -1,133 +1,54 @@
 """A client's request body → the body for the backend, with latents where memory markers were.
 
-    compressed = await requests.compress(CHAT, raw, owner)
-    compressed.content    # the bytes to forward; the client's own where there is nothing to change
-    compressed.report()   # what the answer says about the spans
+    compressed = await RequestCompressor(compressor, queue, memories, settings).compress(CHAT, raw, owner)
 
-In order: read the JSON, find the spans, count what all of it expands to, and only then encode. What cannot fit is
-refused before it costs anything; long bodies are read and written beside the event loop.
+In order: read the JSON, find the spans, count what all of it expands to, choose what stays text, and only then encode.
+What cannot fit is refused before it costs anything; long bodies are read and written beside the event loop.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from itertools import chain
 
 import orjson
+import torch
 
 from utils.compress.compressor import Compressor
+from utils.compress.policies.registry import POLICIES
 from utils.compress.prompt_embeds import encode_wire
-from utils.errors import CodeLlavaError, PromptError
-from utils.model.markers import PLACEHOLDER, has_markers
-from utils.model.prompt import MemoryPrompt
-from utils.serving.api_error import ApiError, shown
-from utils.serving.chat_parts import ChatOutline, SpanSplitter, outline_chat
+from utils.errors import CodeLlavaError
+from utils.model.markers import PLACEHOLDER
+from utils.model.prompt import MemoryPrompt, MemorySpan
+from utils.serving.api_error import ApiError
+from utils.serving.chat_parts import RESERVED, Part, between_markers, outline_chat, text_part
 from utils.serving.encoder_queue import EncodedSpan, EncoderQueue
-from utils.serving.json_body import MAX_DEPTH, MAX_VALUES, read_object
-from utils.serving.memories import Memory, MemoryStore
-from utils.serving.off_loop import OffLoop
-from utils.serving.prompt_rows import ONE_PROMPT, PromptRows
+from utils.serving.expand_tool import ExpandTool, Segment, check_request, label, segment_ranges
+from utils.serving.memories import MemoryStore
+from utils.serving.prompt_rows import ONE_PROMPT
+from utils.serving.read_request import Body, ReadRequest
+from utils.serving.report import span_reports
+from utils.serving.request_options import OptionsReader
+from utils.serving.rewriter import CompressedRequest, Rewriter
 from utils.serving.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
-Body = dict[str, Any]
-
-CHAT, COMPLETIONS = "/chat/completions", "/completions"
-
-# A request may say {"code_llava": {"chunk_size": 16}}; the answer tells under the same name what was compressed.
-EXTENSION = "code_llava"
-# vLLM's own field: what has another salt shares no prefix cache.
-_CACHE_SALT = "cache_salt"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompressedRequest:
-    """A request ready for the backend.
-
-    Attributes:
-        path: Its endpoint.
-        body: The client's fields, less what is the gateway's own.
-        content: The body as a server gets it: a new one, or the client's own bytes.
-        prompts: The same for a decoder in this process: ids whose placeholders `spans` fill.
-        is_ours: The request asked something of the gateway, so that the answer tells what was done.
-        spans: What was encoded, in order.
-        fallback: The memory went as plain text, because the encoder failed.
-    """
-
-    path: str
-    body: Body
-    content: bytes = b""
-    prompts: Sequence[MemoryPrompt] = ()
-    is_ours: bool = False
-    spans: Sequence[EncodedSpan] = ()
-    fallback: bool = False
-
-    def report(self) -> Body:
-        """The extension field of an answer."""
-        tokens = sum(span.num_tokens for span in self.spans)
-        latents = sum(len(span.latents_ND) for span in self.spans)
-        return {
-            "memory_tokens": tokens,
-            "latents": latents,
-            "cached_tokens": sum(span.cached_tokens for span in self.spans),
-            "compression_ratio": tokens / latents if latents else None,
-            "encode_milliseconds": max((round(span.milliseconds, 2) for span in self.spans), default=0.0),
-            "fallback": "plain-text" if self.fallback else None,
-            "spans": [span.report() for span in self.spans],
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Read:
-    """A body that was read: its fields, and where its spans are.
-
-    Attributes:
-        chat: A chat's messages; None for a completion.
-        prompts: A completion's marked prompts, each as texts and spans in turns: a text first and last.
-        sources: What the spans stand for; together no longer than a body.
-    """
-
-    path: str
-    raw: bytes
-    body: Body
-    is_ours: bool
-    is_changed: bool
-    chunk_size: int | None
-    chat: ChatOutline | None
-    prompts: list[list[str]]
-    sources: list[str | Memory]
-
-    def unchanged(self) -> CompressedRequest:
-        """Forward it without memory."""
-        content = orjson.dumps(self.body) if self.is_changed else self.raw
-        return CompressedRequest(path=self.path, body=self.body, content=content, is_ours=self.is_ours)
-
-    def with_plain_text(self) -> Body:
-        """The body with its memory as text."""
-        texts = [source.text if isinstance(source, Memory) else source for source in self.sources]
-        if self.chat is not None:
-            return {**self.body, "messages": self.chat.fill([{"type": "text", "text": text} for text in texts])}
-        remaining = iter(texts)
-        plain = [
-            "".join(next(remaining) if place % 2 else text for place, text in enumerate(pieces))
-            for pieces in self.prompts
-        ]
-        return {**self.body, "prompt": plain if isinstance(self.body["prompt"], list) else plain[0]}
-
-
-class RequestCompressor:
-    """Rewrites request bodies.
+class RequestCompressor(Rewriter):
+    """Puts latents in the spans' places: a chat's become content parts, a completion's prompt with memory rows.
 
     Args:
         compressor: Parses and embeds.
-        queue: Encodes.
+        queue: Encodes; closed with this.
         memories: Stored texts that spans may name.
         settings: Limits, keys and the policy on failure.
-        is_local: The backend decodes in this process: its text is parsed here, too, once and before the work begins.
+        is_local: See `Rewriter`.
     """
+
+    mode = "latents"
 
     def __init__(
         self,
@@ -137,133 +58,66 @@ class RequestCompressor:
         settings: GatewaySettings,
         is_local: bool = False,
     ) -> None:
+        config = compressor.files.config
+        sizes = {config.chunk_size, *config.chunk_sizes}
+        options = OptionsReader(sizes, settings.expansion, has_tool=not is_local)
+        super().__init__(compressor, options, memories, settings, is_local=is_local)
         self._compressor = compressor
         self._queue = queue
-        self._memories = memories
-        self._settings = settings
-        self._is_local = is_local
-        self._rows = PromptRows(compressor, settings.max_request_rows)
-        # A tokenizer must not be used by two threads at once, and its work must not wait for long bodies.
-        self._tokenizer = OffLoop("tokenizer")
-        self._bodies = OffLoop("bodies")
 
     def close(self) -> None:
         """End the threads."""
-        self._tokenizer.close()
-        self._bodies.close()
+        self._queue.close()
+        super().close()
 
-    async def compress(self, path: str, raw: bytes, owner: str = "") -> CompressedRequest:
-        """Rewrite a body: a chat's spans become content parts, a completion's prompt with memory becomes rows.
+    async def _rewrite(self, read: ReadRequest, owner: str) -> CompressedRequest:
+        if read.options.tool:
+            check_request(read.body)
+            whole = read
+            read = await self._tokenizer.run(lambda: self._in_segments(whole))
+        prompts, questions = await self._tokenizer.run(lambda: self._parse(read))
+        if not read.sources:
+            return await self._tokenizer.run(lambda: self._write(read, prompts, []))
+        spans = await self._encode([*questions, *(span for prompt in prompts for span in prompt.spans)], owner)
+        return await self._tokenizer.run(lambda: self._select_and_write(read, prompts, questions, spans))
 
-        Args:
-            path: The endpoint, `CHAT` or `COMPLETIONS`.
-            raw: The body.
-            owner: Whose memories and cache entries it may use, and what it may not share.
+    def _parse(self, read: ReadRequest) -> tuple[list[MemoryPrompt], list[MemorySpan]]:
+        """What the backend will read, and, where latents select, the questions of the prompts with memory.
 
-        Raises:
-            PromptError: The markers are wrong, or a span is too long.
-            ApiError: 400, a body of another shape; 413, too many spans or rows; also an unknown memory, a full queue,
-                an encoder that failed.
+        What cannot fit is refused.
         """
-        read = await self._bodies.run_if_long(len(raw), lambda: self._read(path, raw, owner))
-        if not (read.sources or self._is_local):
-            return await self._bodies.run_if_long(len(raw), read.unchanged)
-        prompts = await self._tokenizer.run(lambda: self._parse(read))
-        spans = await self._encode(prompts, owner) if read.sources else []
-        return await self._tokenizer.run(lambda: self._write(read, prompts, spans))
+        prompts, expansion = self._prompts(read), read.options.expansion
+        if expansion is None or not read.sources:
+            return prompts, []
+        asked: list[MemorySpan] = []
+        if POLICIES[expansion.policy].reads_query:
+            with_memory = [prompt for prompt in prompts if prompt.spans]
+            asked = [span for prompt in with_memory if (span := self._rows.question(prompt, expansion))]
+            if len(asked) < len(with_memory):
+                if not read.options.asks_to_expand:
+                    return prompts, []
+                raise ApiError(
+                    400, "the prompt asks nothing outside its memory: say with expand_query what to select by, or "
+                    "choose the expand_policy random or all",
+                )  # fmt: skip
+        if expansion.policy == "latents":
+            return prompts, asked
+        return self._rows.expand(prompts, expansion), []
 
-    def settings_report(self) -> Body:
-        """What a client may want to know before it asks: the checkpoint, its chunk sizes and the limits."""
-        files, settings = self._compressor.files, self._settings
-        return {
-            "checkpoint": files.root.name,
-            "chunk_size": files.config.chunk_size,
-            "chunk_sizes": sorted(self._chunk_sizes()),
-            "max_spans": settings.max_spans,
-            "limits": {
-                "body_bytes": settings.max_body_bytes,
-                "body_values": MAX_VALUES,
-                "body_depth": MAX_DEPTH,
-                "spans": settings.max_spans,
-                "prompt_rows": self._rows.max_prompt_rows,
-                "request_rows": self._rows.max_request_rows,
-                "waiting_requests": settings.max_waiting,
-                "memories": self._memories.max_count,
-                "memories_bytes": self._memories.max_bytes,
-                "memory_ttl_seconds": self._memories.ttl_s,
-            },
-        }
+    def _in_segments(self, read: ReadRequest) -> ReadRequest:
+        """The request with a source for each segment that the tool can show."""
+        prompt = self._rows.spans_alone(read.sources, read.options.chunk_size)
+        memories = self._rows.memory_texts(prompt)
+        texts = [[memory.text[slice(*chars)] for chars in segment_ranges(memory)] for memory in memories]
+        return replace(read, sources=[*chain(*texts)], num_segments=[*map(len, texts)])
 
-    def _chunk_sizes(self) -> set[int]:
-        """The sizes that the checkpoint was made for: others would be answered badly without a word."""
-        config = self._compressor.files.config
-        return {config.chunk_size, *config.chunk_sizes}
-
-    def _read(self, path: str, raw: bytes, owner: str) -> _Read:
-        body = read_object(raw)
-        chat, prompts = None, []
-        if path == CHAT:
-            if self._is_local and isinstance(body.get("messages"), list):
-                self._rows.check_count(len(body["messages"]), "the chat, at one row a message or more")
-            chat = outline_chat(body.get("messages"), self._settings.max_spans)
-            spans = chat.spans
-        else:
-            prompts = self._marked_prompts(body)
-            spans = [span for pieces in prompts for span in pieces[1::2]]
-        chunk_size = self._chunk_size(body)
-        sources = [self._memories.resolve(span, owner) or span for span in spans]
-        num_bytes = len(raw) + sum(source.size_bytes for source in sources if isinstance(source, Memory))
-        if num_bytes > self._settings.max_body_bytes:
-            raise ApiError(
-                413, f"with the stored texts that it names the body has {num_bytes} bytes, the limit is "
-                f"{self._settings.max_body_bytes}",
-            )  # fmt: skip
-        salt = {_CACHE_SALT: _cache_salt(owner, body.get(_CACHE_SALT))} if owner and not self._is_local else {}
-        return _Read(
-            path=path,
-            raw=raw,
-            body={name: value for name, value in body.items() if name != EXTENSION} | salt,
-            is_ours=EXTENSION in body or bool(sources),
-            is_changed=EXTENSION in body or bool(salt),
-            chunk_size=chunk_size,
-            chat=chat,
-            prompts=prompts,
-            sources=sources,
-        )
-
-    def _marked_prompts(self, body: Body) -> list[list[str]]:
-        """A completion's prompts as texts and spans in turns; none where no prompt has memory."""
-        if body.get("prompt_embeds") is not None:
-            raise PromptError("prompt_embeds are not taken from clients: send text")
-        given = body.get("prompt")
-        prompts = given if isinstance(given, list) else [given]
-        texts = [text for text in prompts if isinstance(text, str)]
-        if not any(map(has_markers, texts)):
-            return []
-        if len(texts) < len(prompts):
-            raise ApiError(400, "prompts with memory and prompts of token ids cannot share a request")
-        self._rows.check_together(len(texts))
-        splitter = SpanSplitter(self._settings.max_spans)
-        return [[piece.text for piece in splitter.split(text, "the prompt")] for text in texts]
-
-    def _chunk_size(self, body: Body) -> int | None:
-        """The chunk size that a request asks for."""
-        options = body.get(EXTENSION, {})
-        if not isinstance(options, dict) or options.keys() - {"chunk_size"}:
-            raise ApiError(400, f'{EXTENSION} is {shown(options)}, expected {{"chunk_size": …}}')
-        chunk_size = options.get("chunk_size")
-        if chunk_size is not None and (type(chunk_size) is not int or chunk_size not in self._chunk_sizes()):
-            sizes = ", ".join(map(str, sorted(self._chunk_sizes())))
-            raise ApiError(400, f"chunk_size is {shown(chunk_size)}, this checkpoint has {sizes}")
-        return chunk_size
-
-    def _parse(self, read: _Read) -> list[MemoryPrompt]:
-        """What the backend will read, or of a server's chat the spans alone; what cannot fit is refused."""
-        rows, size = self._rows, read.chunk_size
+    def _prompts(self, read: ReadRequest) -> list[MemoryPrompt]:
+        """The prompts with all latents, or of a server's chat the spans alone."""
+        rows, size = self._rows, read.options.chunk_size
         if read.chat is not None and self._is_local:
             return [rows.chat(read.chat.flat([PLACEHOLDER] * len(read.sources)), read.sources, size)]
         if read.chat is not None:
-            return [rows.spans_alone(read.sources, size)]
+            return [rows.spans_alone(read.sources, size, read.chat.query() if read.options.expansion else "")]
         if not read.sources:
             return [rows.plain(read.body.get("prompt"))]
         remaining = iter(read.sources)
@@ -278,10 +132,28 @@ class RequestCompressor:
             raise ApiError(400, ONE_PROMPT)
         return parsed
 
-    async def _encode(self, prompts: Sequence[MemoryPrompt], owner: str) -> list[EncodedSpan] | None:
-        """The spans of all prompts; None when the encoder failed and plain text is the policy."""
+    def _select_and_write(
+        self,
+        read: ReadRequest,
+        prompts: Sequence[MemoryPrompt],
+        questions: Sequence[MemorySpan],
+        encoded: Sequence[EncodedSpan] | None,
+    ) -> CompressedRequest:
+        """`_write`, after the latents of the questions, if any come first, have selected what stays text."""
+        if encoded is None or not questions or read.options.expansion is None:
+            return self._write(read, prompts, encoded)
+        spans = encoded[len(questions) :]
+        asked, remaining = iter(encoded), iter(spans)
+        latents = [
+            [next(asked).latents_ND, *(next(remaining).latents_ND for _ in prompt.spans)] if prompt.spans else []
+            for prompt in prompts
+        ]
+        return self._write(read, self._rows.expand(prompts, read.options.expansion, latents), spans)
+
+    async def _encode(self, spans: Sequence[MemorySpan], owner: str) -> list[EncodedSpan] | None:
+        """What the encoder makes of spans; None when it failed and plain text is the policy."""
         try:
-            return await self._queue.encode([span for prompt in prompts for span in prompt.spans], owner.encode())
+            return await self._queue.encode(spans, owner.encode())
         except (ApiError, CodeLlavaError):
             raise
         except Exception as error:  # out of memory, a broken device, …: whatever stops the encoder
@@ -291,32 +163,56 @@ class RequestCompressor:
             raise ApiError(500, f"the encoder failed ({type(error).__name__}): nothing was sent") from None
 
     def _write(
-        self, read: _Read, prompts: Sequence[MemoryPrompt], spans: Sequence[EncodedSpan] | None
+        self, read: ReadRequest, prompts: Sequence[MemoryPrompt], spans: Sequence[EncodedSpan] | None
     ) -> CompressedRequest:
         """The request as the backend takes it; without spans the encoder has failed."""
+        if spans is not None and read.options.tool:
+            return self._with_tool(read, prompts, spans)
         if spans is not None:
             body = read.body if self._is_local else self._with_latents(read, prompts, spans)
         else:
-            body = read.with_plain_text()
+            body = read.with_plain_text(read.texts)
             if self._is_local and read.chat is not None:
                 prompts = [self._rows.chat(outline_chat(body["messages"]).flat([]), [], None)]
             elif self._is_local:
                 prompts = [self._rows.plain(body["prompt"])]
-        return CompressedRequest(
-            path=read.path,
-            body=body,
-            content=b"" if self._is_local else orjson.dumps(body),
+        return self._forward(
+            read,
+            body,
+            b"" if self._is_local else orjson.dumps(body),
             prompts=prompts,
-            is_ours=read.is_ours,
             spans=spans or (),
             fallback=spans is None,
+            reports=span_reports(prompts, spans) if spans else (),
         )
 
-    def _with_latents(self, read: _Read, prompts: Sequence[MemoryPrompt], spans: Sequence[EncodedSpan]) -> Body:
+    def _with_tool(
+        self, read: ReadRequest, prompts: Sequence[MemoryPrompt], spans: Sequence[EncodedSpan]
+    ) -> CompressedRequest:
+        """A request that its tool's loop asks."""
+        (alone,) = prompts
+        decoder = self._compressor.processor.tokenizers.decoder
+        segments = []
+        own = zip(alone.spans, self._chat_parts(alone, spans), span_reports(prompts, spans), strict=True)
+        for number, (span, parts, report) in enumerate(own, start=1):
+            name = f"seg_{number}"
+            label_rows = len(decoder(label(name) + "\n", add_special_tokens=False)["input_ids"])
+            framed = replace(report, frame_rows=report.frame_rows + label_rows)
+            segments.append(Segment(id=name, text=span.text, latents=parts, report=framed))
+        loop = ExpandTool(
+            read,
+            self._forward(read, read.body, b""),
+            segments,
+            self._rows.max_prompt_rows,
+            self._tokenizer,
+            decoder,
+        )
+        return self._forward(read, read.body, b"", loop=loop)
+
+    def _with_latents(self, read: ReadRequest, prompts: Sequence[MemoryPrompt], spans: Sequence[EncodedSpan]) -> Body:
         if read.chat is not None:
-            wires = (encode_wire(span.latents_ND, self._compressor.dtype) for span in spans)
-            parts = [{"type": "prompt_embeds", "data": wire} for wire in wires]
-            return {**read.body, "messages": read.chat.fill(parts)}
+            (alone,) = prompts
+            return read.with_parts(self._chat_parts(alone, spans))
         remaining = iter(spans)
         rows = []
         for prompt in prompts:
@@ -325,9 +221,24 @@ class RequestCompressor:
         others = {name: value for name, value in read.body.items() if name != "prompt"}
         return {**others, "prompt_embeds": rows if isinstance(read.body["prompt"], list) else rows[0]}
 
+    def _chat_parts(self, prompt: MemoryPrompt, spans: Sequence[EncodedSpan]) -> list[list[Part]]:
+        """For each span its content parts: between the markers runs of latents and, in their places, texts."""
+        own = zip(prompt.spans, spans, strict=True)
+        return [self._span_parts(prompt, span, encoded.latents_ND) for span, encoded in own]
 
-def _cache_salt(owner: str, given: Any) -> str:
-    """A salt that no other key's requests have, whatever salt they send."""
-    if given is not None and not isinstance(given, str):
-        raise ApiError(400, f"{_CACHE_SALT} is {shown(given)}, expected a text")
-    return hashlib.sha256(f"{owner} {given or ''}".encode()).hexdigest()
+    def _span_parts(self, prompt: MemoryPrompt, span: MemorySpan, latents_ND: torch.Tensor) -> list[Part]:
+        parts: list[tuple[int, Part]] = [
+            (start, self._rows_part(latents_ND[chunk : chunk + stop - start]))
+            for start, stop, chunk in span.latent_runs
+        ]
+        for segment in span.segments:
+            text = "".join(span.text[begin:end] for begin, end in segment.chars)
+            if RESERVED in text:
+                alone = MemoryPrompt(input_ids=prompt.input_ids[slice(*segment.rows)], spans=())
+                parts.append((segment.rows[0], self._rows_part(self._compressor.embed(alone, []).values_TD)))
+            else:
+                parts.append((segment.rows[0], text_part(text)))
+        return between_markers([part for _, part in sorted(parts, key=lambda placed: placed[0])])
+
+    def _rows_part(self, rows_TD: torch.Tensor) -> Part:
+        return {"type": "prompt_embeds", "data": encode_wire(rows_TD, self._compressor.dtype)}

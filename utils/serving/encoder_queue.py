@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from utils.compress.span_encoder import EncodingStopped
 from utils.serving.api_error import ApiError
@@ -45,15 +45,6 @@ class EncodedSpan:
     num_tokens: int
     cached_tokens: int
     milliseconds: float
-
-    def report(self) -> dict[str, Any]:
-        """What an answer says about the span."""
-        return {
-            "tokens": self.num_tokens,
-            "latents": len(self.latents_ND),
-            "cached_tokens": self.cached_tokens,
-            "milliseconds": round(self.milliseconds, 2),
-        }
 
 
 @dataclass(slots=True, eq=False)

@@ -12,7 +12,7 @@ import sys
 
 from utils.cli import make_parser, run_command
 from utils.errors import ConfigError
-from utils.flags import add_cache_flags, add_checkpoint_flags, add_memory_limit_flags
+from utils.flags import add_cache_flags, add_checkpoint_flags, add_expand_flags, add_memory_limit_flags
 from utils.serving.settings import DEFAULT_BACKEND_URL, GatewaySettings, is_loopback, read_keys
 
 logger = logging.getLogger(__name__)
@@ -28,19 +28,22 @@ def build_parser() -> argparse.ArgumentParser:
   vllm serve checkpoints/code-llava-smollm2/llm --served-model-name code-llava --enable-prompt-embeds
   python -m utils.serving.gateway --backend-url http://127.0.0.1:8000
   python -m utils.serving.gateway --backend local      # no server needed; a page at http://127.0.0.1:8080/
+  python -m utils.serving.gateway --backend text --backend-url http://127.0.0.1:11434/v1
   curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "code-llava",
     "messages": [{"role": "user", "content": "What is this? <|memory_start|>def f(): …<|memory_end|>"}]}'""",
         prog="python -m utils.serving.gateway",
     )
     add_checkpoint_flags(parser)
     add_memory_limit_flags(parser)
+    add_expand_flags(parser)
     add_cache_flags(parser)
     backend = parser.add_argument_group("backend")
     backend.add_argument(
-        "--backend", choices=("vllm", "local"), default="vllm",
-        help="a vLLM server, or the checkpoint's decoder in this process, one request at a time; default vllm",
+        "--backend", choices=("vllm", "local", "text"), default="vllm",
+        help="a vLLM server; the checkpoint's decoder in this process, one request at a time; or any server, which "
+        "gets selected text instead of latents, an eighth of the memory by default; default vllm",
     )  # fmt: skip
-    backend.add_argument("--backend-url", help=f"vLLM server; default {DEFAULT_BACKEND_URL}")
+    backend.add_argument("--backend-url", help=f"the server; default {DEFAULT_BACKEND_URL}")
     backend.add_argument("--backend-key", help="its key; default $VLLM_API_KEY, else $OPENAI_API_KEY")
     backend.add_argument("--timeout", type=float, default=600.0, help="its longest silence in seconds; default 600")
     server = parser.add_argument_group("server")
@@ -95,6 +98,8 @@ def _run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
     if args.backend == "local" and args.backend_url:
         raise ConfigError("--backend local answers in this process: leave --backend-url out")
+    if args.backend == "text" and args.chunk_size is not None:
+        raise ConfigError("--backend text sends no latents: leave --chunk-size out")
     settings = GatewaySettings(
         backend_url=args.backend_url or DEFAULT_BACKEND_URL,
         backend_key=args.backend_key,

@@ -30,8 +30,9 @@ from utils.inference.generation import Generator
 from utils.model.splice import splice_spans
 from utils.serving.api_error import ApiError, error_body
 from utils.serving.backend import EVENT_STREAM, Answer
-from utils.serving.compress_request import CHAT, CompressedRequest
 from utils.serving.local_request import LocalRequest
+from utils.serving.read_request import CHAT
+from utils.serving.rewriter import CompressedRequest
 
 logger = logging.getLogger(__name__)
 

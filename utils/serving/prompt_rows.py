@@ -9,48 +9,83 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
 
-from utils.compress.compressor import Compressor
+from utils.compress.expander import Expander
+from utils.compress.select import Expansion, MemoryText
+from utils.errors import ConfigError
 from utils.model.markers import PLACEHOLDER
-from utils.model.prompt import MemoryPrompt, chat_text, num_latents, place_spans
+from utils.model.prompt import MemoryPrompt, MemorySpan, chat_query, chat_text, num_latents, place_spans
 from utils.serving.api_error import ApiError
-from utils.serving.bounded_tokenizer import first_ids, ids_within
+from utils.serving.bounded_tokenizer import first_ids, first_part, ids_within
 from utils.serving.memories import Memory
+
+if TYPE_CHECKING:
+    import torch
+
+    from utils.checkpoint.layout import CheckpointFiles
+    from utils.model.processor import Processor
 
 ONE_PROMPT = "the local backend takes one prompt a request: a text that is not empty, or token ids"
 # A decoder that does not say how many positions it has.
 _NO_LIMIT = 1 << 20
 
 
+class PromptParser(Protocol):
+    """What parsing needs of a checkpoint, such as a `Compressor` has it."""
+
+    @property
+    def files(self) -> CheckpointFiles:
+        """The checkpoint."""
+        ...
+
+    @property
+    def processor(self) -> Processor:
+        """Its tokenizers, and the longest allowed span."""
+        ...
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest prompt in rows; None where nobody says."""
+        ...
+
+
 class PromptRows:
     """Parses prompts whose rows fit.
 
     Args:
-        compressor: Its tokenizers, limits and decoder's positions.
+        parser: Tokenizers, limits and the decoder's positions.
         max_request_rows: Most rows of all prompts of one request; None: four times the positions.
     """
 
-    def __init__(self, compressor: Compressor, max_request_rows: int | None = None) -> None:
-        processor = compressor.processor
-        config = compressor.files.config
-        self.max_prompt_rows = compressor.max_positions or _NO_LIMIT
+    def __init__(self, parser: PromptParser, max_request_rows: int | None = None) -> None:
+        processor = parser.processor
+        config = parser.files.config
+        self.max_prompt_rows = parser.max_positions or _NO_LIMIT
         self.max_request_rows = max_request_rows or 4 * self.max_prompt_rows
         self._chunk_size = config.chunk_size
         self._limit = processor.limit
         self._tokenizers = processor.tokenizers
+        self._has_positions = parser.max_positions is not None
         # More tokens than this are in no prompt, whatever its chunk size.
-        self._most_tokens = self.max_prompt_rows * max(config.chunk_size, *config.chunk_sizes, 1)
+        largest = max(config.chunk_size, *config.chunk_sizes, 1) if self._has_positions else 1
+        self._most_tokens = self.max_prompt_rows * largest
 
-    def spans_alone(self, sources: Sequence[str | Memory], chunk_size: int | None) -> MemoryPrompt:
+    def spans_alone(self, sources: Sequence[str | Memory], chunk_size: int | None, query: str = "") -> MemoryPrompt:
         """A prompt of nothing but the spans: for a backend that counts the text around them itself.
+
+        Args:
+            sources: The spans.
+            chunk_size: Encoder tokens per latent; None for the checkpoint's own.
+            query: What is asked about them.
 
         Raises:
             ApiError: 413, it needs more rows than the decoder has positions.
             PromptError: A span is empty or over its limit.
         """
         marks = self._tokenizers.markers
-        return self._place([marks.start, marks.memory, marks.end] * len(sources), sources, chunk_size)
+        return self._place([marks.start, marks.memory, marks.end] * len(sources), sources, chunk_size, query)
 
     def raw(self, texts: Sequence[str], sources: Sequence[str | Memory], chunk_size: int | None) -> MemoryPrompt:
         """One text; `texts` are what stands before, between and after its spans.
@@ -58,7 +93,8 @@ class PromptRows:
         Raises:
             ApiError, PromptError: As `spans_alone`.
         """
-        return self._place(self._text_ids(PLACEHOLDER.join(texts), special_tokens=True), sources, chunk_size)
+        ids = self._text_ids(PLACEHOLDER.join(texts), special_tokens=True)
+        return self._place(ids, sources, chunk_size, " ".join(texts).strip())
 
     def chat(
         self, messages: list[dict[str, Any]], sources: Sequence[str | Memory], chunk_size: int | None
@@ -73,7 +109,8 @@ class PromptRows:
         Raises:
             ApiError, PromptError: As `spans_alone`; also messages that the chat template refuses.
         """
-        return self._place(self._text_ids(chat_text(messages, self._tokenizers.decoder)), sources, chunk_size)
+        ids = self._text_ids(chat_text(messages, self._tokenizers.decoder))
+        return self._place(ids, sources, chunk_size, chat_query(messages))
 
     def plain(self, prompt: Any) -> MemoryPrompt:
         """The only prompt of a completion without memory: a text, or a list of token ids.
@@ -90,6 +127,52 @@ class PromptRows:
             if all(type(token) is int and token >= 0 for token in prompt):
                 return MemoryPrompt(input_ids=prompt, spans=())
         raise ApiError(400, ONE_PROMPT)
+
+    def question(self, prompt: MemoryPrompt, expansion: Expansion) -> MemorySpan | None:
+        """What a prompt's memory is selected by, as a span that can be encoded; None where nothing is asked.
+
+        Raises:
+            ApiError: 413, it is longer than the decoder's positions.
+        """
+        query = prompt.query if expansion.query is None else expansion.query
+        ids = ids_within(self._tokenizers.encoder, query, self.max_prompt_rows) if query.strip() else []
+        if ids is None:
+            raise self._too_long("the question to select by (expand_query sets a shorter one)")
+        size = prompt.spans[0].chunk_size if prompt.spans else self._chunk_size
+        stop = num_latents(max(1, len(ids)), size)
+        return MemorySpan(text=query, token_ids=ids, start=0, stop=stop, chunk_size=size) if ids else None
+
+    def expand(
+        self,
+        prompts: Sequence[MemoryPrompt],
+        expansion: Expansion,
+        latents: Sequence[Sequence[torch.Tensor]] | None = None,
+    ) -> list[MemoryPrompt]:
+        """The prompts with text in place of some of their latents.
+
+        Args:
+            prompts: Parsed; each has the whole budget for itself.
+            expansion: Budget and policy.
+            latents: For the policy `latents`: of each prompt with memory those of its question and its spans.
+
+        Raises:
+            ApiError: 400, the encoder's tokenizer cannot; 413, the text does not fit.
+        """
+        each = latents or [()] * len(prompts)
+        wider = [self._expand(prompt, expansion, own) for prompt, own in zip(prompts, each, strict=True)]
+        self.check_together(sum(len(prompt.input_ids) for prompt in wider))
+        return wider
+
+    def memory_texts(self, prompt: MemoryPrompt) -> list[MemoryText]:
+        """The spans as selection sees them.
+
+        Raises:
+            ApiError: 400, the encoder's tokenizer cannot tell which characters a token stands for.
+        """
+        try:
+            return [MemoryText.of(span, self._tokenizers.encoder) for span in self._as_encoded(prompt).spans]
+        except ConfigError as error:
+            raise ApiError(400, str(error)) from None
 
     def check_count(self, num_rows: int, what: str = "the prompt") -> None:
         """Refuse a prompt of too many rows."""
@@ -110,7 +193,31 @@ class PromptRows:
             raise self._too_long("the text outside the memory")
         return ids
 
-    def _place(self, ids: list[int], sources: Sequence[str | Memory], chunk_size: int | None) -> MemoryPrompt:
+    def _expand(self, prompt: MemoryPrompt, expansion: Expansion, latents: Sequence[torch.Tensor]) -> MemoryPrompt:
+        expander = Expander(self._tokenizers, lambda _: latents)
+        try:
+            wider = expander(self._as_encoded(prompt), expansion)
+        except ConfigError as error:
+            raise ApiError(400, str(error)) from None
+        self.check_count(len(wider.input_ids), "the prompt with text in place of latents")
+        return wider
+
+    def _as_encoded(self, prompt: MemoryPrompt) -> MemoryPrompt:
+        """The prompt with spans that end where their tokens do: what the limit on a span cut off is not selected."""
+        limit = self._limit
+        if limit is None or not limit.truncate or limit.max_tokens is None:
+            return prompt
+        spans = [
+            replace(span, text=first_part(self._tokenizers.encoder, span.text, limit.max_tokens), truncated_tokens=1)
+            if len(span.token_ids) == limit.max_tokens
+            else span
+            for span in prompt.spans
+        ]
+        return replace(prompt, spans=tuple(spans))
+
+    def _place(
+        self, ids: list[int], sources: Sequence[str | Memory], chunk_size: int | None, query: str
+    ) -> MemoryPrompt:
         size = chunk_size or self._chunk_size
         # Each span has one placeholder in the ids.
         room = self.max_prompt_rows - (len(ids) - len(sources))
@@ -128,7 +235,8 @@ class PromptRows:
             token_ids.append(tokens)
             texts.append(source.text if isinstance(source, Memory) else source)
         self.check_count(self.max_prompt_rows - room + taken)
-        return place_spans(ids, texts, token_ids, self._tokenizers.markers, size, self._limit)
+        placed = place_spans(ids, texts, token_ids, self._tokenizers.markers, size, self._limit)
+        return replace(placed, query=query)
 
     def _tokens(self, source: str | Memory, most: int) -> array[int] | None:
         """A span's encoder tokens; of one of more than `most` perhaps None. A stored text is tokenised once."""
@@ -148,6 +256,8 @@ class PromptRows:
 
     def _too_long(self, what: str, num_rows: int | None = None) -> ApiError:
         count = f"{num_rows} rows" if num_rows else f"more than {self.max_prompt_rows} rows"
+        if not self._has_positions:
+            return ApiError(413, f"{what}: {count}, which is the limit: shorten the text or the memory")
         return ApiError(
             413, f"{what}: {count}, but the decoder has {self.max_prompt_rows} positions: compress more (a larger "
             "chunk_size), or shorten the text or the memory",

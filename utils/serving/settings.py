@@ -6,9 +6,12 @@ import hashlib
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from utils.compress.select import Expansion
 
 OnError = Literal["fail", "plain-text"]
 DEFAULT_BACKEND_URL = "http://127.0.0.1:8000"
@@ -54,6 +57,7 @@ class GatewaySettings:
         connections: Deadlines and number of the clients' connections.
         api_keys: Keys of which clients must send one; none lets everyone in.
         on_error: What to do when the encoder fails: refuse the request, or send the memory as plain text and say so.
+        expansion: How much of the memory stays text in requests that say nothing about it; None for nothing.
         max_body_bytes: Longest request body.
         max_bodies_bytes: All bodies in work together; None: four of the longest.
         max_spans: Most memory spans in one request.
@@ -76,6 +80,7 @@ class GatewaySettings:
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     api_keys: tuple[str, ...] = ()
     on_error: OnError = "fail"
+    expansion: Expansion | None = None
     max_body_bytes: int = 64 << 20
     max_bodies_bytes: int | None = None
     max_spans: int = 1024

@@ -21,7 +21,7 @@ from utils.serving.backend import EVENT_STREAM, Answer
 from utils.serving.settings import GatewaySettings
 
 if TYPE_CHECKING:
-    from utils.serving.compress_request import CompressedRequest
+    from utils.serving.rewriter import CompressedRequest
 
 logger = logging.getLogger(__name__)
 

@@ -96,10 +96,17 @@ def test_an_address_that_others_reach_needs_a_key(
     assert "NO KEY" not in caplog.text
 
 
-@pytest.mark.parametrize("flags", [("--allowed-origin", "*"), ("--allowed-host", "a,http://b")])
-def test_names_of_the_door_are_checked_before_the_checkpoint(
-    flags: tuple[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--allowed-origin", "*"),
+        ("--allowed-host", "a,http://b"),
+        ("--expand", "2"),
+        ("--expand-policy", "answer", "--expand", "1/2"),
+        ("--expand-tokens", "-1"),
+    ],
+)
+def test_flags_are_checked_before_the_checkpoint(flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert gateway.main([*flags, "--checkpoint", "no-such-checkpoint"]) == 1
     assert flags[0] in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import pytest
 
 from tests.support import gateway_server, vllm_server
 from tests.support.processes import free_port
-from tests.support.prompts import CHAT, chat_body
+from tests.support.prompts import CHAT, COMPLETIONS, chat_body
 from tests.support.vllm_server import local_answer
 from utils.compress.compressor import Compressor
+from utils.compress.select import Expansion
 from utils.model.markers import wrap
 
 openai = pytest.importorskip("openai")
@@ -55,6 +57,32 @@ def test_answers_are_the_local_decoders(gateway: str, default_compressor: Compre
     assert completion.choices[0].text == local_answer(
         decoder, default_compressor, default_compressor.parse_raw(text), NEW_TOKENS
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "expansion"),
+    [
+        ({"expand": "1/4"}, Expansion(share=Fraction(1, 4))),
+        ({"expand": 0.5, "expand_policy": "random"}, Expansion(share=Fraction(1, 2), policy="random")),
+        ({"expand_policy": "all"}, Expansion(policy="all")),
+    ],
+)
+def test_answers_about_expanded_memory_are_the_local_decoders(
+    gateway: str, default_compressor: Compressor, decoder: Any, fields: dict[str, Any], expansion: Expansion
+) -> None:
+    text = f"{wrap(''.join(code(number) for number in range(30)))}\nWhat does secret_7 return?"
+    messages = [{"role": "user", "content": text}]
+    asked = {"model": "tiny", "max_tokens": NEW_TOKENS, "temperature": 0, "code_llava": fields}
+    chat = httpx.post(gateway + CHAT, json={"messages": messages, **asked}, timeout=300).json()
+    completion = httpx.post(gateway + COMPLETIONS, json={"prompt": text, **asked}, timeout=300).json()
+    for parsed, answer, said in (
+        (default_compressor.parse_chat(messages), chat, chat["choices"][0].get("message", {}).get("content")),
+        (default_compressor.parse_raw(text), completion, completion["choices"][0].get("text")),
+    ):
+        prompt = default_compressor.expand(parsed, expansion)
+        assert prompt.text_rows == answer["code_llava"]["text_rows"] > 0
+        assert answer["usage"]["prompt_tokens"] == len(prompt.input_ids)
+        assert said == local_answer(decoder, default_compressor, prompt, NEW_TOKENS)
 
 
 def test_a_second_request_costs_no_encoding_and_hits_the_backends_prefix_cache(gateway: str) -> None:

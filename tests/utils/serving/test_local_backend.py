@@ -25,9 +25,9 @@ from utils.compress.compressor import Compressor
 from utils.inference.inference import load_model
 from utils.model.markers import wrap
 from utils.model.prompt import MemoryPrompt
-from utils.serving import compress_request
-from utils.serving.compress_request import CompressedRequest
+from utils.serving import read_request
 from utils.serving.local import LocalBackend
+from utils.serving.rewriter import CompressedRequest
 
 openai = pytest.importorskip("openai")
 
@@ -276,7 +276,7 @@ def test_closing_ends_what_runs() -> None:
     async def run() -> None:
         backend = LocalBackend(decoder, "stuck")
         prompt = MemoryPrompt(input_ids=[1, 2], spans=())
-        request = CompressedRequest(path=compress_request.CHAT, body=chat_body("a"), prompts=[prompt])
+        request = CompressedRequest(path=read_request.CHAT, body=chat_body("a"), prompts=[prompt])
         task = asyncio.create_task(backend.ask(request))
         while not decoder.started.is_set():
             await asyncio.sleep(0.01)

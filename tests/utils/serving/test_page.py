@@ -13,6 +13,7 @@ from tests.support import chromium, fake_server, gateway_server, local_gateway
 from tests.support.prompts import CODE
 from utils.compress.compressor import Compressor
 from utils.serving.app import PAGE_FILES
+from utils.serving.text_requests import TextSelector
 
 DONE = "document.querySelector('#status').innerText == 'Done.'"
 KEY = "front door"
@@ -68,13 +69,77 @@ def test_ask_about_pasted_text_and_a_file(browser: chromium.Browser, url: str, t
         rows = browser.evaluate("[...document.querySelectorAll('#span-table tbody tr')].map(x => x.innerText)")
         assert ["pasted text 1" in rows[0], "volume.py" in rows[1]] == [True, True]
         assert f"{tokens[1]} → {latents[1]}" in rows[1]
-        for article in ("#compressed", "#plain-text"):
+        for article in ("#compressed", "#expanded", "#plain-text"):
             assert browser.text(f"{article} .answer").strip()
             assert "first token after" in browser.text(f"{article} .figures")
             assert "12 new tokens" in browser.text(f"{article} .figures")
         assert "plain text" in browser.text("#total-first")
         browser.evaluate("document.querySelector('#status').textContent = ''")
     assert browser.complaints == []
+
+
+@pytest.mark.slow
+def test_three_answers_and_the_text_that_was_kept(browser: chromium.Browser, url: str, tmp_path: Path) -> None:
+    lines = ["red = 1  # 🎈\n", "green = 2  # 🎈🎈 é\n", "blue = 3  # 🎈\n"]
+    file = tmp_path / "colours.py"
+    file.write_text("".join(lines), encoding="utf-8")
+    tokens = file.stat().st_size
+    browser.open(url + "/")
+    browser.type("#key", KEY)
+    browser.evaluate("document.querySelector('#key').dispatchEvent(new Event('change'))")
+    browser.wait_for("document.querySelector('#server').innerText.includes('lclm')")
+    browser.complaints.clear()  # the 401 before the key was wanted
+    browser.choose_files("#files", file)
+    browser.wait_for("document.querySelectorAll('#spans li').length == 1")
+    browser.type("#question", "What is green?")
+    browser.evaluate("document.querySelector('#max-tokens').value = 4")
+    browser.click("#plain")
+    kept = "[...document.querySelectorAll('#kept-spans mark')].map(x => x.textContent)"
+    # From 1/8, which is less than a line, to 1/2; and to all of it; and to nothing.
+    for key, shown, marked in (
+        ("", "1/8", []),
+        ("ArrowRight " * 2, "1/2", [lines[1]]),
+        ("End", "all", ["".join(lines)]),
+        ("Home", "nothing", None),
+    ):
+        for name in key.split():
+            browser.press("#budget", name)
+        assert browser.text("#budget-shown") == shown
+        assert browser.evaluate("document.querySelector('#budget').getAttribute('aria-valuetext')") == shown
+        browser.click("#send")
+        browser.wait_for(DONE)
+        assert browser.evaluate("document.querySelector('#expanded').hidden") is (marked is None)
+        if marked is not None:
+            assert browser.evaluate(kept) == marked
+            assert browser.evaluate("document.querySelector('#kept-spans pre').textContent") == "".join(lines)
+            rows = len("".join(marked).encode())
+            assert f"{rows} of text" in browser.text("#expanded .rows") or rows == 0
+        assert f"{-(-tokens // 4)} latents" in browser.text("#compressed .rows")
+        assert f"{tokens} of text), ratio 1.0×" in browser.text("#plain-text .rows")
+        browser.evaluate("document.querySelector('#status').textContent = ''")
+    assert browser.complaints == []
+
+
+@pytest.mark.slow
+def test_in_front_of_a_server_that_reads_text(browser: chromium.Browser, checkpoints: dict[str, Path]) -> None:
+    selector = TextSelector.load(checkpoints["lclm"])
+    with fake_server.running() as backend, gateway_server.running(selector, backend.url) as url:
+        browser.open(url + "/")
+        browser.wait_for("document.querySelector('#model').value == 'tiny'")
+        browser.complaints.clear()
+        assert browser.evaluate("document.querySelector('#chunk-size-field').hidden")
+        browser.press("#budget", "Home")
+        assert browser.text("#budget-shown") == "1/32"
+        browser.press("#budget", "End")
+        browser.press("#budget", "ArrowLeft")
+        browser.type("#paste", "red = 1  # one of the colours\ngreen = 2\n")
+        browser.type("#question", "What is green?")
+        browser.click("#send")
+        browser.wait_for(DONE)
+        assert browser.evaluate("document.querySelector('#compressed').hidden")
+        assert browser.text("#expanded .answer") == "fine"
+        assert browser.text("#kept-spans mark").strip() == "green = 2"
+        assert browser.complaints == []
 
 
 @pytest.mark.slow
@@ -108,6 +173,7 @@ def test_answers_stream_and_errors_are_shown(browser: chromium.Browser, compress
 @pytest.mark.slow
 def test_narrow_screens_need_no_sideways_scrolling_and_fields_have_names(browser: chromium.Browser, url: str) -> None:
     browser.open(url + "/")
+    browser.evaluate("document.querySelectorAll('#results [hidden]').forEach(x => x.hidden = false)")
     for width in (360, 800, 1280):
         browser.resize(width, 800)
         assert browser.evaluate("document.documentElement.scrollWidth") <= width

@@ -196,7 +196,10 @@ ODD: list[Any] = [
     ["x"], [1], [True], [1.5], [{}], {"a": 1}, {"type": "text"}, [{"type": "text", "text": 5}], [{"type": []}],
     [{"type": "text", "text": wrap("x")}, {"type": "text", "text": None}], [{"type": "image_url", "image_url": 3}],
     wrap("x"), wrap("@mem-" + "0" * 32), MEMORY_START, MEMORY, [wrap("x"), [1]], [wrap("x"), "y"], [[65, 66]],
-    [[99999]], [-1], {"chunk_size": 4}, {"chunk_size": []}, {"include_usage": True}, "x" * 2000, ["a", "b"],
+    [[99999]], [-1], {"chunk_size": 4}, {"chunk_size": []},
+    {"expand_tokens": 5}, {"expand": "1/4", "expand_policy": "latents"}, {"expand_policy": "all"}, {"expand": {}},
+    {"tool": "expand"}, {"expand_tokens": 5, "expand_query": "x", "tool": "expand"},
+    {"include_usage": True}, "x" * 2000, ["a", "b"],
     orjson.loads("[" * 120 + "]" * 120),
 ]  # fmt: skip
 FIELDS = [

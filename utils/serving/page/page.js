@@ -1,9 +1,13 @@
-// Memory spans and a question → one chat request; its answer as it streams; the same with plain text beside it.
+// Memory spans and a question → the same chat with latents only, with selected text, and with plain text, side by side.
 
 const START = "<|memory_start|>", END = "<|memory_end|>";
 const $ = (id) => document.getElementById(id);
 const count = (n) => n.toLocaleString("en");
 const spans = [];           // {name, text}
+// The slider's places: shares of the memory that stay text.
+const SHARES = ["0", "1/32", "1/16", "1/8", "1/4", "1/2", "1"];
+let textOnly = false;       // the backend takes no latents
+let tokens = 0;             // of the memory in the question in work
 let running = null;         // AbortController of the question in work
 
 // --- the server
@@ -32,6 +36,11 @@ function fill(select, values, chosen) {
 async function connect() {
   try {
     const [compression, models] = await Promise.all([get("/v1/compression"), get("/v1/models")]);
+    textOnly = compression.mode === "text";
+    $("chunk-size-field").hidden = textOnly;
+    $("kept-others").textContent = textOnly ? "a note of their length" : "latents";
+    $("budget").min = textOnly ? 1 : 0;
+    showBudget();
     fill($("chunk-size"), compression.chunk_sizes, compression.chunk_size);
     fill($("model"), models.data.map((model) => model.id));
     $("server").textContent = `checkpoint ${compression.checkpoint}`;
@@ -78,10 +87,15 @@ function message(asked, wrap) {
   return [...asked.map((span) => `File ${span.name}:\n${wrap(span.text)}\n`), $("question").value].join("\n");
 }
 
+/** What a request asks of the gateway. */
+function extension(expand) {
+  return { code_llava: { ...(!textOnly && { chunk_size: Number($("chunk-size").value) }), ...expand } };
+}
+
 /** Ask, and show the answer in `article` as it comes; returns the milliseconds before its first token, or null. */
-async function ask(article, content, extension, onHeaders = () => {}) {
+async function ask(article, content, extension, onHeaders) {
   const answer = article.querySelector(".answer"), figures = article.querySelector(".figures");
-  answer.textContent = figures.textContent = "";
+  answer.textContent = figures.textContent = article.querySelector(".rows").textContent = "";
   article.hidden = false;
   const began = performance.now();
   const response = await fetch("/v1/chat/completions", {
@@ -133,7 +147,9 @@ function showReport(responseHeaders, asked) {
   $("totals").hidden = $("span-table").hidden = !shown;
   if (!shown) return;
   if (of("Fallback")) say("The encoder failed: the memory was sent as plain text.", true);
-  const tokens = Number(of("Memory-Tokens")), latents = Number(of("Latents")), cached = Number(of("Cached-Tokens"));
+  const latents = Number(of("Latents")), cached = Number(of("Cached-Tokens"));
+  tokens = Number(of("Memory-Tokens"));
+  showRows("compressed", tokens, latents, 0);
   show("total-latents", `${count(tokens)} → ${count(latents)}`, latents ? `ratio ${ratio(tokens, latents)}` : "");
   show("total-saved", count(tokens - latents), tokens ? `${percent(tokens - latents, tokens)} of the memory` : "");
   show("total-cached", tokens ? percent(cached, tokens) : "–", `${count(cached)} tokens`);
@@ -155,25 +171,87 @@ function showReport(responseHeaders, asked) {
   }));
 }
 
+/** The same for the request that keeps text: which characters of the memory it is. */
+function showKept(responseHeaders, asked) {
+  const of = (name) => responseHeaders.get(`X-Code-Llava-${name}`);
+  if (of("Latents") === null) return;
+  const text = Number(of("Text-Rows"));
+  tokens = Number(of("Memory-Tokens"));
+  showRows("expanded", tokens, Number(of("Latents")), text);
+  const ranges = of("Text-Chars") ? JSON.parse(of("Text-Chars")) : asked.map(() => []);
+  $("kept").hidden = false;
+  if (text && !of("Text-Chars")) return $("kept-spans").replaceChildren(element("p", "Too many places to show.", "quiet"));
+  $("kept-spans").replaceChildren(...asked.flatMap((span, index) => {
+    const view = element("pre"), kept = ranges[index].length;
+    view.tabIndex = 0;
+    view.setAttribute("role", "region");
+    view.setAttribute("aria-label", `${span.name}: ${kept} places kept as text`);
+    view.append(...marked(span.text, ranges[index]));
+    return [element("h3", `${span.name} – ${kept ? `${count(kept)} ${kept === 1 ? "place" : "places"}` : "nothing"} kept as text`), view];
+  }));
+}
+
+/** A text's nodes with ranges of it marked. The ranges count Unicode characters, a JavaScript string UTF-16 units. */
+function marked(text, ranges) {
+  const nodes = [];
+  let unit = 0, character = 0, from = 0;
+  const unitOf = (wanted) => {
+    for (; character < wanted && unit < text.length; character++) unit += text.codePointAt(unit) > 0xffff ? 2 : 1;
+    return unit;
+  };
+  for (const [begin, end] of ranges) {
+    const start = unitOf(begin), stop = unitOf(end);
+    nodes.push(text.slice(from, start), element("mark", text.slice(start, stop)));
+    from = stop;
+  }
+  return [...nodes, text.slice(from)];
+}
+
+/** How many rows the memory takes in one of the prompts. */
+function showRows(id, tokens, latents, text) {
+  if (!tokens) return;
+  const kinds = [latents && `${count(latents)} latents`, text && `${count(text)} of text`].filter(Boolean).join(" + ");
+  $(id).querySelector(".rows").textContent =
+    `memory in ${count(latents + text)} rows (${kinds}), ratio ${ratio(tokens, latents + text)}`;
+}
+
+function showBudget() {
+  const share = SHARES[$("budget").value], shown = { 0: "nothing", 1: "all" }[share] ?? share;
+  $("budget-shown").value = shown;
+  $("budget").setAttribute("aria-valuetext", shown);
+}
+
+/** The requests of one question, in order: article, message, what is asked of the gateway, what shows its report. */
+function requests(asked) {
+  const share = SHARES[$("budget").value], withMarkers = message(asked, (text) => START + text + END);
+  const all = [];
+  if (!textOnly) all.push(["compressed", withMarkers, extension({ expand_tokens: 0 }), (got) => showReport(got, asked)]);
+  if (textOnly || (share !== "0" && asked.length)) {
+    const budget = share === "1" ? { expand_policy: "all" } : { expand: share };
+    all.push(["expanded", withMarkers, extension(budget), (got) => showKept(got, asked)]);
+  }
+  if ($("plain").checked) all.push(["plain-text", message(asked, (text) => text), {}, () => showRows("plain-text", tokens, 0, tokens)]);
+  return all;
+}
+
 async function submit(event) {
   event.preventDefault();
   if (running || !$("ask").reportValidity()) return;
   if ($("paste").value.trim()) addPasted();
   running = new AbortController();
-  const asked = [...spans];
+  const asked = [...spans], firsts = [];
+  tokens = 0;
   $("send").disabled = true;
   $("stop").disabled = false;
-  $("totals").hidden = $("span-table").hidden = $("compressed").hidden = $("plain-text").hidden = true;
+  for (const id of ["totals", "span-table", "compressed", "expanded", "plain-text", "kept"]) $(id).hidden = true;
   try {
-    say("Compressing and asking …");
-    const extension = { code_llava: { chunk_size: Number($("chunk-size").value) } };
-    const first = await ask($("compressed"), message(asked, (text) => START + text + END), extension, (got) => showReport(got, asked));
-    if (first !== null) show("total-first", seconds(first));
-    if ($("plain").checked) {
-      // One after the other: side by side each would slow the other down.
-      say("Asking with plain text …");
-      const plainFirst = await ask($("plain-text"), message(asked, (text) => text), {});
-      if (first !== null && plainFirst !== null) show("total-first", seconds(first), `plain text ${seconds(plainFirst)}`);
+    // One after the other: side by side each would slow the others down.
+    for (const [id, content, extension, onHeaders] of requests(asked)) {
+      const title = $(id).querySelector("h2").textContent;
+      say(`Asking: ${title.toLowerCase()} …`);
+      const first = await ask($(id), content, extension, onHeaders);
+      if (first !== null) firsts.push([title.toLowerCase(), first]);
+      if (firsts.length) show("total-first", seconds(firsts[0][1]), firsts.slice(1).map(([name, ms]) => `${name} ${seconds(ms)}`).join(", "));
     }
     say("Done.");
   } catch (error) {
@@ -213,6 +291,7 @@ const seconds = (milliseconds) => milliseconds < 1000 ? `${Math.round(millisecon
 $("add").onclick = addPasted;
 $("files").onchange = async () => { await addFiles($("files").files); $("files").value = ""; };
 $("key").onchange = connect;
+$("budget").oninput = showBudget;
 $("stop").onclick = () => running?.abort();
 $("ask").onsubmit = submit;
 $("question").onkeydown = (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit(event); };
@@ -223,4 +302,5 @@ for (const name of ["dragover", "dragleave", "drop"]) {
     if (name === "drop") addFiles(event.dataTransfer.files);
   });
 }
+showBudget();
 connect();

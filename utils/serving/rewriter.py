@@ -1,0 +1,170 @@
+"""A client's request on its way to the backend: what all ways of rewriting it share.
+
+compressed = await rewriter.compress(CHAT, raw, owner)
+compressed.content    # the bytes to forward; the client's own where there is nothing to change
+compressed.report()   # what the answer says about the spans
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import orjson
+
+from utils.model.prompt import MemoryPrompt
+from utils.serving.encoder_queue import EncodedSpan
+from utils.serving.expand_tool import ExpandTool
+from utils.serving.json_body import MAX_DEPTH, MAX_VALUES
+from utils.serving.memories import MemoryStore
+from utils.serving.off_loop import OffLoop
+from utils.serving.prompt_rows import PromptParser, PromptRows
+from utils.serving.read_request import Body, ReadRequest, RequestReader
+from utils.serving.report import SpanReport, totals
+from utils.serving.request_options import OptionsReader
+from utils.serving.settings import GatewaySettings
+
+Mode = Literal["latents", "text"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressedRequest:
+    """A request ready for the backend.
+
+    Attributes:
+        path: Its endpoint.
+        body: The client's fields, less what is the gateway's own.
+        content: The body as a server gets it: a new one, or the client's own bytes.
+        prompts: The same for a decoder in this process: ids whose placeholders `spans` fill.
+        is_ours: The request asked something of the gateway, so that the answer tells what was done.
+        spans: What was encoded, in order.
+        fallback: The memory went as plain text, because the encoder failed.
+        reports: What became of each span.
+        tool: What the model did with the tool `expand`; None where it was not offered.
+        loop: Asks on the request's behalf, round by round.
+        mode: Whether memory becomes latents, or text for a backend that reads nothing else.
+    """
+
+    path: str
+    body: Body
+    content: bytes = b""
+    prompts: Sequence[MemoryPrompt] = ()
+    is_ours: bool = False
+    spans: Sequence[EncodedSpan] = ()
+    fallback: bool = False
+    reports: Sequence[SpanReport] = ()
+    tool: Body | None = None
+    loop: ExpandTool | None = None
+    mode: Mode = "latents"
+
+    def report(self) -> Body:
+        """The extension field of an answer."""
+        return {
+            "mode": self.mode,
+            **totals(self.reports),
+            "fallback": "plain-text" if self.fallback else None,
+            **({} if self.tool is None else {"tool": self.tool}),
+            "spans": [span.to_json() for span in self.reports],
+        }
+
+
+class Rewriter(abc.ABC):
+    """Rewrites request bodies.
+
+    Args:
+        parser: Tokenizers and limits.
+        options: Reads what requests ask of the gateway.
+        memories: Stored texts that spans may name.
+        settings: Limits.
+        is_local: The backend decodes in this process: its text is parsed here, too, once and before the work begins.
+        salted: The backend is a server whose prefix cache takes salts.
+    """
+
+    mode: Mode
+
+    def __init__(
+        self,
+        parser: PromptParser,
+        options: OptionsReader,
+        memories: MemoryStore,
+        settings: GatewaySettings,
+        *,
+        is_local: bool = False,
+        salted: bool = True,
+    ) -> None:
+        self._parser = parser
+        self._options = options
+        self._memories = memories
+        self._settings = settings
+        self._is_local = is_local
+        self._rows = PromptRows(parser, settings.max_request_rows)
+        self._reader = RequestReader(self._rows, options, memories, settings, is_local=is_local, salted=salted)
+        # A tokenizer must not be used by two threads at once, and its work must not wait for long bodies.
+        self._tokenizer = OffLoop("tokenizer")
+        self._bodies = OffLoop("bodies")
+
+    def close(self) -> None:
+        """End the threads."""
+        self._tokenizer.close()
+        self._bodies.close()
+
+    async def compress(self, path: str, raw: bytes, owner: str = "") -> CompressedRequest:
+        """Rewrite a body.
+
+        Args:
+            path: The endpoint, `CHAT` or `COMPLETIONS`.
+            raw: The body.
+            owner: Whose memories and cache entries it may use, and what it may not share.
+
+        Raises:
+            PromptError: The markers are wrong, or a span is too long.
+            ApiError: 400, a body of another shape; 413, too many spans or rows; also an unknown memory, a full queue,
+                an encoder that failed.
+        """
+        read = await self._bodies.run_if_long(len(raw), lambda: self._reader.read(path, raw, owner))
+        if not (read.sources or self._is_local):
+            return await self._bodies.run_if_long(len(raw), lambda: self._unchanged(read))
+        return await self._rewrite(read, owner)
+
+    def settings_report(self) -> Body:
+        """What a client may want to know before it asks: the checkpoint, what it may ask for, and the limits."""
+        files, settings, default = self._parser.files, self._settings, self._options.default
+        return {
+            "mode": self.mode,
+            "checkpoint": files.root.name,
+            "chunk_size": files.config.chunk_size,
+            "chunk_sizes": self._options.chunk_sizes,
+            "expand_policies": self._options.policies,
+            "expand_default": default and {
+                "expand_policy": default.policy,
+                "expand_tokens": default.tokens,
+                "expand": default.share if default.share is None else float(default.share),
+            },
+            "max_spans": settings.max_spans,
+            "limits": {
+                "body_bytes": settings.max_body_bytes,
+                "body_values": MAX_VALUES,
+                "body_depth": MAX_DEPTH,
+                "spans": settings.max_spans,
+                "prompt_rows": self._rows.max_prompt_rows,
+                "request_rows": self._rows.max_request_rows,
+                "waiting_requests": settings.max_waiting,
+                "memories": self._memories.max_count,
+                "memories_bytes": self._memories.max_bytes,
+                "memory_ttl_seconds": self._memories.ttl_s,
+            },
+        }  # fmt: skip
+
+    @abc.abstractmethod
+    async def _rewrite(self, read: ReadRequest, owner: str) -> CompressedRequest:
+        """A request that has memory, or one for a decoder in this process."""
+
+    def _unchanged(self, read: ReadRequest) -> CompressedRequest:
+        return self._forward(read, read.body, orjson.dumps(read.body) if read.is_changed else read.raw)
+
+    def _forward(self, read: ReadRequest, body: Body, content: bytes, **more: Any) -> CompressedRequest:
+        return CompressedRequest(
+            path=read.path, body=body, content=content, is_ours=read.is_ours, mode=self.mode, **more
+        )

@@ -7,7 +7,7 @@ prompt.spans[0].segments        # what the decoder reads as text
 
 from __future__ import annotations
 
-import re
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,16 @@ import numpy as np
 
 from utils.compress.select import Expansion, MemoryText, Question, select
 from utils.model.expand import expand
+from utils.model.markers import control_pattern
 from utils.model.prompt import MemoryPrompt, MemorySpan, PromptTokenizers
 
 if TYPE_CHECKING:
     import torch
 
     Encode = Callable[[Sequence[MemorySpan]], Sequence[torch.Tensor]]
+
+# Characters of the memories whose tokens' places are remembered, for the next question about them.
+_REMEMBERED_CHARS = 4_000_000
 
 
 class Expander:
@@ -37,16 +41,19 @@ class Expander:
         self._encode = encode
         # A control token in a memory is data as long as it is compressed. As text it would be obeyed: a line that
         # holds one stays latents.
-        controls = [token.content for token in tokenizers.decoder.added_tokens_decoder.values() if token.special]
-        self._barred = re.compile("|".join(map(re.escape, controls))) if controls else None
+        self._barred = control_pattern(tokenizers.decoder)
+        self._remembered: OrderedDict[tuple[str, int, int], MemoryText] = OrderedDict()
 
-    def __call__(self, prompt: MemoryPrompt, expansion: Expansion | None, answer: str = "") -> MemoryPrompt:
+    def __call__(
+        self, prompt: MemoryPrompt, expansion: Expansion | None, answer: str = "", encode: Encode | None = None
+    ) -> MemoryPrompt:
         """The prompt with text in place of some latents; the same without a budget or memory.
 
         Args:
             prompt: Parsed, all latents.
             expansion: Budget and policy; None: everything stays latents.
             answer: The right answer, for the policy `answer`.
+            encode: In place of the expander's own.
 
         Raises:
             PromptError: There is nothing to select by.
@@ -54,16 +61,26 @@ class Expander:
         """
         if expansion is None or expansion.is_off or not prompt.spans:
             return prompt
-        memories = [MemoryText.of(span, self._tokenizers.encoder, self._barred) for span in prompt.spans]
+        memories = [self._memory_text(span) for span in prompt.spans]
+        to_latents = encode or self._encode
 
-        def encode(_: Any) -> list[np.ndarray]:
-            assert self._encode is not None
+        def arrays(_: Any) -> list[np.ndarray]:
+            assert to_latents is not None
             asked = self._query_span(expansion.query or prompt.query, prompt.spans[0].chunk_size)
-            return [latents.float().cpu().numpy() for latents in self._encode([asked, *prompt.spans])]
+            return [latents.float().cpu().numpy() for latents in to_latents([asked, *prompt.spans])]
 
-        question = Question(prompt.query, answer, encode if self._encode else None)
+        question = Question(prompt.query, answer, arrays if to_latents else None)
         chosen = select(memories, question, expansion)
         return expand(prompt, chosen, [memory.offsets for memory in memories], self._tokenizers)
+
+    def _memory_text(self, span: MemorySpan) -> MemoryText:
+        """A span as selection sees it; those of the last calls are remembered."""
+        key = (span.text, len(span.token_ids), span.chunk_size)
+        memory = self._remembered.pop(key, None) or MemoryText.of(span, self._tokenizers.encoder, self._barred)
+        self._remembered[key] = memory
+        while len(self._remembered) > 1 and sum(len(text) for text, *_ in self._remembered) > _REMEMBERED_CHARS:
+            self._remembered.popitem(last=False)
+        return memory
 
     def _query_span(self, query: str, chunk_size: int) -> MemorySpan:
         ids = self._tokenizers.encoder(query, add_special_tokens=False)["input_ids"]

@@ -104,14 +104,12 @@ class MemoryText:
     Attributes:
         text: Its characters, those of its tokens: less what was truncated.
         offsets: [N, 2] characters of each encoder token.
-        token_ids: Its encoder tokens.
         chunk_size: Encoder tokens per latent.
         barred: A piece that matches this never stays text, for example one with a control token of the decoder.
     """
 
     text: str
     offsets: np.ndarray
-    token_ids: Any = ()
     chunk_size: int = 1
     barred: re.Pattern[str] | None = None
 
@@ -124,7 +122,7 @@ class MemoryText:
         """
         offsets = token_offsets(tokenizer, span.text, len(span.token_ids))
         text = span.text[: offsets[-1, 1]] if span.truncated_tokens else span.text
-        return cls(text, offsets, span.token_ids, span.chunk_size, barred)
+        return cls(text, offsets, span.chunk_size, barred)
 
     @cached_property
     def pieces(self) -> list[CharRange]:

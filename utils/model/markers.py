@@ -122,6 +122,20 @@ class MarkerIds:
         return cls(start=start, end=end, memory=memory)
 
 
+def control_pattern(tokenizer: Any, *others: str) -> re.Pattern[str] | None:
+    """What finds a tokenizer's control tokens, such as `<|im_end|>`, in a text, which would be obeyed there.
+
+    Args:
+        tokenizer: Hugging Face tokenizer.
+        others: Further texts that are to be found.
+
+    Returns:
+        The pattern; None where there is nothing to find.
+    """
+    controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(map(re.escape, [*controls, *others]))) if controls or others else None
+
+
 def _marker_id(tokenizer: Any, marker: str) -> int:
     ids = tokenizer.encode(marker, add_special_tokens=False)
     if len(ids) != 1 or ids[0] == getattr(tokenizer, "unk_token_id", None):

@@ -13,7 +13,6 @@ that calls the client's own tools as well has not read the text yet: only its ca
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ import orjson
 
 from utils.compress.select import MemoryText
 from utils.model.expand import CharRange
+from utils.model.markers import control_pattern
 from utils.serving.api_error import ApiError
 from utils.serving.backend import Answer
 from utils.serving.chat_parts import RESERVED, Part, text_part
@@ -143,8 +143,7 @@ class ExpandTool:
         self._tokenizer = tokenizer
         self._decoder = decoder
         # As text they would be obeyed; in latents they are data.
-        controls = [re.escape(token.content) for token in decoder.added_tokens_decoder.values() if token.special]
-        self._controls = re.compile("|".join([*controls, RESERVED]))
+        self._controls = control_pattern(decoder, RESERVED)
         self._turns: list[Body] = []
         self._rounds = 0
 
@@ -203,7 +202,7 @@ class ExpandTool:
             left = ", ".join(id for id in self._segments if id not in self._expanded)
             return f'expected {{"segment_id": …}} with a segment that is not text yet: {left or "none is left"}'
         segment = self._segments[wanted]
-        if self._controls.search(segment.text):
+        if self._controls and self._controls.search(segment.text):
             return f"{wanted} holds control tokens and cannot be shown as text: answer from what is there"
         shown = segment.as_text(self._num_rows(segment.text))
         if shown.rows - segment.report.rows > self._room:

@@ -67,6 +67,7 @@ class PromptRows:
         self._chunk_size = config.chunk_size
         self._limit = processor.limit
         self._tokenizers = processor.tokenizers
+        self._expander = Expander(processor.tokenizers)
         self._has_positions = parser.max_positions is not None
         # More tokens than this are in no prompt, whatever its chunk size.
         largest = max(config.chunk_size, *config.chunk_sizes, 1) if self._has_positions else 1
@@ -194,9 +195,8 @@ class PromptRows:
         return ids
 
     def _expand(self, prompt: MemoryPrompt, expansion: Expansion, latents: Sequence[torch.Tensor]) -> MemoryPrompt:
-        expander = Expander(self._tokenizers, lambda _: latents)
         try:
-            wider = expander(self._as_encoded(prompt), expansion)
+            wider = self._expander(self._as_encoded(prompt), expansion, encode=lambda _: latents)
         except ConfigError as error:
             raise ApiError(400, str(error)) from None
         self.check_count(len(wider.input_ids), "the prompt with text in place of latents")

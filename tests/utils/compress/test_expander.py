@@ -151,3 +151,16 @@ def test_settings_that_do_not_go(settings: dict, words: str) -> None:
 def test_the_right_answer_is_for_those_who_know_it(compressor: Compressor) -> None:
     with pytest.raises(ConfigError, match="answer"):
         compressor.expand(compressor.parse_raw(PROMPT), Expansion(tokens=10, policy="answer"))
+
+
+def test_the_next_question_does_not_tokenise_the_memory_again(checkpoints: dict[str, Path]) -> None:
+    compressor = Compressor.load(checkpoints["lclm"], settings=ON_CPU)
+    prompts = [compressor.parse_raw(wrap(CODE) + text) for text in ("LIMIT?", "greet?")]
+    first = compressor.expand(prompts[0], Expansion(tokens=20))
+    encoder = compressor.processor.tokenizers.encoder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(encoder), "backend_tokenizer", None)
+        assert compressor.expand(prompts[0], Expansion(tokens=20)) == first
+        assert compressor.expand(prompts[1], Expansion(tokens=20)) != first
+        with pytest.raises(ConfigError, match="fast tokenizer"):
+            compressor.expand(compressor.parse_raw(wrap("another memory") + "x?"), Expansion(tokens=20))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.cli import EXIT_OK, print_json
+from utils.cli import EXIT_OK, describe_rows, print_json
 from utils.files import refuse_overwriting_inputs
 from utils.flags import (
     add_cache_flags,
@@ -107,21 +107,13 @@ def compress_and_save(
     return EXIT_OK
 
 
-def text_rows(count: int) -> str:
-    """How a report goes on behind the latents."""
-    return f" + {count} rows of text" if count else ""
-
-
 def _print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
     rows, width = result["shape"]
     print(f"prompt embeddings  [{rows}, {width}] in {result['output']}")
-    print(
-        f"memory             {result['memory_tokens']} tokens in {result['spans']} spans → "
-        f"{result['num_latents']} latents{text_rows(result['text_rows'])}, ratio {result['ratio']}"
-    )
+    print(f"memory             {result['memory_tokens']} tokens in {result['spans']} spans → {describe_rows(result)}")
     if result["cached_tokens"]:
         print(f"from the cache     {result['cached_tokens']} tokens")
     if result["truncated_tokens"]:

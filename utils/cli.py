@@ -18,7 +18,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,12 @@ def print_json(value: Any) -> None:
         text = json.dumps(value) + "\n"
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def describe_rows(result: Mapping[str, Any]) -> str:
+    """What stands for a memory, as `14 latents + 5 rows of text, ratio 3.11`, of a result with these counts."""
+    text = f" + {result['text_rows']} rows of text" if result["text_rows"] else ""
+    return f"{result['num_latents']} latents{text}, ratio {result['ratio']}"
 
 
 def printable(text: str) -> str:

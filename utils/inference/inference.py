@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from utils.checkpoint.settings import EncoderSettings
-from utils.cli import EXIT_OK, make_parser, print_json, run_command
+from utils.cli import EXIT_OK, describe_rows, make_parser, print_json, run_command
 from utils.client.completion import Sampling
 from utils.errors import ConfigError, DatasetError
 from utils.files import read_json
@@ -281,8 +281,7 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    text = f" + {result['text_rows']} rows of text" if result["text_rows"] else ""
-    counts = f"{result['memory_tokens']} memory tokens → {result['num_latents']} latents{text}, ratio {result['ratio']}"
+    counts = f"{result['memory_tokens']} memory tokens → {describe_rows(result)}"
     sys.stdout.write(
         f"{result['prompt']}\n> {result['text']}\n"
         f"  ({counts}; {result['completion_tokens']} new tokens, {result['seconds']} s)\n"

@@ -86,34 +86,25 @@ class ReadRequest:
         return {**self.body, "prompt": plain if isinstance(self.body["prompt"], list) else plain[0]}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestReader:
     """Reads bodies within the gateway's limits.
 
-    Args:
+    Attributes:
         rows: Counts what is counted without a tokenizer.
         options: Reads what requests ask of the gateway.
         memories: Stored texts that spans may name.
         settings: Limits.
         is_local: The backend decodes in this process.
-        salted: The backend is one whose prefix cache takes salts.
+        salted: The backend is a server whose prefix cache takes salts.
     """
 
-    def __init__(
-        self,
-        rows: PromptRows,
-        options: OptionsReader,
-        memories: MemoryStore,
-        settings: GatewaySettings,
-        *,
-        is_local: bool = False,
-        salted: bool = True,
-    ) -> None:
-        self._rows = rows
-        self._options = options
-        self._memories = memories
-        self._settings = settings
-        self._is_local = is_local
-        self._salted = salted and not is_local
+    rows: PromptRows
+    options: OptionsReader
+    memories: MemoryStore
+    settings: GatewaySettings
+    is_local: bool
+    salted: bool
 
     def read(self, path: str, raw: bytes, owner: str) -> ReadRequest:
         """Read a body.
@@ -130,24 +121,24 @@ class RequestReader:
         body = read_object(raw)
         chat, prompts = None, []
         if path == CHAT:
-            if self._is_local and isinstance(body.get("messages"), list):
-                self._rows.check_count(len(body["messages"]), "the chat, at one row a message or more")
-            chat = outline_chat(body.get("messages"), self._settings.max_spans)
+            if self.is_local and isinstance(body.get("messages"), list):
+                self.rows.check_count(len(body["messages"]), "the chat, at one row a message or more")
+            chat = outline_chat(body.get("messages"), self.settings.max_spans)
             spans = chat.spans
         else:
             prompts = self._marked_prompts(body)
             spans = [span for pieces in prompts for span in pieces[1::2]]
-        options = self._options.read(body)
+        options = self.options.read(body)
         if options.tool and path != CHAT:
             raise ApiError(400, "the tool expand needs a chat: completions call no tools")
-        sources = [self._memories.resolve(span, owner) or span for span in spans]
+        sources = [self.memories.resolve(span, owner) or span for span in spans]
         num_bytes = len(raw) + sum(source.size_bytes for source in sources if isinstance(source, Memory))
-        if num_bytes > self._settings.max_body_bytes:
+        if num_bytes > self.settings.max_body_bytes:
             raise ApiError(
                 413, f"with the stored texts that it names the body has {num_bytes} bytes, the limit is "
-                f"{self._settings.max_body_bytes}",
+                f"{self.settings.max_body_bytes}",
             )  # fmt: skip
-        salt = {_CACHE_SALT: _cache_salt(owner, body.get(_CACHE_SALT))} if owner and self._salted else {}
+        salt = {_CACHE_SALT: _cache_salt(owner, body.get(_CACHE_SALT))} if owner and self.salted else {}
         return ReadRequest(
             path=path,
             raw=raw,
@@ -171,8 +162,8 @@ class RequestReader:
             return []
         if len(texts) < len(prompts):
             raise ApiError(400, "prompts with memory and prompts of token ids cannot share a request")
-        self._rows.check_together(len(texts))
-        splitter = SpanSplitter(self._settings.max_spans)
+        self.rows.check_together(len(texts))
+        splitter = SpanSplitter(self.settings.max_spans)
         return [[piece.text for piece in splitter.split(text, "the prompt")] for text in texts]
 
 

@@ -100,7 +100,14 @@ class Rewriter(abc.ABC):
         self._settings = settings
         self._is_local = is_local
         self._rows = PromptRows(parser, settings.max_request_rows)
-        self._reader = RequestReader(self._rows, options, memories, settings, is_local=is_local, salted=salted)
+        self._reader = RequestReader(
+            rows=self._rows,
+            options=options,
+            memories=memories,
+            settings=settings,
+            is_local=is_local,
+            salted=salted and not is_local,
+        )
         # A tokenizer must not be used by two threads at once, and its work must not wait for long bodies.
         self._tokenizer = OffLoop("tokenizer")
         self._bodies = OffLoop("bodies")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
-from tests.support import fake_server
+from tests.support import fake_server, gateway_server
 from tests.support.fake_server import FakeServer
 from utils.checkpoint.settings import ON_CPU
 from utils.compress.compressor import Compressor
@@ -31,3 +32,15 @@ def backend(server: FakeServer) -> FakeServer:
     """The module's server, as new."""
     server.forget(fake_server.answer("fine"))
     return server
+
+
+@pytest.fixture(scope="module")
+def url(compressor: Compressor, server: FakeServer) -> Iterator[str]:
+    with gateway_server.running(compressor, server.url) as address:
+        yield address
+
+
+@pytest.fixture
+def gateway(url: str, backend: FakeServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=20, headers={"Content-Type": "application/json"}) as client:
+        yield client

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +32,6 @@ TOOL = {"tool": "expand"}
 GREP = {"type": "function", "function": {"name": "grep", "parameters": {"type": "object"}}}
 
 chat_body = functools.partial(prompts.chat_body, model="tiny")
-
-
-@pytest.fixture(scope="module")
-def url(compressor: Compressor, server: FakeServer) -> Iterator[str]:
-    with gateway_server.running(compressor, server.url) as address:
-        yield address
-
-
-@pytest.fixture
-def gateway(url: str, backend: FakeServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=20) as client:
-        yield client
 
 
 def tool_call(name: str, arguments: str, number: int = 0) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -31,18 +30,6 @@ TEXT = f"{wrap(COLOURS)} {wrap(CODE)} {QUESTION}"
 BUDGET = {"expand_tokens": 30}
 
 chat_body = functools.partial(prompts.chat_body, model="tiny")
-
-
-@pytest.fixture(scope="module")
-def url(compressor: Compressor, server: FakeServer) -> Iterator[str]:
-    with gateway_server.running(compressor, server.url) as address:
-        yield address
-
-
-@pytest.fixture
-def gateway(url: str, backend: FakeServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=20) as client:
-        yield client
 
 
 def expected_rows(compressor: Compressor, text: str, expansion: Expansion | None, chat: bool) -> torch.Tensor:

@@ -7,7 +7,6 @@ import functools
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -23,18 +22,6 @@ from utils.model.markers import MEMORY_END, MEMORY_START, wrap
 openai = pytest.importorskip("openai")
 
 chat_body = functools.partial(prompts.chat_body, model="tiny")
-
-
-@pytest.fixture(scope="module")
-def url(compressor: Compressor, server: FakeServer) -> Iterator[str]:
-    with gateway_server.running(compressor, server.url) as address:
-        yield address
-
-
-@pytest.fixture
-def gateway(url: str, backend: FakeServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=20, headers={"Content-Type": "application/json"}) as client:
-        yield client
 
 
 def latents_of(compressor: Compressor, text: str) -> torch.Tensor:

@@ -58,12 +58,6 @@ def url(selector: TextSelector, server: FakeServer) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture
-def gateway(url: str, backend: FakeServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=20) as client:
-        yield client
-
-
 def test_the_backend_reads_the_selected_text(gateway: httpx.Client, backend: FakeServer) -> None:
     got = gateway.post(CHAT, json=chat_body(TEXT, temperature=0.3, code_llava=BUDGET))
     (body,) = backend.bodies

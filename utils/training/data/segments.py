@@ -17,7 +17,7 @@ from random import Random
 import numpy as np
 
 from utils.compress.select import Expansion, MemoryText, Question, select
-from utils.model.expand import token_offsets, tokens_inside
+from utils.model.expand import tokens_inside
 from utils.model.prompt import MemorySpan, PromptTokenizers
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
@@ -64,7 +64,8 @@ def find_candidates(
     Returns:
         In the memory's order, the selected ones behind the others.
     """
-    memories = [_Memory.of(span, tokenizers) for span in spans]
+    texts = [MemoryText.of(span, tokenizers.encoder) for span in spans]
+    memories = [_Memory.of(text) for text in texts]
     controls = {token for token, added in tokenizers.decoder.added_tokens_decoder.items() if added.special}
     found: list[tuple[int, int, int, bool]] = []
     holding: set[tuple[int, int]] = set()
@@ -93,13 +94,14 @@ def find_candidates(
         for s, first, stop, holds in sorted(found)
     )
     asked = random.choice(list(filter(str.strip, queries)) or [""])
-    selected = _select(spans, asked, Fraction(round(2 ** random.uniform(5, 7)), 1024), tokenizers) if asked else []
+    selected = _select(texts, asked, Fraction(round(2 ** random.uniform(5, 7)), 1024), tokenizers) if asked else []
     return tuple(c for c in (*candidates, *selected) if not controls & set(c.ids.tolist()))
 
 
-def _select(spans: Sequence[MemorySpan], query: str, share: Fraction, tokenizers: PromptTokenizers) -> list[Candidate]:
+def _select(
+    memories: Sequence[MemoryText], query: str, share: Fraction, tokenizers: PromptTokenizers
+) -> list[Candidate]:
     """What the selector chooses for a question."""
-    memories = [MemoryText.of(span, tokenizers.encoder) for span in spans]
     chosen = select(memories, Question(query), Expansion(share=share))
     return [
         Candidate(
@@ -132,10 +134,9 @@ class _Memory:
     offsets: np.ndarray
 
     @classmethod
-    def of(cls, span: MemorySpan, tokenizers: PromptTokenizers) -> _Memory:
-        offsets = token_offsets(tokenizers.encoder, span.text, len(span.token_ids))
-        text = span.text[: offsets[-1, 1]] if span.truncated_tokens else span.text
-        return cls(text, [0, *(match.end() for match in _LINE.finditer(text))], offsets)
+    def of(cls, memory: MemoryText) -> _Memory:
+        ends = (match.end() for match in _LINE.finditer(memory.text))
+        return cls(memory.text, [0, *ends], memory.offsets)
 
     @property
     def num_lines(self) -> int:

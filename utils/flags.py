@@ -108,15 +108,18 @@ def expansion(args: argparse.Namespace) -> Expansion | None:
     Raises:
         ConfigError: They do not go together, or a value is out of range.
     """
-    from utils.compress.select import Expansion, share_of
+    from utils.compress.select import Expansion, read_share
 
     if args.expand is None and args.expand_tokens is None and args.expand_policy is None:
         if args.expand_query is not None:
             raise ConfigError("--expand-query needs a budget: --expand-tokens 256, or --expand 1/16")
         return None
+    share = None if args.expand is None else read_share(args.expand)
+    if args.expand is not None and share is None:
+        raise ConfigError(f"--expand must be a share of the memory from 0 to 1, as 1/16 or 0.0625, got {args.expand!r}")
     return Expansion(
         tokens=args.expand_tokens,
-        share=None if args.expand is None else share_of(args.expand),
+        share=share,
         policy=args.expand_policy or "bm25",
         query=args.expand_query,
     )

@@ -33,6 +33,8 @@ _MOST_PIECE_TOKENS = 64
 _SENTENCES_TOKENS = 32
 # A line with its end and the empty lines behind it.
 _LINE = re.compile(r"[^\n]*\n(?:[^\S\n]*\n)*|[^\n]+")
+# Short, so that no exponent and no endless fraction has to be computed.
+_SHARE = re.compile(r"[0-9]{1,9}/[0-9]{1,9}|[01](\.[0-9]{1,18})?|\.[0-9]{1,18}")
 _SENTENCE_END = re.compile(r"[.!?;](?=\s)|[。！？]")
 
 
@@ -85,16 +87,15 @@ class Expansion:
         return self.tokens if self.tokens is not None else int(memory_tokens * (self.share or 0))
 
 
-def share_of(text: str) -> Fraction:
-    """A share as people write it: 1/16, 0.0625.
-
-    Raises:
-        ConfigError: It is none.
-    """
+def read_share(value: Any) -> Fraction | None:
+    """A share of the memory from 0 to 1, of a number or a text such as "1/16"; None for what is none."""
+    if not (type(value) in (int, float) or (isinstance(value, str) and _SHARE.fullmatch(value))):
+        return None
     try:
-        return Fraction(text)
+        share = Fraction(str(value))
     except (ValueError, ZeroDivisionError):
-        raise ConfigError(f"--expand must be a share of the memory such as 1/16 or 0.05, got {text!r}") from None
+        return None
+    return share if 0 <= share <= 1 else None
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,12 @@ A request that says nothing about expansion gets the default that the gateway wa
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 from utils.compress.policies.registry import WHOLE
-from utils.compress.select import Expansion
+from utils.compress.select import Expansion, read_share
 from utils.serving.api_error import ApiError, shown
 
 # A request may say {"code_llava": {"chunk_size": 16}}; the answer tells under the same name what was done.
@@ -23,8 +21,6 @@ EXTENSION = "code_llava"
 FIELDS = ("chunk_size", "expand_tokens", "expand", "expand_query", "expand_policy", "tool")
 # `answer` knows what only an evaluation knows.
 REQUEST_POLICIES = ("bm25", "latents", "random", "all", "none")
-# Short, so that no exponent and no endless fraction has to be computed.
-_SHARE = re.compile(r"[0-9]{1,9}/[0-9]{1,9}|[01](\.[0-9]{1,18})?|\.[0-9]{1,18}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,14 +120,3 @@ class OptionsReader:
             tokens, share = self.default.tokens, self.default.share
         expansion = Expansion(tokens=tokens, share=share, policy=policy, query=query)
         return None if expansion.is_off else expansion
-
-
-def read_share(value: Any) -> Fraction | None:
-    """A share of the memory from 0 to 1, of a number or a text such as "1/16"; None for what is none."""
-    if not (type(value) in (int, float) or (isinstance(value, str) and _SHARE.fullmatch(value))):
-        return None
-    try:
-        share = Fraction(str(value))
-    except (ValueError, ZeroDivisionError):
-        return None
-    return share if 0 <= share <= 1 else None

@@ -158,7 +158,8 @@ def test_part_of_the_memory_stays_text(
     model, tokenizer, processor = load_model(checkpoints["lclm"], device="cpu")
     answer = {"code": text, "prompt": "What is limit?", "max_tokens": 6, "temperature": 0}
     assert generate_text(model, tokenizer, processor, **answer, expansion=Expansion(tokens=10))
-    for wrong in (["--expand", "x"], ["--expand", "2"], ["--expand-query", "y"], ["--expand-policy", "bm25"]):
+    endless = ["--expand", "1e-999999999"]  # as a fraction
+    for wrong in (["--expand", "x"], ["--expand", "2"], endless, ["--expand-query", "y"], ["--expand-policy", "bm25"]):
         assert main([*asked, *wrong]) == 1
         assert "--expand" in capsys.readouterr().err
 

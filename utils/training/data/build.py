@@ -69,11 +69,16 @@ def read_sources(data: DataConfig) -> list[SourceFile]:
 
 
 def draw_examples(
-    task: str, files: Sequence[SourceFile], data: DataConfig, answers: Mapping[str, str] = _NOTHING
+    task: str,
+    files: Sequence[SourceFile],
+    data: DataConfig,
+    answers: Mapping[str, str] = _NOTHING,
+    least_chars: float = 0,
 ) -> Iterator[Example]:
     """Endless different examples of one task, a part of them with the question before the memory.
 
-    `answers` are what the task chat draws from: ordinary question → the decoder's answer.
+    `answers` are what the task chat draws from: ordinary question → the decoder's answer. Examples whose memory has
+    fewer than `least_chars` are left out: the end of a file cuts an excerpt short, whatever length was drawn.
 
     Raises:
         DatasetError: The sources give no further one.
@@ -85,7 +90,7 @@ def draw_examples(
     while failures < _MAX_FAILURES:
         example = TASKS[task].draw(sources)
         key = None if example is None else hash_of(example)
-        if example is None or key in seen:
+        if example is None or key in seen or len(example.memory) < least_chars:
             failures += 1
             continue
         failures = 0

@@ -23,6 +23,7 @@ from utils.training.evaluate.records import RESULT, RecordsFile
 from utils.training.evaluate.report import draw, format_table, summarize
 
 REFERENCE = "full, reference"
+_NEARLY = 0.9
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -74,7 +75,12 @@ def _examples(args: argparse.Namespace) -> list[Example]:
         seed=args.seed,
     )
     files = read_sources(data)
-    drawn = (itertools.islice(draw_examples(task, files, data), number) for task, number in data.tasks.items())
+    # Whole lines come up to one line short.
+    least_chars = _NEARLY * data.memory_tokens[0] * data.chars_per_token
+    drawn = (
+        itertools.islice(draw_examples(task, files, data, least_chars=least_chars), number)
+        for task, number in data.tasks.items()
+    )
     return [example for examples in drawn for example in examples]
 
 

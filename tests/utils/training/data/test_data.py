@@ -323,6 +323,16 @@ def test_answers_for_chat_are_whole_ones(monkeypatch: pytest.MonkeyPatch) -> Non
     assert replayed_answers(data_of("", {"lookup": 5}), model, processor) == {}
 
 
+def test_what_the_end_of_a_file_cut_short_can_be_left_out(files: list[SourceFile]) -> None:
+    data = data_of(memory_tokens=(60, 120), chars_per_token=3)
+    kept = list(itertools.islice(draw_examples("reconstruct", files, data, least_chars=160), 20))
+    drawn = list(itertools.islice(draw_examples("reconstruct", files, data), 60))
+    assert min(len(example.memory) for example in drawn) < 160
+    assert kept == [example for example in drawn if len(example.memory) >= 160][:20]
+    with pytest.raises(DatasetError, match="ask for fewer"):
+        next(draw_examples("reconstruct", files, data, least_chars=10_000))
+
+
 def test_requests_that_cannot_be_met_are_errors(tmp_path: Path, files: list[SourceFile]) -> None:
     with pytest.raises(ConfigError, match="unknown task poem"):
         read_sources(data_of("", {"poem": 1}))

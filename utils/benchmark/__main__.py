@@ -147,6 +147,7 @@ BENCHMARKS = {
             Flag("--requests", 4, "counted requests of a client and way", quick=1),
             Flag("--seconds", 0.0, "at least so long for each number of clients, both ways in turn"),
             Flag("--lines", 40, "lines of code in a client's memory", quick=4),
+            Flag("--expand", None, "share of a memory that stays text in a third way, such as 1/16"),
         ],
     ),
 }

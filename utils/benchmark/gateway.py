@@ -1,7 +1,8 @@
 """What a running gateway adds to a request: the same prompts through it, and as rows straight to its backend.
 
 Every client asks for one token about its own secret, so that answers cost the backend the same on both ways. The direct
-way sends rows that were compressed beforehand; the gateway finds its latents in its cache after the warm-up round.
+way sends rows that were compressed beforehand; the gateway finds its latents in its cache after the warm-up round. With
+`--expand` a third way asks the gateway to keep that share of each memory as text.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ async def _measure(args: argparse.Namespace) -> dict[tuple[int, str], list[float
             "direct": lambda number: backend.complete(embeds[number].values_TD, max_tokens=1, temperature=0),
             "gateway": lambda number: gateway.complete(texts[number], max_tokens=1, temperature=0),
         }
+        if args.expand:
+            fields: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "code_llava": {"expand": args.expand}}
+            ways["expanded"] = lambda number: gateway.complete(texts[number], **fields)
         for ask in ways.values():  # warm-up: the gateway's cache, the backend's prefix cache
             await asyncio.gather(*(ask(number) for number in range(most)))
         for clients in args.clients:

@@ -152,14 +152,15 @@ def test_gateway(tiny: list[str], checkpoints: dict[str, Path], tmp_path: Path, 
         compressor = Compressor.load(checkpoints["lclm"], settings=ON_CPU, cache=cache)
         with gateway_server.running(compressor, backend.url) as url:
             servers = ["--gateway-url", url, "--backend-url", backend.url]
-            result = result_of("gateway", *tiny, *servers, "--clients", "1,3", "--requests", 2, "--lines", 4)
+            sizes = ["--clients", "1,3", "--requests", 2, "--lines", 4, "--expand", "1/4"]
+            result = result_of("gateway", *tiny, *servers, *sizes)
         counts = {name: figures["requests"] for name, figures in result["latency"].items()}
         assert counts == {
-            f"{clients} clients, {way}": 2 * clients for clients in (1, 3) for way in ("direct", "gateway")
+            f"{clients} clients, {way}": 2 * clients for clients in (1, 3) for way in ("direct", "gateway", "expanded")
         }
         sent = [body["prompt_embeds"] for _, body in backend.requests if body["max_tokens"] == 1]
-        # One probe row; each client's rows are the same on both ways.
-        assert len(set(sent)) == 1 + 3
+        # One probe row; each client's rows are the same on both ways, and others with text among them.
+        assert len(set(sent)) == 1 + 3 + 3
 
 
 @pytest.mark.slow

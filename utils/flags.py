@@ -114,8 +114,8 @@ def expansion(args: argparse.Namespace) -> Expansion | None:
         if args.expand_query is not None:
             raise ConfigError("--expand-query needs a budget: --expand-tokens 256, or --expand 1/16")
         return None
-    share = None if args.expand is None else read_share(args.expand)
-    if args.expand is not None and share is None:
+    share = None
+    if args.expand is not None and (share := read_share(args.expand)) is None:
         raise ConfigError(f"--expand must be a share of the memory from 0 to 1, as 1/16 or 0.0625, got {args.expand!r}")
     return Expansion(
         tokens=args.expand_tokens,

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 async def _measure(args: argparse.Namespace) -> dict[tuple[int, str], list[float]]:
     # Here: the other benchmarks' machine may have no HTTP client.
     from utils.client.server_client import VllmClient
+    from utils.serving.request_options import EXTENSION
 
     most = max(args.clients)
     compressor = load_compressor(args)
@@ -46,13 +47,14 @@ async def _measure(args: argparse.Namespace) -> dict[tuple[int, str], list[float
     runs: dict[tuple[int, str], list[float]] = {}
     async with VllmClient(args.gateway_url) as gateway, VllmClient(args.backend_url) as backend:
         await backend.preflight(width=compressor.width)
+        one_token: dict[str, Any] = {"max_tokens": 1, "temperature": 0}
         ways: dict[str, Ask] = {
-            "direct": lambda number: backend.complete(embeds[number].values_TD, max_tokens=1, temperature=0),
-            "gateway": lambda number: gateway.complete(texts[number], max_tokens=1, temperature=0),
+            "direct": lambda number: backend.complete(embeds[number].values_TD, **one_token),
+            "gateway": lambda number: gateway.complete(texts[number], **one_token),
         }
         if args.expand:
-            fields: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "code_llava": {"expand": args.expand}}
-            ways["expanded"] = lambda number: gateway.complete(texts[number], **fields)
+            expanded = one_token | {EXTENSION: {"expand": args.expand}}
+            ways["expanded"] = lambda number: gateway.complete(texts[number], **expanded)
         for ask in ways.values():  # warm-up: the gateway's cache, the backend's prefix cache
             await asyncio.gather(*(ask(number) for number in range(most)))
         for clients in args.clients:

@@ -35,23 +35,35 @@ COMMANDS = commands()
 
 def test_there_are_commands() -> None:
     assert len(COMMANDS) >= 3
+    assert len(SHOWN) == 2
+
+
+# Commands with what they print below them.
+SHOWN = re.findall(r"```sh\n(?:pip install uv && )?(uv run python [^\n]*)\n```\n\n```\n(.*?)```", README, re.S)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command: str) -> None:
-    arguments = shlex.split(command, comments=True)
-    assert arguments[:3] == ["uv", "run", "python"], command
-    assert run_python(arguments[3:]).strip()
+    assert run_python(arguments_of(command)).strip()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_first_command_prints_what_stands_below_it(dtype: str) -> None:
-    shown = re.search(r"```sh\npip install uv && uv run python (.*?)\n```\n\n```\n(.*?)```", README, re.S)
-    assert shown is not None
-    expected = ".*".join(map(re.escape, shown[2].split("…")))  # seconds differ
-    assert re.fullmatch(expected, run_python([*shlex.split(shown[1]), "--dtype", dtype]))
+@pytest.mark.parametrize(("command", "printed"), SHOWN)
+def test_a_command_prints_what_stands_below_it(command: str, printed: str, dtype: str) -> None:
+    expected = ".*".join(map(re.escape, printed.split("…")))  # seconds differ
+    assert re.fullmatch(expected, run_python([*arguments_of(command), "--dtype", dtype]))
+
+
+def arguments_of(command: str) -> list[str]:
+    """What a command passes to Python, as a shell reads it."""
+    inner = re.search(r"\$\(uv run python (.*?)\)(?=\")", command)
+    if inner:
+        command = command.replace(inner[0], run_python(shlex.split(inner[1])).strip())
+    arguments = shlex.split(command, comments=True)
+    assert arguments[:3] == ["uv", "run", "python"], command
+    return arguments[3:]
 
 
 def run_python(arguments: list[str]) -> str:

@@ -158,7 +158,7 @@ def _mean_score(name: str, judged: Mapping[str, Sequence[Judged]], group: Sequen
 
 def _token_means(tasks: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Mean tokens a row before and after compression, and memory tokens a row that stands for them, latent or text (1
-    where all is text); None where unknown.
+    where all is text); None where unknown, or where nothing stands for them.
     """
     after = [scores["prompt_tokens"] for scores in tasks if "prompt_tokens" in scores]
     memory = [scores.get("memory_tokens", 0.0) for scores in tasks]
@@ -167,7 +167,7 @@ def _token_means(tasks: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     return {
         "tokens_before": round(fmean(after) - fmean(standing) + fmean(memory), 1) if known else None,
         "tokens_after": round(fmean(after), 1) if known else None,
-        "ratio": round(sum(memory) / sum(standing), 2) if sum(standing) else 1.0,
+        "ratio": round(sum(memory) / sum(standing), 2) if sum(standing) else None if sum(memory) else 1.0,
     }
 
 
@@ -191,6 +191,8 @@ def _task_scores(task: str, judged: Sequence[Judged], data: Mapping[str, Any]) -
         # A mean of some rows only would compare unequal things.
         **{name: round(fmean(seen), 1) for name, seen in counts.items() if len(seen) == len(judged)},
         **({"needles": needles} if needles else {}),
+        # In the file's order, which is the dataset's: runs over the same rows are compared row by row.
+        "values": {str(item.row_id): item.value for item in judged},
         "family": get_task(task).family,
     }
 

@@ -19,7 +19,8 @@ _TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
 _PICTURE = re.compile(r'(?<=<img src=")[^":]+(?=")')
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #1a1a1a; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+table { display: block; overflow-x: auto; }
 th, td { border: 1px solid #d0d0d0; padding: 0.25rem 0.6rem; white-space: nowrap; }
 th { background: #f3f3f3; }
 img { max-width: 100%; }
@@ -30,6 +31,18 @@ blockquote { border-left: 4px solid #e69f00; margin-left: 0; padding-left: 1rem;
   th, td { border-color: #444; }
   img { background: #fff; }
 }
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}</body>
+</html>
 """
 
 
@@ -47,9 +60,7 @@ def write_html(markdown: str, folder: Path, path: Path) -> None:
     title = _TITLE.search(markdown)
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     body = _PICTURE.sub(lambda match: _data_uri(folder / html.unescape(match[0])), body)
-    head = f'<meta charset="utf-8">\n<title>{html.escape(title[1] if title else path.stem)}</title>\n'
-    page = f'<!doctype html>\n<html lang="en">\n<head>\n{head}<style>{_STYLE}</style>\n</head>\n<body>\n{body}</body>\n</html>\n'
-    write_text(path, page)
+    write_text(path, _PAGE.format(title=html.escape(title[1] if title else path.stem), style=_STYLE, body=body))
 
 
 def _data_uri(picture: Path) -> str:

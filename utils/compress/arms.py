@@ -1,4 +1,4 @@
-"""The arms of an evaluation: what a decoder reads in a memory's place, on the same examples and under one budget of rows.
+"""The arms of an evaluation: what a decoder reads in a memory's place, on the same examples, under one budget of rows.
 
     none           nothing: the question alone
     full           the whole text

@@ -72,11 +72,8 @@ def test_arms_with_latents_of_one_chunk_size_encode_once(monkeypatch: pytest.Mon
     # Equal memories at the chunk sizes 2, 4 and 8.
     assert encoded == [1, 1, 1]
     assert {record["encode_ms"] > 0 for record in records} == {True}
-    of_four = {
-        r["condition"]: r["encode_ms"] for r in records if r["condition"] in ("memory@4", "expand@2", "random@2")
-    }
-    assert len(set(of_four.values())) == 1
-    assert len(of_four) == 3
+    of_four = [r["encode_ms"] for r in records if r["condition"] in ("memory@4", "expand@2", "random@2")]
+    assert of_four == of_four[:1] * 6
 
 
 def record(number: int, condition: str, exact: bool, **place: Any) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--output",
         type=Path,
-        help="folder for records.jsonl, result.json, table.md, result.png and report.html; what was killed goes on there",
+        help="folder for report.html, table.md, result.png, result.json and records.jsonl; what was killed goes on",
     )
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
     return parser

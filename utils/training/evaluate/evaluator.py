@@ -4,8 +4,8 @@
     records = evaluator.run(examples, find_arms("full,memory", [8]))
 
 A record is one example in one arm, a JSON object. Greedy decoding throughout. `encode_ms` is what the encoder took,
-`read_ms` what reading the prompt and writing the answer took: those of a batch, shared out among its examples. Arms with
-latents of one chunk size share them; each is told what they cost.
+`read_ms` what reading the prompt and writing the answer took: those of a batch, shared out among its examples. Arms
+with latents of one chunk size share them; each is told what they cost.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class Evaluator:
         return {"nll": float(loss), "tokens": len(wanted)}
 
     def _encode(self, spans: Sequence[MemorySpan]) -> list[torch.Tensor]:
-        """Latents of spans; those of another arm are taken again, the others waited for, so that their time is known."""
+        """Latents of spans: another arm's are taken again, the others waited for, so that their time is known."""
         new = list({_key(span): span for span in spans if _key(span) not in self._latents}.values())
         if new:
             began = time.perf_counter()

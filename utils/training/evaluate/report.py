@@ -157,7 +157,7 @@ def _difference(compared: dict[str, Any] | None) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A panel for each task and length: its first metric over the decoder's rows, a line an arm over its chunk sizes."""
+    """A panel for each task and length: its first metric over the decoder's rows, a line an arm."""
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))

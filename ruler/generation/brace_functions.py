@@ -31,7 +31,7 @@ _CPP_HEAD = re.compile(
 )
 _NO_TYPE = re.compile(r"\b(?:class|struct|enum|union|namespace|using|typedef|return|else|new|case|operator|define)\b")
 _NO_NAME = frozenset(
-    {"if", "for", "while", "switch", "catch", "sizeof", "decltype", "noexcept", "alignas", "defined", "requires"}
+    {"if", "for", "while", "switch", "catch", "sizeof", "decltype", "noexcept", "alignas", "requires", "operator"}
 )
 _AFTER_ARGUMENTS = re.compile(r"\s*(?:const\b|noexcept\b|override\b|final\b|->\s*[\w:<>,&*\s]+|\s)*$")
 _SIGNS = re.compile(r"^[ \t]*(?:///?|\*+)[!<]?[ \t]?")
@@ -49,17 +49,19 @@ def brace_functions(text: str, language: str) -> Iterator[tuple[str, str, str]]:
         if masked[comment.start() : comment.end()].strip():
             continue  # it only looks like a comment, within a string
         start = comment.end()
+        gap = text[comment.start() + len(comment.group().rstrip()) : start] + _leading_space(text, start)
         brace = masked.find("{", start)
-        name = _name(masked[start:brace], language) if brace > 0 else None
+        name = _name(masked[start:brace], language) if gap.count("\n") <= 1 and brace > 0 else None
         end = closing_brace(masked, brace) if name else None
-        if name is None or end is None or text.count("\n", start, brace) - text[start:brace].lstrip().count("\n") > 1:
+        if name is None or end is None:
             continue
         body = text[brace:end]
         if re.search(r"^[ \t]*#", masked[brace:end], re.MULTILINE) or re.search(
             r"/\*\*|^[ \t]*///", body, re.MULTILINE
         ):
             continue
-        code = textwrap.dedent(_indent_of(text, start) + text[start:end].lstrip())
+        indent = gap.rpartition("\n")[2]
+        code = textwrap.dedent(indent + text[start:end].lstrip())
         yield name, code, _words(comment)
 
 
@@ -108,10 +110,12 @@ def _name(head: str, language: str) -> str | None:
     return match["name"] if _AFTER_ARGUMENTS.fullmatch(head[head.rindex(")") + 1 :]) else None
 
 
-def _indent_of(text: str, start: int) -> str:
-    """The spaces before the first word behind `start`."""
-    rest = text[start:]
-    return rest[: len(rest) - len(rest.lstrip())].rpartition("\n")[2]
+def _leading_space(text: str, start: int) -> str:
+    """The spaces and line ends from `start` on."""
+    end = start
+    while end < len(text) and text[end].isspace():
+        end += 1
+    return text[start:end]
 
 
 def _words(comment: re.Match[str]) -> str:

@@ -80,13 +80,14 @@ def functions_in(file: CodeFile, language: str) -> list[CodeFunction]:
     ]
 
 
-def described(name: str, documentation: str, code: str) -> str:
+def described(name: str, documentation: str, code: str, min_lines: int = _MIN_CODE_LINES) -> str:
     """The description by which a function can be asked for, on one line.
 
     Args:
         name: The function's name.
         documentation: Its documentation, without comment signs.
         code: Its code.
+        min_lines: Shorter code is not asked for.
 
     Returns:
         The prose before the first section, field or example. Empty where it is too short to tell one function from
@@ -98,7 +99,7 @@ def described(name: str, documentation: str, code: str) -> str:
             break
         lines.append(line)
     text = " ".join(" ".join(lines).split())
-    asked = len(name) >= _MIN_NAME and not name.startswith("_") and code.count("\n") + 1 >= _MIN_CODE_LINES
+    asked = len(name) >= _MIN_NAME and not name.startswith("_") and code.count("\n") + 1 >= min_lines
     tells = len(text.split()) >= _MIN_WORDS and len(text) <= _MAX_DESCRIPTION
     return text if asked and tells and not gives_away(name, text) else ""
 

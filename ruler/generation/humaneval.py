@@ -91,7 +91,7 @@ def _function(problem: dict[str, str], where: str) -> CodeFunction:
     if len(wanted) != 1 or None in parts:
         raise DatasetError(f"{where}: expected one function {name} with code beside its docstring")
     code = "\n\n".join(part.rstrip() for part in parts if part)
-    return CodeFunction(name, problem["task_id"], code, described(name, _prose(wanted[0], name), code))
+    return CodeFunction(name, problem["task_id"], code, described(name, _prose(wanted[0], name), code, min_lines=2))
 
 
 def _prose(node: ast.FunctionDef, name: str) -> str:
@@ -101,4 +101,4 @@ def _prose(node: ast.FunctionDef, name: str) -> str:
         if _EXAMPLES.match(line) or re.search(rf"\b{re.escape(name)}\s*\(", line):
             break
         lines.append(line)
-    return "\n".join(lines)
+    return "\n".join(lines).lstrip('" ')  # a problem opens with four quotes

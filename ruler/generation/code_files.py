@@ -37,7 +37,9 @@ class Language:
         comment: What begins a comment that ends with its line.
         max_bytes: Larger files are left out.
         max_line: Files with longer lines are left out, in characters.
+        min_files: With fewer files there is no task.
         own_licence: The licence is named in the files, not in the package's metadata, and looked for there.
+        extra: The packages belong to the extra `code-tasks`.
     """
 
     title: str
@@ -46,7 +48,9 @@ class Language:
     comment: str
     max_bytes: int = 60_000
     max_line: int = 160
+    min_files: int = 4
     own_licence: bool = False
+    extra: bool = False
 
 
 # PyTorch's own headers; beside them lie those of other projects, under other licences, and generated ones (ATen/ops).
@@ -68,7 +72,9 @@ LANGUAGES: dict[str, Language] = {
         comment="//",
         max_bytes=1_000_000,
         max_line=200,
+        min_files=1,  # a library is one file of hundreds of functions
         own_licence=True,
+        extra=True,
     ),
 }  # fmt: skip
 
@@ -205,12 +211,11 @@ def _pile(
     licences: dict[str, str] | None = None,
 ) -> CodeFiles:
     files = [CodeFile(name, text) for name, path in found if (text := _usable_text(path, language))]
-    # A JavaScript library is one file of hundreds of functions.
-    needed = 1 if language.own_licence else 4
-    if len(files) < needed:
-        advice = f"; install what the extra tasks read ({EXTRA_COMMAND})" if language.own_licence else ""
+    if len(files) < language.min_files:
+        advice = f"; install what the extra tasks read ({EXTRA_COMMAND})" if language.extra else ""
         raise DatasetError(
-            f"{where}: {len(files)} usable {language.title} files, the code tasks need {needed} or more{advice}"
+            f"{where}: {len(files)} usable {language.title} files, the code tasks need {language.min_files} or more"
+            f"{advice}"
         )
     return CodeFiles(tuple(files), origin, licences or {})
 

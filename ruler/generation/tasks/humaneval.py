@@ -11,11 +11,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from random import Random
 
-from ruler.generation.counting import PieceCounter
 from ruler.generation.functions import CodeFunction
-from ruler.generation.tasks.base import Streams
 from ruler.generation.tasks.repoqa import NeedleFunction
-from utils.errors import DatasetError
 
 
 @dataclass
@@ -28,18 +25,11 @@ class SolutionHaystack(NeedleFunction):
 
     problems: Sequence[CodeFunction] = field(default_factory=tuple)
 
-    def begin(self, streams: Streams, counter: PieceCounter) -> None:
-        super().begin(streams, counter)
-        # Row after row asks for another problem, until all have been asked for.
-        self._asked = streams.shuffled([problem for problem in self.problems if self.may_be_asked(problem)])
-        if not self._asked:
-            raise DatasetError(
-                f"{self.task.name} at {self.max_tokens} tokens: none of the {len(self.problems)} problems can be asked "
-                "for; use a larger --max-seq-length"
-            )
+    def _askable(self, random: Random) -> Iterator[CodeFunction]:
+        asked = [problem for problem in self.problems if self.may_be_asked(problem)]
+        return iter(random.sample(asked, len(asked)))
 
-    def _draw(self, random: Random, number: int) -> tuple[CodeFunction, Iterator[CodeFunction]]:
-        wanted = self._asked[number % len(self._asked)]
+    def _around(self, random: Random, wanted: CodeFunction) -> Iterator[CodeFunction]:
         others = [problem for problem in self.problems if problem is not wanted]
         random.shuffle(others)
-        return wanted, chain(others, self.pool.all(random))
+        return chain(others, self.pool.around(random))

@@ -23,7 +23,8 @@ from utils.errors import DatasetError
 _UNIT = 8  # characters
 _MIN_OTHERS = 3  # functions beside the wanted one, however short the prompt
 _MAX_MISSES = 60  # functions looked at once they begin not to fit
-_QUESTION_TOKENS = 160  # roughly; only decides how long a function may be
+_MAX_SHARE, _MIN_CHARS = 1 / 6, 200  # of the room: how long a function may be, and how long it may always be
+_MEASURED_CHARS = 4000  # of code, by which characters a token are known
 _SPARE_TOKENS = 8  # of an answer's room: the end of its text
 _SAME = 0.8  # overlap from which on two functions are the same one
 
@@ -47,40 +48,38 @@ class FunctionPool:
             self._read[number] = functions_in(self.files.files[number], self.language)
         return self._read[number]
 
-    def draw(
-        self, random: Random, may_be_asked: Callable[[CodeFunction], bool]
-    ) -> tuple[CodeFunction, Iterator[CodeFunction]] | None:
-        """A function that may be asked for, and the others in the order in which a prompt takes them.
+    def askable(self, random: Random, may_be_asked: Callable[[CodeFunction], bool]) -> Iterator[CodeFunction]:
+        """All functions that may be asked for, once each: one of every file, then a second one of every file, …"""
+        piles: list[list[CodeFunction]] = []
+        for number in self._order(random):
+            found = [function for function in self.of_file(number) if may_be_asked(function)]
+            if found:
+                piles.append(random.sample(found, len(found)))
+                yield piles[-1].pop()
+        while piles := [pile for pile in piles if pile]:
+            for pile in piles:
+                yield pile.pop()
 
-        Returns:
-            None where no function may be asked for.
-        """
+    def around(self, random: Random, wanted: CodeFunction | None = None) -> Iterator[CodeFunction]:
+        """All functions but the wanted one, file by file: those of its own file first, then those of its project."""
         order = self._order(random)
+        if wanted is not None:
+            project = _project(wanted.path)
+            paths = [file.path for file in self.files.files]
+            order.sort(key=lambda number: (paths[number] != wanted.path, _project(paths[number]) != project))
+        own = Random(random.getrandbits(32))
         for number in order:
-            if choices := [function for function in self.of_file(number) if may_be_asked(function)]:
-                wanted = random.choice(choices)
-                project = self._project(number)
-                rest = sorted(order, key=lambda other: (other != number, self._project(other) != project))
-                return wanted, self._shuffled(rest, random.getrandbits(32), without=wanted)
-        return None
-
-    def all(self, random: Random) -> Iterator[CodeFunction]:
-        """All functions, file by file, in a random order."""
-        return self._shuffled(self._order(random), random.getrandbits(32))
+            functions = [function for function in self.of_file(number) if function is not wanted]
+            yield from own.sample(functions, len(functions))
 
     def _order(self, random: Random) -> list[int]:
         order = list(range(len(self.files.files)))
         random.shuffle(order)
         return order
 
-    def _project(self, number: int) -> str:
-        return self.files.files[number].path.partition("/")[0]
 
-    def _shuffled(self, order: Sequence[int], seed: int, without: CodeFunction | None = None) -> Iterator[CodeFunction]:
-        random = Random(seed)
-        for number in order:
-            functions = [function for function in self.of_file(number) if function is not without]
-            yield from random.sample(functions, len(functions))
+def _project(path: str) -> str:
+    return path.partition("/")[0]
 
 
 @dataclass
@@ -97,17 +96,20 @@ class NeedleFunction(TaskGenerator):
         self.num_depths = 1
         self._comment = LANGUAGES[self.pool.language].comment
         self._answer: str = self.task.params["answer"]
-        # Four functions of this length still leave room, even with few characters a token.
-        room = self.max_tokens - self.task.tokens_to_generate - _QUESTION_TOKENS
-        self._max_chars = max(int(0.6 * room), 200)
-        self._counter: PieceCounter | None = None
 
     def begin(self, streams: Streams, counter: PieceCounter) -> None:
-        self._counter = counter
+        self._count = counter.count_whole
+        code = self.pool.files.files[0].text[:_MEASURED_CHARS]
+        around = self.prompt.before() + self.prompt.head() + self.prompt.tail(description="")
+        room = self.max_tokens - self.task.tokens_to_generate - self._count(around)
+        # Characters of memory and description, roughly.
+        self._room = int(room * len(code) / self._count(code))
+        self._asked: list[CodeFunction] = []
+        self._coming = self._askable(streams.random)
 
     def sample(self, streams: Streams, size: int, number: int, depths: Sequence[float] | None = None) -> Sample:
-        wanted, others = self._draw(streams.random, number)
-        chosen = self._choose(wanted, others, size)
+        wanted = self._wanted(number)
+        chosen = self._choose(wanted, self._around(streams.random, wanted), size)
         random = Random(streams.random.getrandbits(32))
         random.shuffle(chosen)
         depth = depths[0] if depths else random.random()
@@ -129,50 +131,69 @@ class NeedleFunction(TaskGenerator):
 
     def may_be_asked(self, function: CodeFunction) -> bool:
         """Whether a function can be the wanted one in these prompts."""
-        if not function.description or len(function.code) > self._max_chars:
+        if not function.description or len(function.code) > self._max_chars(function):
             return False
         if function.name.lower() in function.path.lower():
             return False
-        if self._answer != "code" or self._counter is None:
-            return True
-        return self._counter.count_whole(function.code) <= self.task.tokens_to_generate - _SPARE_TOKENS
+        return self._answer != "code" or self._count(function.code) <= self.task.tokens_to_generate - _SPARE_TOKENS
 
-    def _draw(self, random: Random, number: int) -> tuple[CodeFunction, Iterator[CodeFunction]]:
-        """The wanted function, and others to stand around it, the closest first."""
-        drawn = self.pool.draw(random, self.may_be_asked)
-        if drawn is None:
+    def _max_chars(self, wanted: CodeFunction | None = None) -> int:
+        """Characters that a function beside the wanted one, or itself, may have: four leave room for the question."""
+        room = self._room - (len(wanted.description) if wanted else 0)
+        return max(int(room * _MAX_SHARE), _MIN_CHARS)
+
+    def _askable(self, random: Random) -> Iterator[CodeFunction]:
+        """What the rows of a dataset ask for, one after the other."""
+        return self.pool.askable(random, self.may_be_asked)
+
+    def _around(self, random: Random, wanted: CodeFunction) -> Iterator[CodeFunction]:
+        """What may stand around the wanted function, what comes first before the rest."""
+        return self.pool.around(random, wanted)
+
+    def _wanted(self, number: int) -> CodeFunction:
+        """What row `number` asks for: every function once, then from the start again."""
+        while len(self._asked) <= number and (function := next(self._coming, None)) is not None:
+            self._asked.append(function)
+        if not self._asked:
             raise DatasetError(
                 f"{self.task.name} at {self.max_tokens} tokens: none of the {len(self.pool.files.files)} files has a "
-                f"function of at most {self._max_chars} characters with a description that can be asked for; use a "
+                f"function of at most {self._max_chars()} characters with a description that can be asked for; use a "
                 "larger --max-seq-length or give a folder with more files"
             )
-        return drawn
+        return self._asked[number % len(self._asked)]
 
     def _choose(self, wanted: CodeFunction, others: Iterator[CodeFunction], size: int) -> list[CodeFunction]:
         """Functions of `size` steps in all, the wanted one counted: those that fit, and can stand beside the rest."""
-        room = size * _UNIT - self._shown(wanted)
+        room, longest = size * _UNIT - self._shown(wanted), self._max_chars(wanted)
         chosen: list[CodeFunction] = []
-        names, misses = {wanted.name.lower()}, 0
+        too_long: list[CodeFunction] = []
+        names = {wanted.name.lower()}
         for function in others:
-            if misses >= _MAX_MISSES and len(chosen) >= _MIN_OTHERS:
-                return chosen
-            if len(function.code) > self._max_chars or not goes_with(function, wanted, names):
+            if len(function.code) > longest or not goes_with(function, wanted, names):
                 continue
             length = self._shown(function)
-            if length > room and len(chosen) >= _MIN_OTHERS:
-                misses += 1
+            if length > room:
+                too_long.append(function)
+                if len(too_long) == _MAX_MISSES:
+                    break
                 continue
             room -= length
             names.add(function.name.lower())
             chosen.append(function)
+        else:
+            if room > longest:
+                raise DatasetError(
+                    f"{self.task.name} at {self.max_tokens} tokens: all {len(chosen)} functions that go with one "
+                    f"another have {size * _UNIT - room} characters, {size * _UNIT} are needed; use a smaller "
+                    "--max-seq-length, or give a folder with more files"
+                )
+        # Even the smallest sample has some, the shortest.
+        for function in sorted(too_long, key=self._shown):
+            if len(chosen) < _MIN_OTHERS and function.name.lower() not in names:
+                names.add(function.name.lower())
+                chosen.append(function)
         if len(chosen) < _MIN_OTHERS:
             raise SampleFailed(f"{len(chosen)} functions go with {wanted.name}")
-        if room > self._max_chars:
-            raise DatasetError(
-                f"{self.task.name} at {self.max_tokens} tokens: all {len(chosen)} functions that go with one another "
-                f"have {size * _UNIT - room} characters, {size * _UNIT} are needed; use a smaller --max-seq-length, or "
-                "give a folder with more files"
-            )
         return chosen
 
     def _header(self, function: CodeFunction) -> str:

@@ -38,7 +38,9 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `run`."""
     parser.add_argument("--output", "--output-dir", type=Path, required=True, help="folder for data, runs and report")
-    parser.add_argument("--tasks", default="ruler", help="names with commas, or ruler, code, all (default: ruler)")
+    parser.add_argument(
+        "--tasks", default="ruler", help="names with commas, or ruler, code, code-extra, all (default: ruler)"
+    )
     parser.add_argument("--lengths", default="1k,2k", help="budgets in tokens with commas, 1k = 1024 (default: 1k,2k)")
     parser.add_argument("--num-samples", type=int, default=5, help="rows a task and length (default: 5)")
     parser.add_argument("--mode", choices=MODES, default="balanced", help="of prepare; compat "

@@ -182,7 +182,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `predict`."""
     parser.add_argument("--data-dir", type=Path, required=True, help="dataset root: [<length>/]<task>/<subset>.jsonl")
     parser.add_argument("--output", "--output-dir", type=Path, required=True, help="run folder for the predictions")
-    parser.add_argument("--tasks", help="task names with commas, or ruler, code, all (default: what is prepared)")
+    parser.add_argument(
+        "--tasks", help="task names with commas, or ruler, code, code-extra, all (default: what is prepared)"
+    )
     parser.add_argument("--lengths", help="with commas, 1k = 1024 (default: what is prepared)")
     parser.add_argument("--subset", default="validation", help="stem of the rows files (default: validation)")
     parser.add_argument("--max-rows", type=int, help="answer only the first rows of each task (default: all)")

@@ -17,7 +17,7 @@ from typing import Any
 
 from ruler.answering.predictions import read_predictions
 from ruler.layout import length_folders, prediction_tasks, read_run_manifest
-from ruler.registry import CODE_TASKS, RULER_13, get_task, resolve_tasks
+from ruler.registry import CODE_TASKS, RULER_13, TaskConfig, get_task, resolve_tasks
 from ruler.scoring.metrics import (
     THRESHOLD,
     effective_length,
@@ -28,6 +28,7 @@ from ruler.scoring.metrics import (
     postprocess,
     sample_value,
 )
+from ruler.scoring.similarity import function_value
 from utils.cli import print_json
 from utils.errors import DatasetError
 from utils.files import provenance, write_json, write_text
@@ -57,13 +58,13 @@ def judge_file(path: Path, task: str) -> list[Judged]:
     Raises:
         DatasetError: The file is empty, broken, or a row has no references.
     """
-    metric = get_task(task).metric
+    config = get_task(task)
     judged = []
     for number, row in enumerate(read_predictions(path), start=1):
         text, references = postprocess(row["pred"]), row["outputs"]
         others = row.get("others") or {}
         try:
-            value = sample_value(text, references, metric)
+            value, strict = _values(text, references, config, others)
         except DatasetError as error:
             raise DatasetError(f"{path}, row {number}: {error}") from None
         judged.append(
@@ -71,7 +72,7 @@ def judge_file(path: Path, task: str) -> list[Judged]:
                 row_id=others.get("id", row["index"]),
                 prediction=text,
                 value=value,
-                strict=sample_value(text, references, metric, strict=True),
+                strict=strict,
                 others=others,
                 needle_hits=tuple(sample_value(text, [reference], "all") for reference in references),
             )
@@ -79,6 +80,16 @@ def judge_file(path: Path, task: str) -> list[Judged]:
     if not judged:
         raise DatasetError(f"{path} holds no predictions: predict first")
     return judged
+
+
+def _values(text: str, references: Sequence[str], task: TaskConfig, others: Mapping[str, Any]) -> tuple[float, float]:
+    """The value of an answer, and the stricter one (0..1)."""
+    if task.metric != "function":
+        value, strict = (sample_value(text, references, task.metric, strict=strict) for strict in (False, True))
+        return value, strict
+    if "distractors" not in others:
+        raise DatasetError("others.distractors is missing, the other functions of the context: predict again")
+    return function_value(text, references, others["distractors"], task.params["language"])
 
 
 def nulls(judged: Sequence[Judged]) -> str:
@@ -228,7 +239,9 @@ def score_run(run: Path, tasks: Sequence[str] | None = None) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `score`."""
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder of predict, or of the reference")
-    parser.add_argument("--tasks", help="task names with commas, or ruler, code, all (default: what was predicted)")
+    parser.add_argument(
+        "--tasks", help="task names with commas, or ruler, code, code-extra, all (default: what was predicted)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")
 
 

@@ -75,6 +75,30 @@ def test_every_arm_shows_what_it_may(long_reader, tmp_path, capsys):
     assert compared["expand@8"]["to_bm25"]["count"] == 4
 
 
+@pytest.mark.slow
+def test_functions_are_asked_for_and_judged_against_the_rest_of_the_memory(long_reader, tmp_path):
+    out = tmp_path / "out"
+    command = ["run", "--output", str(out), "--model", str(long_reader), "--tasks", "repoqa_name,repoqa_code",
+               "--lengths", "3000", "--num-samples", "2", "--chunk-size", "8", "--workers", "1"]  # fmt: skip
+    assert main(command) == 0
+    report = json.loads((out / "report/report.json").read_text())
+    entries = [run["lengths"][0] for run in report["runs"]]
+    assert [(entry["score"], entry["code_score_tasks"], entry["tasks"].keys()) for entry in entries] == [
+        (None, 2, {"repoqa_name", "repoqa_code"})
+    ] * 2
+    assert "## Code tasks, 3000 tokens" in (out / "report/report.md").read_text()
+    # The right answers, put in place of the random model's, are scored as such: what judging needs came along.
+    path = out / "runs/full/3000/repoqa_code.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(len(row["others"]["distractors"]) >= 3 for row in rows)
+    rows[0]["pred"] = f"```python\n{rows[0]['outputs'][0]}\n```"
+    rows[1]["pred"] = rows[1]["others"]["distractors"][0]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["score", str(out / "runs/full")]) == 0
+    scores = json.loads((out / "runs/full/scores.json").read_text())["lengths"][0]["tasks"]["repoqa_code"]
+    assert (scores["score"], scores["strict"]) == (50.0, 50.0)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -22,7 +22,10 @@ from ruler.scoring.score import score_run
 from utils.errors import ConfigError
 
 
-def write_run(root, good, latents=None, lengths=(1024, 2048), tasks=("niah_single_1", "vt", "code_where"), sha="a", arm=None):
+TASKS = ("niah_single_1", "vt", "code_where")
+
+
+def write_run(root, good, latents=None, lengths=(1024, 2048), tasks=TASKS, sha="a", arm=None):
     """A run in which the first `good` of four rows are right."""
     for length in lengths:
         folder = root / str(length)

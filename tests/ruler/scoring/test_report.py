@@ -21,7 +21,6 @@ from ruler.scoring.report import comparison_notes, write_report
 from ruler.scoring.score import score_run
 from utils.errors import ConfigError
 
-
 TASKS = ("niah_single_1", "vt", "code_where")
 
 

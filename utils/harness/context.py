@@ -100,12 +100,10 @@ class ContextReader:
         given = text[: len(text) - len(last.text) + len(kept)]
         if isinstance(context, ChatContext):
             given = ChatContext(given, context.query)
-        if not given:
-            return "", self._tokens(last.text + continuation, special=False)
         # A placeholder stands for what comes before: no token reaches over it, and tokenizers treat a text's beginning
         # in their own ways.
         before = PLACEHOLDER if memories else ""
-        special = not memories and self._lacks_special_tokens(given)
+        special = bool(given) and not memories and self._lacks_special_tokens(given)
         num_given = len(self._tokens(before + kept, special))
         ids = self._tokens(before + last.text + continuation, special)[num_given:]
         if not ids:

@@ -18,9 +18,9 @@ from utils.model.markers import MARKERS, MEMORY_END, MEMORY_START, split_spans, 
 from utils.model.processor import Processor
 from utils.model.prompt import PromptTokenizers
 
-BOOK = "It was a dark night.\nNobody slept.\n\nMorning came."
+BOOK = "It was a dark and stormy night.\nNobody slept.\n\nMorning came, and with it the mail."
 ASK = "Question: who slept?"
-LONG = 30
+LONG = 70
 
 
 def reader(tokenizers: PromptTokenizers | None = None, least: int | None = None, **values: object) -> ContextReader:
@@ -38,7 +38,7 @@ def reader(tokenizers: PromptTokenizers | None = None, least: int | None = None,
         ("Read.\n", BOOK.replace("\n\n", "\n"), f"\n{ASK}\nThe answer is:"),
         ("Read the story.\n\n", BOOK.replace("\n\n", "\n"), f"\n{ASK} Answer: it was, as all will agree with me,"),
         ("", "Read this long text: " + BOOK.replace("\n", " "), f"\n{ASK}"),
-        ("", BOOK.replace("\n\n", " ") * 2, f"\n \t\n\n{ASK}\n"),
+        ("It was\n", BOOK.replace("\n\n", " "), f"\n \t\n\n{ASK}\n"),
     ],
 )
 def test_what_stands_between_instruction_and_question_becomes_memory(before: str, memory: str, after: str) -> None:
@@ -50,7 +50,7 @@ def test_what_stands_between_instruction_and_question_becomes_memory(before: str
     ["", "\n\n", "short", "Read.\n\nshort\n\nWho?", "one line " * 20, "Read.\n" + BOOK, "Answer:", "a:\n\nb:\n\nc:"],
 )
 def test_what_has_no_long_part_or_no_question_stays(text: str) -> None:
-    assert mark_longest(text, 60, len) == text
+    assert mark_longest(text, LONG, len) == text
 
 
 @given(text=st.text(alphabet="ab:\n ", max_size=80), least=st.integers(1, 30))
@@ -108,7 +108,7 @@ def test_a_chat_is_read_as_the_processor_reads_it() -> None:
     assert of.read(context) == of.processor.parse_chat(CHAT)
     assert wrap("x = 2") in context
     assert context.endswith("<|im_start|>assistant\n")
-    assert of.read(context).query == "and  : what is x?".replace("  ", "   ") or of.read(context).query
+    assert "what is x?" in of.read(context).query
 
 
 def test_a_chats_copy_keeps_what_it_asks() -> None:
@@ -177,8 +177,9 @@ def test_what_has_no_token_cannot_be_scored() -> None:
     of = reader()
     assert of.split("", "two") == ("", of.read("two").input_ids)
     assert of.split(" \n", "two") == ("", of.read(" \ntwo").input_ids)
-    with pytest.raises(PromptError, match="no token"):
-        of.split("The answer is", "")
+    for context in ("The answer is", ""):
+        with pytest.raises(PromptError, match="no token"):
+            of.split(context, "")
 
 
 def test_markers_are_the_only_words_that_cannot_be_said() -> None:

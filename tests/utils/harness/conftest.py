@@ -22,14 +22,15 @@ def run_tasks(checkpoints: dict[str, Path]) -> Callable[..., dict[str, Any]]:
     arguments = {"checkpoint": str(checkpoints["lclm"]), "device": "cpu", "dtype": "float32"}
 
     def run(
-        *tasks: str, metadata: dict[str, Any], defaults: bool = False, model: Any = None, chat: bool = False,
-        **model_arguments: Any,
+        *tasks: str, metadata: dict[str, Any], folder: Path = TASKS, model: Any = None, chat: bool = False,
+        limit: int | None = None, gen_kwargs: dict[str, Any] | None = None, **model_arguments: Any,
     ) -> dict[str, Any]:  # fmt: skip
         lm = model or CodeLlavaLM(**arguments, **model_arguments)
-        manager = TaskManager(include_path=str(TASKS), include_defaults=defaults, metadata=arguments | metadata)
+        manager = TaskManager(include_path=str(folder), include_defaults=False, metadata=arguments | metadata)
         results = simple_evaluate(
-            model=lm, tasks=list(tasks), task_manager=manager, apply_chat_template=chat, bootstrap_iters=0
-        )
+            model=lm, tasks=list(tasks), task_manager=manager, apply_chat_template=chat, bootstrap_iters=0,
+            limit=limit, gen_kwargs=gen_kwargs,
+        )  # fmt: skip
         assert results is not None
         return dict(results)
 

@@ -216,6 +216,7 @@ def test_lm_eval_finds_the_model_and_its_own_flags_give_way(
 ) -> None:
     found = get_model("code-llava")
     assert found is CodeLlavaLM
+    assert get_model("local-completions").__module__.startswith("lm_eval"), "its own models stay"
     text = ",".join(f"{name}={value}" for name, value in arguments.items())
     lm = found.create_from_arg_string(text + ",batch_size=7", {"batch_size": 1, "max_batch_size": None})
     assert lm.batch_size == 7

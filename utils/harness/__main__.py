@@ -26,7 +26,8 @@ examples:
       --metadata max_seq_lengths=[1024] --model_args chunk_size=8
   uv run --extra lm-eval python -m utils.harness --model code-llava --tasks memory_lookup --apply_chat_template \\
       --model_args chunk_size=4,expand=1/16 --batch_size 8 --output_path results/lookup
-  uv run --extra lm-eval python -m utils.harness --model code-llava --tasks hotpotqa --model_args auto_memory=500
+  uv run --extra lm-eval python -m utils.harness --model code-llava --tasks longbench_hotpotqa \\
+      --model_args auto_memory=500,too_long=empty
   uv run --extra lm-eval python -m utils.harness ls tasks
   uv run --extra lm-eval python -m utils.harness run --help          # lm-eval's own flags
 

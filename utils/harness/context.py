@@ -73,7 +73,7 @@ class ContextReader:
         key = (type(context), context)
         if key not in self._read:
             text = self.marked(context)
-            prompt = self.processor.parse_raw(text, add_special_tokens=self._lacks_special_tokens(text))
+            prompt = self.processor.parse_raw(text, add_special_tokens=self.lacks_special_tokens(text))
             if not prompt.input_ids:
                 raise PromptError("the context is empty: a decoder continues at least one token")
             if isinstance(context, ChatContext):
@@ -84,31 +84,6 @@ class ContextReader:
     def forget(self) -> None:
         """Read the contexts anew that are asked for from now on."""
         self._read.clear()
-
-    def split(self, context: str, continuation: str) -> tuple[str, list[int]]:
-        """What of a context and its continuation is given, and the decoder tokens of the rest, which are scored.
-
-        White space at the end of the context belongs to the continuation, as in lm-eval's own models: " word" is one
-        token, "" and "word" are others.
-
-        Raises:
-            PromptError: The continuation has no token of its own.
-        """
-        text = self.marked(context)
-        *memories, last = split_spans(text, "the context")
-        kept = last.text.rstrip()
-        given = text[: len(text) - len(last.text) + len(kept)]
-        if isinstance(context, ChatContext):
-            given = ChatContext(given, context.query)
-        # A placeholder stands for what comes before: no token reaches over it, and tokenizers treat a text's beginning
-        # in their own ways.
-        before = PLACEHOLDER if memories else ""
-        special = bool(given) and not memories and self._lacks_special_tokens(given)
-        num_given = len(self._tokens(before + kept, special))
-        ids = self._tokens(before + last.text + continuation, special)[num_given:]
-        if not ids:
-            raise PromptError(f"the continuation {continuation!r} has no token of its own: there is nothing to score")
-        return given, ids
 
     def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> ChatContext:
         """A chat as a context.
@@ -151,16 +126,13 @@ class ContextReader:
             return text
         return mark_longest(text, self.least_memory_tokens, self._num_memory_tokens)
 
-    def _num_memory_tokens(self, text: str) -> int:
-        return len(self.processor.tokenizers.encoder(text, add_special_tokens=False)["input_ids"])
-
-    def _lacks_special_tokens(self, text: str) -> bool:
+    def lacks_special_tokens(self, text: str) -> bool:
         """Whether the tokenizer is to add its special tokens; a chat, or a prompt that was one, brings them."""
         bos = self.processor.tokenizers.decoder.bos_token
         return not (isinstance(text, ChatContext) or (bos and text.startswith(bos)))
 
-    def _tokens(self, text: str, special: bool) -> list[int]:
-        return list(self.processor.tokenizers.decoder(text, add_special_tokens=special)["input_ids"])
+    def _num_memory_tokens(self, text: str) -> int:
+        return len(self.processor.tokenizers.encoder(text, add_special_tokens=False)["input_ids"])
 
 
 def mark_longest(text: str, least_tokens: int, num_tokens: Callable[[str], int]) -> str:

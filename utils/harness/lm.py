@@ -21,7 +21,7 @@ import lm_eval.models  # noqa: F401
 import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from utils.client.completion import Sampling
@@ -30,10 +30,10 @@ from utils.errors import ConfigError, PromptError
 from utils.flags import encoder_settings, expansion, open_cache
 from utils.harness.context import ChatContext, ContextReader
 from utils.harness.likelihood import Scored, score_continuations
+from utils.harness.pairs import read_pair, read_whole
 from utils.harness.sampling import read_sampling
 from utils.inference.generation import Generator, batches_by_length, open_pair
 from utils.model.limits import check_prompt_fits
-from utils.model.markers import MEMORY_END, has_markers
 from utils.model.prompt import MemoryLimit, MemoryPrompt
 
 logger = logging.getLogger(__name__)
@@ -185,8 +185,7 @@ class CodeLlavaLM(LM):
         """Score continuations.
 
         Args:
-            requests: lm-eval's instances with the arguments (context, continuation). An empty context is a single
-                begin-of-sequence token, or the end token of a tokenizer without one.
+            requests: lm-eval's instances with the arguments (context, continuation); see `read_pair`.
             disable_tqdm: Show no progress.
 
         Returns:
@@ -199,7 +198,7 @@ class CodeLlavaLM(LM):
         pairs: list[Scored] = []
         with torch.inference_mode():
             for request in tqdm(requests, desc="reading", unit="request", disable=disable_tqdm):
-                pairs.append(self._pair(*request.args))
+                pairs.append(read_pair(self.reader, *request.args))
                 self._check_room(pairs[-1], request)
         scores = self._score(pairs, disable_tqdm)
         for request, score in zip(requests, scores, strict=True):
@@ -208,10 +207,7 @@ class CodeLlavaLM(LM):
         return scores
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Score whole texts, for perplexity.
-
-        A text with memory is scored behind its last memory, given all before. Any other is scored from its first token
-        on, in windows of the decoder's positions; `auto_memory` does not touch it, for it asks nothing.
+        """Score whole texts, for perplexity; see `read_whole`.
 
         Args:
             requests: lm-eval's instances with the argument (text,).
@@ -224,7 +220,7 @@ class CodeLlavaLM(LM):
         owners: list[int] = []
         with torch.inference_mode():
             for number, request in enumerate(tqdm(requests, desc="reading", unit="request", disable=disable_tqdm)):
-                found = list(self._windows(request.args[0]))
+                found = list(read_whole(self.reader, request.args[0], self.generator.max_rows))
                 for pair in found:
                     self._check_room(pair, request)
                 pairs += found
@@ -293,28 +289,6 @@ class CodeLlavaLM(LM):
             self._counts["too_long"] += 1
             return False
         return True
-
-    def _pair(self, context: str, continuation: str) -> Scored:
-        given, ids = self.reader.split(context, continuation)
-        if given:
-            return self.reader.read(given), ids
-        return MemoryPrompt(input_ids=[self._prefix_id()], spans=()), ids
-
-    def _windows(self, text: str) -> list[Scored]:
-        if has_markers(text):
-            end = text.rfind(MEMORY_END) + len(MEMORY_END)
-            return [self._pair(text[:end], text[end:])]
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        most = self.generator.max_rows or len(ids) + 1
-        windows = map(make_disjoint_window, get_rolling_token_windows(ids, self._prefix_id(), most, 1))
-        return [(MemoryPrompt(input_ids=given, spans=()), scored) for given, scored in windows]
-
-    def _prefix_id(self) -> int:
-        ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        found = next((token for token in ids if token is not None), None)
-        if found is None:
-            raise ConfigError("the decoder's tokenizer has neither a begin-of-sequence nor an end token to score after")
-        return int(found)
 
     def _check_room(self, pair: Scored, request: Any) -> None:
         # The last token is not read.

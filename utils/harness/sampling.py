@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 # Names of one thing, the first that is there counts; lm-eval's own order.
 _MAX_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _PASSED_ON = {"top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float, "seed": int}
+# What tasks give that asks for nothing.
+_NEUTRAL = {"num_beams": 1}
 _KNOWN = (*_MAX_TOKENS, "until", "do_sample", "temperature", *_PASSED_ON)
 
 
@@ -32,9 +34,13 @@ def read_sampling(arguments: Mapping[str, Any], default_max_tokens: int) -> Samp
     Raises:
         ConfigError: An argument that is not known, or a value that cannot be.
     """
-    given = {name: value for name, value in arguments.items() if value is not None}
+    said = {name: value for name, value in arguments.items() if value is not None}
+    given = {name: value for name, value in said.items() if _NEUTRAL.get(name) != value}
     if unknown := sorted(set(given) - set(_KNOWN)):
-        raise ConfigError(f"generation argument {unknown[0]!r} is not known here: it may be one of {', '.join(_KNOWN)}")
+        raise ConfigError(
+            f"generation argument {unknown[0]}={given[unknown[0]]!r} is not known here: it may be one of "
+            f"{', '.join(_KNOWN)}; --gen_kwargs {unknown[0]}=None leaves a task's out"
+        )
     limits = [given[name] for name in _MAX_TOKENS if name in given]
     max_tokens = int(_number("max_gen_toks", limits[0] if limits else default_max_tokens))
     if max_tokens < 1:

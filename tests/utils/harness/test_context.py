@@ -1,4 +1,4 @@
-"""Contexts of lm-eval as prompts: which part becomes memory, chats, and what of a continuation is scored."""
+"""Contexts of lm-eval as prompts: which part becomes memory, and chats."""
 
 from __future__ import annotations
 
@@ -149,37 +149,6 @@ def test_special_tokens_are_written_once() -> None:
     assert plain.input_ids.count(bos) == 1
     chat = of.chat([{"role": "user", "content": "hello"}])
     assert of.read(chat).input_ids.count(bos) == chat.count(tiny.START) == 2
-    assert of.split("hello", " you") == ("hello", of.read(" you").input_ids[1:])
-
-
-CONTEXTS = [
-    "The answer is",
-    "The answer is ",
-    f"{wrap('x = 2')} x is",
-    f"{wrap('x = 2')}  ",
-    f"a{wrap('x = 2')}",
-]
-
-
-@pytest.mark.parametrize("context", [*CONTEXTS, "chat"])
-def test_given_and_scored_tokens_are_those_of_the_whole(context: str) -> None:
-    of = reader()
-    text = of.chat(CHAT) if context == "chat" else context
-    given, ids = of.split(text, " two")
-    whole = of.read(ChatContext(text + " two") if context == "chat" else text + " two")
-    assert [*of.read(given).input_ids, *ids] == whole.input_ids
-    assert given == text.rstrip()
-    assert type(given) is type(text)
-    assert of.read(given).spans == whole.spans
-
-
-def test_what_has_no_token_cannot_be_scored() -> None:
-    of = reader()
-    assert of.split("", "two") == ("", of.read("two").input_ids)
-    assert of.split(" \n", "two") == ("", of.read(" \ntwo").input_ids)
-    for context in ("The answer is", ""):
-        with pytest.raises(PromptError, match="no token"):
-            of.split(context, "")
 
 
 def test_markers_are_the_only_words_that_cannot_be_said() -> None:

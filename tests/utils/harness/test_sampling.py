@@ -27,6 +27,7 @@ from utils.harness.sampling import read_sampling
             {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "seed": 3},
             {"temperature": 0.5, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "seed": 3},
         ),
+        ({"num_beams": 1, "other": None}, {}),
         ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
     ],
 )

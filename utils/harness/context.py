@@ -61,29 +61,34 @@ class ContextReader:
     expansion: Expansion | None = None
     least_memory_tokens: int | None = None
     template: str | None = None
-    _read: dict[tuple[type, str], MemoryPrompt] = field(default_factory=dict, init=False)
+    _prompts: dict[tuple[type, str], MemoryPrompt] = field(default_factory=dict, init=False)
+    _marked: dict[str, str] = field(default_factory=dict, init=False)
 
     def read(self, context: str) -> MemoryPrompt:
         """The prompt of a context.
 
         Raises:
-            PromptError: It is empty, or its markers are not in order.
+            PromptError: It is empty, its markers are not in order, or there is nothing to expand its memory by.
             ConfigError: The memory cannot be expanded.
         """
-        key = (type(context), context)
-        if key not in self._read:
-            text = self.marked(context)
+        return self.read_marked(self.marked(context))
+
+    def read_marked(self, text: str) -> MemoryPrompt:
+        """The same of what `marked` gave, or the beginning of it."""
+        key = (type(text), text)
+        if key not in self._prompts:
             prompt = self.processor.parse_raw(text, add_special_tokens=self.lacks_special_tokens(text))
             if not prompt.input_ids:
                 raise PromptError("the context is empty: a decoder continues at least one token")
-            if isinstance(context, ChatContext):
-                prompt = replace(prompt, query=context.query)
-            self._read[key] = self.expander(prompt, self.expansion)
-        return self._read[key]
+            if isinstance(text, ChatContext):
+                prompt = replace(prompt, query=text.query)
+            self._prompts[key] = self.expander(prompt, self.expansion)
+        return self._prompts[key]
 
     def forget(self) -> None:
         """Read the contexts anew that are asked for from now on."""
-        self._read.clear()
+        self._prompts.clear()
+        self._marked.clear()
 
     def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> ChatContext:
         """A chat as a context.
@@ -124,7 +129,9 @@ class ContextReader:
         """A context with its longest part between markers, where that is wanted and it has none; a chat as it is."""
         if self.least_memory_tokens is None or isinstance(text, ChatContext) or has_markers(text):
             return text
-        return mark_longest(text, self.least_memory_tokens, self._num_memory_tokens)
+        if text not in self._marked:
+            self._marked[text] = mark_longest(text, self.least_memory_tokens, self._num_memory_tokens)
+        return self._marked[text]
 
     def lacks_special_tokens(self, text: str) -> bool:
         """Whether the tokenizer is to add its special tokens; a chat, or a prompt that was one, brings them."""

@@ -56,14 +56,20 @@ def score_continuations(
     for batch in _batches(firsts, batch_size):
         for row, logits_KV in zip(batch, _logits(model, [firsts[row] for row in batch]), strict=True):
             numbers = groups[row]
-            log_probabilities_KV = logits_KV.log_softmax(dim=-1)
-            likeliest_K = logits_KV.argmax(dim=-1)
+            all_K, likeliest_K = logits_KV.logsumexp(dim=-1), logits_KV.argmax(dim=-1)
             for number in numbers:
                 ids_K = torch.tensor(pairs[number][1], device=logits_KV.device)
-                total = log_probabilities_KV.gather(1, ids_K[:, None]).sum()
-                scores[number] = float(total), bool((likeliest_K == ids_K).all())
+                log_probabilities_K = logits_KV.gather(1, ids_K[:, None])[:, 0] - all_K
+                scores[number] = float(log_probabilities_K.sum()), bool((likeliest_K == ids_K).all())
             on_done(len(numbers))
     return [scores[number] for number in range(len(pairs))]
+
+
+def embed_each_once(model: CodeLLaVAModel, prompts: Sequence[MemoryPrompt]) -> list[torch.Tensor]:
+    """Rows [T, D] of prompts, of which several may be one object: its memory is encoded once."""
+    different = {id(prompt): prompt for prompt in prompts}
+    rows = dict(zip(different, model.embed_prompts(list(different.values())), strict=True))
+    return [rows[id(prompt)] for prompt in prompts]
 
 
 def _batches(rows: Sequence[Scored], batch_size: int) -> Iterator[list[int]]:
@@ -87,7 +93,7 @@ def _batches(rows: Sequence[Scored], batch_size: int) -> Iterator[list[int]]:
 
 def _logits(model: CodeLLaVAModel, pairs: Sequence[Scored]) -> list[torch.Tensor]:
     """Logits [K, V] in float32 at the rows that foretell each pair's continuation."""
-    prompts = model.embed_prompts([prompt for prompt, _ in pairs])
+    prompts = embed_each_once(model, [prompt for prompt, _ in pairs])
     table = model.decoder.get_input_embeddings()
     # The last token is foretold, never read.
     read = [table(torch.tensor(ids[:-1], dtype=torch.long, device=model.device)) for _, ids in pairs]

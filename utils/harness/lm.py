@@ -8,12 +8,9 @@ Source: github.com/EleutherAI/lm-evaluation-harness, `lm_eval.api.model.LM`.
 
 from __future__ import annotations
 
-import argparse
-import inspect
 import json
-import logging
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 # lm-eval looks for its own models only where none is registered yet: they come first.
@@ -27,20 +24,15 @@ from tqdm import tqdm
 from utils.client.completion import Sampling
 from utils.compress.expander import Expander
 from utils.errors import ConfigError, PromptError
-from utils.flags import encoder_settings, expansion, open_cache
+from utils.harness.arguments import ModelArguments
 from utils.harness.context import ChatContext, ContextReader
-from utils.harness.likelihood import Scored, score_continuations
+from utils.harness.counts import Counts
+from utils.harness.likelihood import Scored, embed_each_once, score_continuations
 from utils.harness.pairs import read_pair, read_whole
 from utils.harness.sampling import read_sampling
-from utils.inference.generation import Generator, batches_by_length, open_pair
+from utils.inference.generation import Generator, batches_by_length
 from utils.model.limits import check_prompt_fits
-from utils.model.prompt import MemoryLimit, MemoryPrompt
-
-logger = logging.getLogger(__name__)
-
-TOO_LONG = ("error", "empty")
-# What lm-eval's command passes on where the user names no device.
-_UNNAMED_DEVICE = "cuda:0"
+from utils.model.prompt import MemoryPrompt
 
 
 @register_model("code-llava")
@@ -48,93 +40,31 @@ class CodeLlavaLM(LM):
     """A Code-LLaVA or LCLM checkpoint.
 
     Args:
-        checkpoint: Folder, run folder or hub id; None for the embedded default.
-        chunk_size: Encoder tokens per latent; None for the checkpoint's own.
-        expand: Share of the memory tokens that stays text, as "1/16".
-        expand_tokens: The same in tokens.
-        expand_policy: What chooses it; bm25 where there is a budget.
-        auto_memory: Where a context has no markers, its longest part becomes memory if it has so many encoder tokens
-            (`utils.harness.context.mark_longest`); None: it stays text.
-        device: "auto", "cpu", "cuda" or "cuda:<number>".
-        dtype: "float32", "bfloat16", "float16"; "auto" as stored.
-        batch_size: Prompts of one forward pass.
-        max_gen_toks: New tokens where neither the task nor `--gen_kwargs` says.
-        too_long: What becomes of a question that the decoder has no positions for: "error" ends the run before anything
-            is answered; "empty" counts it (`get_model_info`), and its answer is the empty text.
-        cache: Take latents from the latent cache, and keep them there.
+        arguments: Those of `ModelArguments`.
 
     Raises:
         CheckpointError: The checkpoint is missing, incomplete or inconsistent.
-        ConfigError: An argument has a value that cannot be.
+        ConfigError: There is no such argument, or its value cannot be.
     """
 
-    def __init__(
-        self,
-        checkpoint: str | None = None,
-        chunk_size: int | None = None,
-        expand: str | float | None = None,
-        expand_tokens: int | None = None,
-        expand_policy: str | None = None,
-        auto_memory: int | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
-        batch_size: int | str = 4,
-        max_gen_toks: int = 256,
-        too_long: str = "error",
-        cache: bool = True,
-    ) -> None:
+    def __init__(self, **arguments: Any) -> None:
         super().__init__()
-        numbers = {"chunk_size": chunk_size, "auto_memory": auto_memory, "batch_size": batch_size}
-        for name, value in (numbers | {"max_gen_toks": max_gen_toks}).items():
-            if value is not None and (not str(value).isdecimal() or int(value) < 1):
-                raise ConfigError(f"{name} must be a number of at least 1, got {value!r}")
-        if too_long not in TOO_LONG:
-            raise ConfigError(f"too_long must be one of {', '.join(TOO_LONG)}, got {too_long!r}")
-        flags = argparse.Namespace(
-            device=device, dtype=dtype, attn_implementation=None, batch_tokens=None, no_cache=not cache, cache_dir=None,
-            expand=expand, expand_tokens=expand_tokens, expand_policy=expand_policy, expand_query=None,
-        )  # fmt: skip
-        stays_text, settings = expansion(flags), encoder_settings(flags)
-        self.model, processor = open_pair(checkpoint, chunk_size, settings, open_cache(flags), MemoryLimit())
+        self.arguments = ModelArguments.read(arguments)
+        stays_text = self.arguments.expansion
+        self.model, processor = self.arguments.open()
+        expander = Expander(processor.tokenizers, self.model.encode_memory)
+        self.reader = ContextReader(processor, expander, stays_text, self.arguments.auto_memory)
         self.tokenizer = processor.tokenizers.decoder
         self.generator = Generator(self.model.decoder, self.tokenizer)
-        self.reader = ContextReader(
-            processor,
-            Expander(processor.tokenizers, self.model.encode_memory),
-            stays_text,
-            int(auto_memory) if auto_memory is not None else None,
-        )
-        self.batch_size, self.max_gen_toks, self.too_long = int(batch_size), int(max_gen_toks), too_long
-        self._settings = {"checkpoint": checkpoint, "auto_memory": auto_memory, "too_long": too_long}
-        self._settings |= {"expansion": stays_text.to_json() if stays_text else None}
+        self.counts = Counts()
         self._device = self.model.device
-        self._counts: Counter[str] = Counter()
 
     @classmethod
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> CodeLlavaLM:
-        """Make one of `--model_args`.
-
-        Args:
-            arg_dict: Arguments of the class; they win.
-            additional_config: `batch_size` and `device` of lm-eval's own flags. A `max_batch_size` is an error: there
-                is no automatic batch size here.
-
-        Raises:
-            ConfigError: There is no such argument.
-        """
-        flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
-        if flags.get("device") == _UNNAMED_DEVICE and not torch.cuda.is_available():
-            flags["device"] = "auto"
-        known = list(inspect.signature(cls).parameters)
-        for name in {**flags, **arg_dict}:
-            if name not in known:
-                raise ConfigError(
-                    f"code-llava has no argument {name!r}: it has {', '.join(known)}. What a task needs goes into "
-                    "--metadata"
-                )
-        return cls(**{**flags, **arg_dict})
+        """Make one of `--model_args` and lm-eval's own flags; see `ModelArguments.read`."""
+        return cls(**ModelArguments.read(arg_dict, additional_config).to_json())
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> CodeLlavaLM:
@@ -157,28 +87,32 @@ class CodeLlavaLM(LM):
         """
         samplings: dict[str, Sampling] = {}
         fitting: dict[Sampling, list[int]] = {}
-        prompts = self._read([request.args[0] for request in requests], disable_tqdm)
+        prompts: list[MemoryPrompt] = []
         answers = [""] * len(requests)
-        # All is checked before the first is answered: a bad one is reported at once.
-        for number, request in enumerate(requests):
-            key = json.dumps(request.args[1], sort_keys=True, default=str)
-            sampling = samplings.get(key) or read_sampling(request.args[1], self.max_gen_toks)
-            samplings[key] = sampling
-            if self._fits(prompts[number], sampling, request):
-                fitting.setdefault(sampling, []).append(number)
-        with tqdm(total=len(requests), desc="answers", unit="request", disable=disable_tqdm) as bar:
-            bar.update(len(requests) - sum(map(len, fitting.values())))
+        # All is read and checked before the first is answered: a bad one is reported at once.
+        for number, request in enumerate(_bar(requests, "reading", disable_tqdm)):
+            context, arguments = request.args
+            key = json.dumps(arguments, sort_keys=True, default=str)
+            if key not in samplings:
+                samplings[key] = read_sampling(arguments, self.arguments.max_gen_toks)
+            with _naming(request):
+                prompts.append(self.reader.read(context))
+                if self._fits(prompts[-1], samplings[key]):
+                    fitting.setdefault(samplings[key], []).append(number)
+        with _bar(None, "answers", disable_tqdm, total=len(requests)) as bar:
+            too_long = len(requests) - sum(map(len, fitting.values()))
+            bar.update(too_long)
             for sampling, numbers in fitting.items():
                 lengths = [len(prompts[number].input_ids) for number in numbers]
                 # The longest first: what does not fit into the machine's memory fails at once.
-                for batch in reversed(batches_by_length(lengths, self.batch_size, window=len(numbers))):
+                for batch in reversed(batches_by_length(lengths, self.arguments.batch_size, window=len(numbers))):
                     chosen = [numbers[index] for index in batch]
-                    rows = self.model.embed_prompts([prompts[number] for number in chosen])
+                    rows = embed_each_once(self.model, [prompts[number] for number in chosen])
                     for number, completion in zip(chosen, self.generator.complete(rows, sampling), strict=True):
                         answers[number] = completion.text
                         self.cache_hook.add_partial("generate_until", requests[number].args, completion.text)
                     bar.update(len(batch))
-        self._report(prompts)
+        self._count(prompts, too_long)
         return answers
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -197,13 +131,14 @@ class CodeLlavaLM(LM):
         """
         pairs: list[Scored] = []
         with torch.inference_mode():
-            for request in tqdm(requests, desc="reading", unit="request", disable=disable_tqdm):
-                pairs.append(read_pair(self.reader, *request.args))
-                self._check_room(pairs[-1], request)
+            for request in _bar(requests, "reading", disable_tqdm):
+                with _naming(request):
+                    pairs.append(read_pair(self.reader, *request.args))
+                    self._check_room(pairs[-1])
         scores = self._score(pairs, disable_tqdm)
         for request, score in zip(requests, scores, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, score)
-        self._report([prompt for prompt, _ in pairs])
+        self._count([prompt for prompt, _ in pairs])
         return scores
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -219,10 +154,11 @@ class CodeLlavaLM(LM):
         pairs: list[Scored] = []
         owners: list[int] = []
         with torch.inference_mode():
-            for number, request in enumerate(tqdm(requests, desc="reading", unit="request", disable=disable_tqdm)):
-                found = list(read_whole(self.reader, request.args[0], self.generator.max_rows))
-                for pair in found:
-                    self._check_room(pair, request)
+            for number, request in enumerate(_bar(requests, "reading", disable_tqdm)):
+                with _naming(request):
+                    found = list(read_whole(self.reader, request.args[0], self.generator.max_rows))
+                    for pair in found:
+                        self._check_room(pair)
                 pairs += found
                 owners += [number] * len(found)
         totals = [0.0] * len(requests)
@@ -230,7 +166,7 @@ class CodeLlavaLM(LM):
             totals[owner] += score
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-        self._report([prompt for prompt, _ in pairs])
+        self._count([prompt for prompt, _ in pairs])
         return totals
 
     # ---- chats ----
@@ -271,58 +207,41 @@ class CodeLlavaLM(LM):
     # ---- results ----
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes beside the results: settings, and counts over all requests so far."""
-        chunk_size = self.reader.processor.chunk_size
-        return {"code_llava": {**self._settings, "chunk_size": chunk_size, "counts": dict(self._counts)}}
+        """What lm-eval writes beside the results: the arguments, and counts over all requests so far."""
+        about = self.arguments.to_json() | {"chunk_size": self.reader.processor.chunk_size}
+        return {"code_llava": about | {"counts": self.counts.to_json()}}
 
-    def _read(self, contexts: Sequence[str], disable_tqdm: bool) -> list[MemoryPrompt]:
-        self.reader.forget()
-        bar = tqdm(contexts, desc="reading", unit="request", disable=disable_tqdm)
-        return [self.reader.read(context) for context in bar]
-
-    def _fits(self, prompt: MemoryPrompt, sampling: Sampling, request: Any) -> bool:
+    def _fits(self, prompt: MemoryPrompt, sampling: Sampling) -> bool:
         try:
-            self.generator.check_room(len(prompt.input_ids), sampling, _name(request))
+            self.generator.check_room(len(prompt.input_ids), sampling)
         except PromptError:
-            if self.too_long == "error":
+            if self.arguments.too_long == "error":
                 raise
-            self._counts["too_long"] += 1
             return False
         return True
 
-    def _check_room(self, pair: Scored, request: Any) -> None:
+    def _check_room(self, pair: Scored) -> None:
         # The last token is not read.
-        num_rows = len(pair[0].input_ids) + len(pair[1]) - 1
-        check_prompt_fits(num_rows, self.model.decoder.config, name=_name(request))
+        check_prompt_fits(len(pair[0].input_ids) + len(pair[1]) - 1, self.model.decoder.config)
 
     def _score(self, pairs: Sequence[Scored], disable_tqdm: bool) -> list[tuple[float, bool]]:
-        with tqdm(total=len(pairs), desc="log-likelihoods", unit="request", disable=disable_tqdm) as bar:
-            return score_continuations(self.model, pairs, self.batch_size, bar.update)
+        with _bar(None, "log-likelihoods", disable_tqdm, total=len(pairs)) as bar:
+            return score_continuations(self.model, pairs, self.arguments.batch_size, bar.update)
 
-    def _report(self, prompts: Sequence[MemoryPrompt]) -> None:
-        """Count what was read, say it, and forget the prompts."""
+    def _count(self, prompts: Sequence[MemoryPrompt], too_long: int = 0) -> None:
         self.reader.forget()
-        counts = Counter(
-            requests=len(prompts),
-            with_memory=sum(bool(prompt.spans) for prompt in prompts),
-            prompt_rows=sum(len(prompt.input_ids) for prompt in prompts),
-            memory_tokens=sum(prompt.memory_tokens for prompt in prompts),
-            num_latents=sum(prompt.num_latents for prompt in prompts),
-            text_rows=sum(prompt.text_rows for prompt in prompts),
-        )
-        self._counts += counts
-        if not counts["with_memory"]:
-            logger.warning(
-                "none of %d requests has memory: nothing was compressed. Tasks write markers around it, or pass "
-                "--model_args auto_memory=500", len(prompts),
-            )  # fmt: skip
-            return
-        logger.info(
-            "%d of %d requests have memory: %d tokens → %d latents + %d rows of text; so far %d were too long",
-            *(counts[name] for name in ("with_memory", "requests", "memory_tokens", "num_latents", "text_rows")),
-            self._counts["too_long"],
-        )
+        self.counts.add(prompts, too_long)
 
 
-def _name(request: Any) -> str:
-    return f"document {request.doc_id} of {request.task_name}"
+def _bar(requests: Sequence[Any] | None, name: str, disable: bool, **total: int) -> Any:
+    """A progress bar; None is shown where standard error is no terminal."""
+    return tqdm(requests, desc=name, unit="request", disable=disable or None, **total)
+
+
+@contextmanager
+def _naming(request: Any) -> Iterator[None]:
+    """Let errors say which document it is."""
+    try:
+        yield
+    except PromptError as error:
+        raise PromptError(f"document {request.doc_id} of {request.task_name}: {error}") from None

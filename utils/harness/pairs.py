@@ -30,7 +30,7 @@ def read_pair(reader: ContextReader, context: str, continuation: str) -> Scored:
         ConfigError: The context is empty and the tokenizer has neither token.
     """
     given, ids = _split(reader, context, continuation)
-    return (reader.read(given) if given else _beginning(reader)), ids
+    return (reader.read_marked(given) if given else _beginning(reader)), ids
 
 
 def read_whole(reader: ContextReader, text: str, most_rows: int | None) -> Iterator[Scored]:

@@ -61,7 +61,7 @@ def test_the_command_evaluates_and_writes_results(checkpoints: dict[str, Path], 
     about = results["config"]["code_llava"]
     assert about["counts"]["requests"] == about["counts"]["with_memory"] == 3
     assert about["counts"]["text_rows"] > 0
-    assert about["expansion"]["share"] == "1/8"
+    assert about["expand"] == "1/8"
     assert results["n-samples"]["memory_lookup"] == {"original": 3, "effective": 3}
     assert list((tmp_path / "out").rglob("samples_memory_lookup_*.jsonl"))
 

@@ -13,7 +13,13 @@ logger = logging.getLogger(__name__)
 
 # Names of one thing, the first that is there counts; lm-eval's own order.
 _MAX_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-_PASSED_ON = {"top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float, "seed": int}
+_PASSED_ON: dict[str, type[float] | type[int]] = {
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "repetition_penalty": float,
+    "seed": int,
+}
 # What tasks give that asks for nothing.
 _NEUTRAL = {"num_beams": 1}
 _KNOWN = (*_MAX_TOKENS, "until", "do_sample", "temperature", *_PASSED_ON)
@@ -46,8 +52,8 @@ def read_sampling(arguments: Mapping[str, Any], default_max_tokens: int) -> Samp
     if max_tokens < 1:
         raise ConfigError(f"max_gen_toks must be at least 1, got {max_tokens}")
     passed_on = {name: kind(_number(name, given[name])) for name, kind in _PASSED_ON.items() if name in given}
-    values = {"max_tokens": max_tokens, "temperature": _temperature(given), "seed": None, **passed_on}
-    return Sampling(**values, stop=_stop_strings(given.get("until", ())))
+    values: dict[str, Any] = {"temperature": _temperature(given), "seed": None, **passed_on}
+    return Sampling(max_tokens=max_tokens, **values, stop=_stop_strings(given.get("until", ())))
 
 
 def _temperature(given: Mapping[str, Any]) -> float:

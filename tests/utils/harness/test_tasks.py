@@ -71,6 +71,16 @@ def test_rows_are_rulers_with_the_context_as_memory(run_tasks: Run, recipe: Reci
     assert results["config"]["code_llava"]["counts"]["with_memory"] == 2
 
 
+def test_in_a_chat_the_answer_is_begun(run_tasks: Run, recipe: Recipe) -> None:
+    metadata = {"max_seq_lengths": LENGTH, "num_samples": 1}
+    results = run_tasks("memory_niah_single_1", metadata=metadata, chat=True, chunk_size=16)
+    (sample,) = results["samples"]["memory_niah_single_1"]
+    row = next(iter(generate_rows(recipe)))
+    prompt = sample["arguments"][0][0]
+    assert prompt.startswith("<|im_start|>user\n")
+    assert prompt.endswith(f"<|im_start|>assistant\n{row['answer_prefix']}")
+
+
 def test_prepared_rows_are_read(recipe: Recipe, tmp_path: Path) -> None:
     row = next(iter(generate_rows(recipe)))
     for length in (1024, 2048):

@@ -31,7 +31,7 @@ _DEFAULT_LENGTH = 4096
 _LOOKUP = "lookup"
 
 
-class ByCategory(ConfigurableTask):  # type: ignore[misc]
+class ByCategory(ConfigurableTask):
     """A task of a YAML file that is also scored by category: its documents have one, and its scores are named by it."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import yaml
 
 from utils.cli import EXIT_OK, HelpFormatter, run_command
 from utils.errors import ConfigError
@@ -80,10 +83,31 @@ def with_tasks(arguments: Sequence[str]) -> list[str]:
     """lm-eval's arguments with our folder of tasks, unless they name another folder or are a bare command."""
     if len(arguments) == 1:
         return [*arguments]
-    if any(argument.split("=")[0] == "--include_path" for argument in arguments):
-        logger.info("--include_path is given: name tasks of this project by their file, as %s/memory_vt.yaml", TASKS)
+    if _value_of(arguments, "--include_path") or _configured(_value_of(arguments, "--config", "-C")):
+        logger.info("an include_path is given: name tasks of this project by their file, as %s/memory_vt.yaml", TASKS)
         return [*arguments]
     return [*arguments, "--include_path", str(TASKS)]
+
+
+def _value_of(arguments: Sequence[str], *flags: str) -> str | None:
+    """The value of the last of such flags, written `--flag value` or `--flag=value`."""
+    found = None
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        flag, equals, value = argument.partition("=")
+        if flag in flags:
+            found = value if equals else following
+    return found
+
+
+def _configured(path: str | None) -> bool:
+    """Whether a settings file of lm-eval names a folder of tasks; what is wrong with the file it says itself."""
+    if path is None:
+        return False
+    try:
+        settings = yaml.safe_load(Path(path).read_bytes())
+    except (OSError, yaml.YAMLError):
+        return False
+    return isinstance(settings, dict) and bool(settings.get("include_path"))
 
 
 if __name__ == "__main__":

@@ -29,11 +29,19 @@ def test_help_is_ours(capsys: pytest.CaptureFixture[str]) -> None:
     assert "auto_memory" in capsys.readouterr().out
 
 
-def test_our_tasks_are_included_unless_others_are_named() -> None:
+def test_our_tasks_are_included_unless_others_are_named(tmp_path: Path) -> None:
     assert with_tasks(["--tasks", "memory_vt"]) == ["--tasks", "memory_vt", "--include_path", str(TASKS)]
     for own in (["--include_path", "mine"], ["--include_path=mine", "x"]):
         assert with_tasks(own) == own
     assert with_tasks(["run"]) == ["run"]
+    (tmp_path / "theirs.yaml").write_text("include_path: mine\ntasks: [x]\n")
+    (tmp_path / "ours.yaml").write_text("tasks: [memory_vt]\n")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    for flag in ("--config", "-C"):
+        own = ["run", flag, str(tmp_path / "theirs.yaml")]
+        assert with_tasks(own) == own
+        for name in ("ours.yaml", "broken.yaml", "missing.yaml"):
+            assert with_tasks(["run", flag, str(tmp_path / name)])[-1] == str(TASKS)
 
 
 def test_the_missing_extra_is_named() -> None:

@@ -233,9 +233,9 @@ class CodeLlavaLM(LM):
         self.counts.add(prompts, too_long)
 
 
-def _bar(requests: Sequence[Any] | None, name: str, disable: bool, **total: int) -> Any:
-    """A progress bar; None is shown where standard error is no terminal."""
-    return tqdm(requests, desc=name, unit="request", disable=disable or None, **total)
+def _bar(requests: Any, name: str, disable: bool, total: int | None = None) -> Any:
+    """A progress bar; none is shown where standard error is no terminal."""
+    return tqdm(requests, desc=name, unit="request", disable=disable or None, total=total)
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def _marked(row: Mapping[str, Any], where: str) -> str:
     Raises:
         DatasetError: The row does not say where its context is, or the prompt holds marker text.
     """
-    places = {name: row.get(name) for name in ("context_start", "context_end")}
+    places: dict[str, Any] = {name: row.get(name) for name in ("context_start", "context_end")}
     if not all(isinstance(place, int) for place in places.values()):
         raise DatasetError(f"{where}: {places} do not say where the context is: make it with python -m ruler prepare")
     try:

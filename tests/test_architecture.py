@@ -29,7 +29,7 @@ LINE: tuple[tuple[str, ...], ...] = (
     ("utils/client/", "utils/flags.py"),
     ("utils/inference/", "general/", "utils/corpus/"),
     ("utils/serving/", "utils/training/", "ruler/"),
-    ("ruler_minimal/",),
+    ("ruler_minimal/", "utils/harness/"),
     ("utils/benchmark/", "main.py"),
 )
 PLACE = {room: place for place, rooms in enumerate(LINE) for room in rooms}

@@ -110,7 +110,7 @@ def test_arms_are_compared_row_by_row(tmp_path):
     assert (memory["rows"], memory["score"], memory["retention"]) == (12, 50.0, 0.5)
     assert (memory["to_full"]["difference"], memory["to_full"]["count"]) == (-0.5, 12)
     assert memory["to_bm25"]["difference"] == 0.25
-    assert memory["to_bm25"]["low"] > 0
+    assert 0 <= memory["to_bm25"]["low"] < 0.25 < memory["to_bm25"]["high"]
     assert lines["full"]["to_full"] is None
     assert lines["full"]["to_bm25"] is None
     assert score_by_rows(runs).axes[0].get_legend_handles_labels()[1] == ["none", "full", "bm25", "memory"]

@@ -33,6 +33,7 @@ COMMANDS = (
     ("-m utils.training.evaluate", "measure what a checkpoint answers from compressed memory"),
     ("-m utils.training.pack", "write a run's trained part as small files"),
     ("-m utils.benchmark", "speed beside its limit"),
+    ("-m utils.harness", "lm-evaluation-harness with a checkpoint as its model"),
     ("-m ruler", "RULER: prepare, predict, score, report"),
     ("ruler_minimal/prepare_dataset.py", "small needle, variable and word-count data sets"),
 )

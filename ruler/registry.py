@@ -1,4 +1,4 @@
-"""The tasks: RULER's thirteen configurations and our code tasks, as data.
+"""The tasks: RULER's thirteen configurations and the code tasks, as data.
 
 A task is a family (the module in `ruler/generation/tasks/` that generates it), the family's prompt template and scoring
 rule, and the parameters that set it apart from its siblings. This module knows no generator, no tokenizer and no file.
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from utils.errors import ConfigError
 
-Metric = Literal["all", "part"]
+Metric = Literal["all", "part", "function"]
 
 # Of github.com/NVIDIA/RULER; manifests name the first twelve digits.
 REFERENCE_COMMIT = "c3f5e3b4f87f97e048793bb510a3a6b19a46bf3a"
@@ -30,7 +30,8 @@ class TaskConfig:
         name: The name in commands, folders and reports.
         family: The module of `ruler/generation/tasks/` that generates it.
         tokens_to_generate: Tokens of the budget kept free for the answer.
-        metric: `all` = mean share of the references found; `part` = any reference found.
+        metric: `all` = mean share of the references found; `part` = any reference found; `function` = the answer is
+            the wanted function more than any other one of the context (`ruler/scoring/similarity.py`).
         template: The prompt with `{context}` and the family's own fields, without chat template.
         answer_prefix: What the model's answer starts with; it follows the prompt.
         params: The family's parameters.
@@ -77,6 +78,13 @@ _FWE_TEMPLATE = (
 )
 _FWE_PREFIX = " Answer: According to the coded text above, the three most frequently appeared words are:"
 _CODE_TEMPLATE = "The following are source files of one project. Read them, then answer.\n\n{context}\n\nQuestion: "
+_FUNCTIONS_TEMPLATE = (
+    "The following are functions of source files, each under the path of its file. Read them, then answer.\n\n"
+    "{context}\n\nQuestion: "
+)
+_NAME_QUESTION = "What is the name of the function that this describes?\n{description}"
+_CODE_QUESTION = "Repeat the function that this describes, exactly, without the path of its file.\n{description}"
+_NAME_PREFIX, _CODE_PREFIX = " Answer: The name of the function is", " Answer: Here is the function:\n"
 
 
 def _niah(
@@ -90,6 +98,14 @@ def _niah(
 def _code(name: str, tokens_to_generate: int, question: str, prefix: str) -> TaskConfig:
     params = {"kind": name.removeprefix("code_")}
     return TaskConfig(name, "code", tokens_to_generate, "all", _CODE_TEMPLATE + question, f" Answer: {prefix}", params)
+
+
+def _repoqa(answer: str, language: str) -> TaskConfig:
+    name = f"repoqa_{answer}" if language == "python" else f"repoqa_{answer}_{language}"
+    params = {"answer": answer, "language": language}
+    if answer == "name":
+        return TaskConfig(name, "repoqa", 32, "all", _FUNCTIONS_TEMPLATE + _NAME_QUESTION, _NAME_PREFIX, params)
+    return TaskConfig(name, "repoqa", 256, "function", _FUNCTIONS_TEMPLATE + _CODE_QUESTION, _CODE_PREFIX, params)
 
 
 _RULER = (
@@ -118,10 +134,28 @@ _CODE = (
           "Here is the function {function}:\n"),
 )  # fmt: skip
 
+_REPOQA = tuple(
+    _repoqa(answer, language) for language in ("python", "cpp", "javascript") for answer in ("name", "code")
+)
+_HUMANEVAL = TaskConfig("humaneval_haystack", "humaneval", 32, "all", _FUNCTIONS_TEMPLATE + _NAME_QUESTION,
+                        _NAME_PREFIX, {"answer": "name", "language": "python"})  # fmt: skip
+
 RULER_13: tuple[str, ...] = tuple(task.name for task in _RULER)
-CODE_TASKS: tuple[str, ...] = tuple(task.name for task in _CODE)
-TASKS: dict[str, TaskConfig] = {task.name: task for task in (*_RULER, *_CODE)}
-TASK_GROUPS: dict[str, tuple[str, ...]] = {"ruler": RULER_13, "code": CODE_TASKS, "all": RULER_13 + CODE_TASKS}
+TASKS: dict[str, TaskConfig] = {task.name: task for task in (*_RULER, *_CODE, *_REPOQA, _HUMANEVAL)}
+# Of the report's second table. Those of the extra `code-tasks` are in no group that a plain installation runs.
+CODE_TASKS: tuple[str, ...] = tuple(name for name in TASKS if name not in RULER_13)
+EXTRA_TASKS: tuple[str, ...] = tuple(
+    name for name in TASKS if name == "humaneval_haystack" or TASKS[name].params.get("language") == "javascript"
+)
+_PLAIN_CODE = tuple(name for name in CODE_TASKS if name not in EXTRA_TASKS)
+TASK_GROUPS: dict[str, tuple[str, ...]] = {
+    "ruler": RULER_13,
+    "code": _PLAIN_CODE,
+    "code-extra": EXTRA_TASKS,
+    "all": RULER_13 + _PLAIN_CODE,
+}
+# Their rows are always made one by one, as in the mode `balanced`: there is no reference to follow.
+BALANCED_FAMILIES = frozenset(TASKS[name].family for name in CODE_TASKS)
 
 
 def get_task(name: str) -> TaskConfig:
@@ -137,7 +171,7 @@ def get_task(name: str) -> TaskConfig:
 
 
 def resolve_tasks(names: str) -> tuple[str, ...]:
-    """Turn `vt,cwe`, `ruler`, `code` or `all` into task names, in order and once each.
+    """Turn `vt,cwe` or names of groups such as `ruler` into task names, in order and once each.
 
     Raises:
         ConfigError: A name is neither a task nor a group.

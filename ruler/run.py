@@ -1,10 +1,10 @@
-"""`python -m ruler run`: prepare datasets, answer them from text and from memory, score, and write the report.
+"""`python -m ruler run`: prepare datasets, answer them in several arms, score, and write the report.
 
     <output>/data/<length>/<task>/        datasets
-    <output>/runs/text/                   answers with the full text
-    <output>/runs/memory-x<chunk size>/   answers with the context compressed
-    <output>/runs/expand-x<chunk size>/   the same with part of it as text, with --expand or --expand-tokens
-    <output>/report/                      report.md, report.csv, report.json, pictures
+    <output>/runs/<arm>/                  answers, for example full, memory@8, expand@8, bm25@8
+    <output>/report/                      report.html, report.md, report.csv, report.json, pictures
+
+The arms are those of `utils.compress.arms`: what stands in the context's place, at one budget of rows.
 
 Every step goes on where an earlier call of the same command stopped.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
-from typing import Any
 
 from ruler.answering.predict import PredictJob, TaskOutcome, add_backend_arguments, backend_settings, exit_code, predict
 from ruler.answering.protocol import BackendSettings
@@ -24,13 +23,14 @@ from ruler.registry import parse_lengths, resolve_tasks
 from ruler.scoring.report import write_report
 from utils.cli import print_json
 from utils.client.completion import RetryPolicy
+from utils.compress.arms import ALL, find_arms
 from utils.errors import ConfigError, DatasetError
-from utils.flags import expansion
 
 logger = logging.getLogger(__name__)
 
 EXAMPLES = """\
   python -m ruler run --output out --lengths 1k,2k --num-samples 5 --chunk-size 4,8
+  python -m ruler run --output out --lengths 1k --num-samples 20 --arms all --chunk-size 8
   python -m ruler run --output out --lengths 4k,32k --where server --server-url http://127.0.0.1:8000 \\
       --checkpoint models/pair --tokenizer-path models/pair/llm --chunk-size 16"""
 
@@ -38,7 +38,9 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `run`."""
     parser.add_argument("--output", "--output-dir", type=Path, required=True, help="folder for data, runs and report")
-    parser.add_argument("--tasks", default="ruler", help="names with commas, or ruler, code, all (default: ruler)")
+    parser.add_argument(
+        "--tasks", default="ruler", help="names with commas, or ruler, code, code-extra, all (default: ruler)"
+    )
     parser.add_argument("--lengths", default="1k,2k", help="budgets in tokens with commas, 1k = 1024 (default: 1k,2k)")
     parser.add_argument("--num-samples", type=int, default=5, help="rows a task and length (default: 5)")
     parser.add_argument("--mode", choices=MODES, default="balanced", help="of prepare; compat "
@@ -52,9 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     runs.add_argument("--model", help="checkpoint folder, or served name (default: the embedded checkpoint, or the "
                       "only model served)")  # fmt: skip
     runs.add_argument("--where", choices=("local", "server"), default="local", help="who answers (default: local)")
-    runs.add_argument("--without-text", action="store_true", help="leave out the run with the full text")
+    runs.add_argument("--arms", default="full,memory", help=f"what stands in the context's place, with commas: "
+                      f"{', '.join(ALL)}; or all (default: full,memory)")  # fmt: skip
     runs.add_argument("--chunk-size", "--chunk-sizes", default="4,8",
-                      help="of the memory runs, tokens a latent, with commas; may be empty (default: 4,8)")  # fmt: skip
+                      help="context tokens for each row of an arm, with commas (default: 4,8)")  # fmt: skip
     add_backend_arguments(parser)
 
 
@@ -77,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report)
     else:
-        print(args.output / "report" / "report.md")
+        print(args.output / "report" / "report.html")
     return exit_code(outcomes)
 
 
@@ -85,21 +88,22 @@ def planned_runs(args: argparse.Namespace) -> dict[str, BackendSettings]:
     """The runs that the flags ask for, by name.
 
     Raises:
-        ConfigError: None is asked for, or a chunk size is no positive number.
+        ConfigError: An unknown arm, or a chunk size is no positive number.
     """
-    runs: dict[str, Any] = {}
-    if not args.without_text:
-        runs["text"] = backend_settings(args, name=f"{args.where}-text", model=args.model)
-    for size in filter(None, (part.strip() for part in args.chunk_size.split(","))):
+    sizes = [size for part in args.chunk_size.split(",") if (size := part.strip())]
+    for size in sizes:
         if not size.isdecimal() or int(size) < 1:
             raise ConfigError(f"--chunk-size: {size!r} is not a number of tokens: expected for example 4,8")
-        memory = {"name": f"{args.where}-memory", "model": args.model, "chunk_size": int(size)}
-        runs[f"memory-x{int(size)}"] = backend_settings(args, **memory)
-        if stays_text := expansion(args):
-            runs[f"expand-x{int(size)}"] = backend_settings(args, **memory, expansion=stays_text)
-    if not runs:
-        raise ConfigError("nothing to run: give --chunk-size, or leave out --without-text")
-    return runs
+    return {
+        arm.name: backend_settings(
+            args,
+            name=f"{args.where}-{'memory' if arm.has_latents else 'text'}",
+            model=args.model,
+            chunk_size=arm.latent_size,
+            arm=arm,
+        )
+        for arm in find_arms(args.arms, [int(size) for size in sizes], ALL)
+    }
 
 
 def _prepare(args: argparse.Namespace, data: Path) -> None:

@@ -20,6 +20,7 @@ LINE: tuple[tuple[str, ...], ...] = (
         "utils/locks.py",
         "utils/cli.py",
         "utils/intervals.py",
+        "utils/html_report.py",
         "utils/pretrained.py",
     ),
     ("utils/model/",),
@@ -28,14 +29,14 @@ LINE: tuple[tuple[str, ...], ...] = (
     ("utils/client/", "utils/flags.py"),
     ("utils/inference/", "general/", "utils/corpus/"),
     ("utils/serving/", "utils/training/", "ruler/"),
-    ("ruler_minimal/",),
+    ("ruler_minimal/", "utils/harness/"),
     ("utils/benchmark/", "main.py"),
 )
 PLACE = {room: place for place, rooms in enumerate(LINE) for room in rooms}
 # Of the rooms to its left, evaluation takes the ground floor; the rest through the backends alone.
 EVALUATION = ("ruler/", "ruler_minimal/")
 BACKENDS = "ruler/answering/backends.py"
-VALUES = ("utils.model.markers", "utils.client.completion", "utils.flags")
+VALUES = ("utils.model.markers", "utils.client.completion", "utils.compress.arms", "utils.flags")
 # Imports of our own modules inside functions, for each thousand lines: a plan is read at the head of its files.
 MOST_LATE_IMPORTS = 3.0
 

@@ -7,6 +7,8 @@
 | `server-memory` | a vLLM server that takes prompt embeddings; the encoder runs here | latents |
 | `local-memory` | a Code-LLaVA checkpoint in this process | latents |
 
+An arm of an evaluation (`utils.compress.arms`) may shorten what arrives as text, or let text stay among the latents.
+
 This is RULER's only door to `utils.inference`; heavy imports happen when a backend is built. A backend raises
 `TransientError` for what the client tried again in vain, `RowRefusedError` for a row that no try will cure, and any
 other `CodeLlavaError` for what stops the whole run.
@@ -35,8 +37,11 @@ from utils.checkpoint.locate import find_checkpoint
 from utils.checkpoint.settings import EncoderSettings
 from utils.client.completion import RetryPolicy
 from utils.client.connection import RequestError
+from utils.compress.arm_prompts import ArmPrompts, expansion_of
+from utils.compress.arms import FULL, NONE
 from utils.compress.latent_cache import LatentCache
 from utils.errors import CheckpointError, ConfigError
+from utils.model.processor import Processor
 from utils.pretrained import fetch, loading, read_model, read_tokenizer
 
 if TYPE_CHECKING:
@@ -63,8 +68,11 @@ def open_backend(settings: BackendSettings, retry: RetryPolicy | None = None) ->
     }
     if settings.name not in builders:
         raise ConfigError(f"unknown backend {settings.name!r}: expected one of {', '.join(BACKENDS)}")
-    if settings.expansion is not None and not settings.name.endswith("memory"):
+    in_latents = settings.name.endswith("memory")
+    if settings.expansion is not None and not in_latents:
         raise ConfigError(f"the backend {settings.name} compresses nothing of which a part could stay text")
+    if settings.arm is not None and settings.arm.has_latents != in_latents:
+        raise ConfigError(f"the backend {settings.name} cannot show a context as the arm {settings.arm.name} wants it")
     return builders[settings.name](settings)
 
 
@@ -80,6 +88,41 @@ def decoder_folder(model: str | None) -> Path:
     return Path(str(model)) if _is_plain_model(model) else find_checkpoint(model).decoder
 
 
+class Contexts:
+    """Shows the contexts of questions as the settings' arm wants them.
+
+    Args:
+        settings: Of the backend.
+        processor: Parses its prompts; None: only the tokenizers of the settings' checkpoint, where the arm needs any.
+    """
+
+    def __init__(self, settings: BackendSettings, processor: Processor | None = None) -> None:
+        self._settings = settings
+        self.expansion = settings.expansion or (expansion_of(settings.arm) if settings.arm else None)
+        self._shortens = settings.arm is not None and not (settings.arm.has_latents or settings.arm.kind == FULL)
+        if self._shortens and processor is None:
+            from utils.checkpoint.load import load_tokenizers
+
+            files = find_checkpoint(settings.checkpoint)
+            processor = Processor(tokenizers=load_tokenizers(files), chunk_size=1)
+        self._processor = processor
+        self._prompts = ArmPrompts(processor) if processor else None
+
+    def prompt(self, question: Question) -> tuple[str, dict[str, int]]:
+        """A question's whole prompt as text, and what is known of a context that was shortened."""
+        if self._settings.name.endswith("memory"):
+            return question.memory_text, {}
+        if not self._shortens:
+            return question.text, {}
+        arm = self._settings.arm
+        assert arm is not None
+        assert self._prompts is not None
+        asks = "" if arm.kind == NONE else parse_prompt(self._processor, question.memory_text, self._settings).query
+        shown = self._prompts.shown(arm, question.context, asks)
+        counts = {"memory_tokens": self._prompts.num_tokens(question.context), "num_latents": 0}
+        return question.with_context(shown), {**counts, "text_rows": self._prompts.num_tokens(shown)}
+
+
 class ServerText:
     """Sends prompts as text to `/v1/completions`, or as user turns to `/v1/chat/completions`."""
 
@@ -91,6 +134,7 @@ class ServerText:
         self.concurrency = settings.concurrency
         self.details: dict[str, Any] = {}
         self._settings = settings
+        self._contexts = Contexts(settings)
         self._client = VllmClient(
             settings.server_url,
             model=settings.model,
@@ -120,12 +164,13 @@ class ServerText:
         await self._client.close()
 
     async def _ask(self, question: Question) -> Answer:
+        text, counts = await asyncio.to_thread(self._contexts.prompt, question)
         with _sorted_failures():
             if self._settings.api == "chat":
-                reply = await self._client.chat(self._settings.messages(question.text), **self._fields(question))
+                reply = await self._client.chat(self._settings.messages(text), **self._fields(question))
             else:
-                reply = await self._client.complete(question.text, **self._fields(question))
-        return Answer(text=reply.text, prompt_tokens=reply.prompt_tokens)
+                reply = await self._client.complete(text, **self._fields(question))
+        return Answer(text=reply.text, prompt_tokens=reply.prompt_tokens, **counts)
 
     def _fields(self, question: Question) -> dict[str, Any]:
         """The request's further fields; None is left out."""
@@ -169,12 +214,12 @@ class ServerMemory(ServerText):
             prompt_tokens=embeds.stats.prompt_tokens,
             memory_tokens=embeds.stats.memory_tokens,
             num_latents=embeds.stats.num_latents,
-            text_rows=embeds.stats.text_rows if self._settings.expansion else None,
+            text_rows=embeds.stats.text_rows if self._contexts.expansion else None,
         )
 
     def _compress(self, question: Question) -> PromptEmbeds:
         prompt = parse_prompt(self._compressor, question.memory_text, self._settings)
-        return self._compressor.compress([prompt], self._settings.expansion)[0]
+        return self._compressor.compress([prompt], self._contexts.expansion)[0]
 
 
 @contextlib.contextmanager
@@ -239,27 +284,31 @@ class LocalCodeLlava(LocalModel):
         from utils.compress.expander import Expander
         from utils.inference.inference import load_model
 
-        self._compress = settings.name == "local-memory"
+        compresses = settings.name == "local-memory"
         files = find_checkpoint(settings.model, settings.chunk_size)
-        cache = _latent_cache(settings) if self._compress else None
+        cache = _latent_cache(settings) if compresses else None
         self._model, tokenizer, self._processor = load_model(
             files.root, settings.device, settings.chunk_size, cache=cache
         )
         self._expander = Expander(self._processor.tokenizers, self._model.encode_memory)
+        self._contexts = Contexts(settings, self._processor)
         super().__init__(settings, self._model.decoder, tokenizer)
         self.details = {"model": files.root.name, "fingerprint": files.fingerprint}
-        if self._compress:
+        if compresses:
             self.details["chunk_size"] = self._processor.chunk_size
 
     def _read(self, questions: Sequence[Question]) -> tuple[list[torch.Tensor], list[dict[str, int]]]:
-        texts = [question.memory_text if self._compress else question.text for question in questions]
-        expansion = self._settings.expansion
-        prompts = [self._expander(parse_prompt(self._processor, text, self._settings), expansion) for text in texts]
+        expansion = self._contexts.expansion
+        prompts, counts = [], []
+        for text, count in map(self._contexts.prompt, questions):
+            prompt = self._expander(parse_prompt(self._processor, text, self._settings), expansion)
+            prompts.append(prompt)
+            if prompt.spans:
+                count = {"memory_tokens": prompt.memory_tokens, "num_latents": prompt.num_latents}
+                count |= {"text_rows": prompt.text_rows} if expansion else {}
+            counts.append(count)
         self._model.check_room(prompts, max(question.max_tokens for question in questions))
-        counts = [{"memory_tokens": prompt.memory_tokens, "num_latents": prompt.num_latents} for prompt in prompts]
-        if expansion:
-            counts = [count | {"text_rows": p.text_rows} for count, p in zip(counts, prompts, strict=True)]
-        return self._model.embed_prompts(prompts), counts if self._compress else [{}] * len(prompts)
+        return self._model.embed_prompts(prompts), counts
 
 
 def parse_prompt(processor: Any, text: str, settings: BackendSettings) -> MemoryPrompt:
@@ -286,14 +335,16 @@ class LocalCausalLm(LocalModel):
             raise CheckpointError(f"{settings.model} cannot be loaded as a causal language model: {error}") from None
         super().__init__(settings, model.to(resolve_device(settings.device)).eval(), tokenizer)
         self._tokenizer = tokenizer
+        self._contexts = Contexts(settings)
         self.details = {"model": Path(str(settings.model)).name}
 
     def _read(self, questions: Sequence[Question]) -> tuple[list[torch.Tensor], list[dict[str, int]]]:
         chat = self._settings.api == "chat"
-        texts = [self._in_template(question.text) if chat else question.text for question in questions]
+        asked = [self._contexts.prompt(question) for question in questions]
+        texts = [self._in_template(text) if chat else text for text, _ in asked]
         # A template writes its own special tokens.
         ids = self._tokenizer(texts, add_special_tokens=not chat)["input_ids"]
-        return [self._generator.embed(own) for own in ids], [{}] * len(ids)
+        return [self._generator.embed(own) for own in ids], [counts for _, counts in asked]
 
     def _in_template(self, text: str) -> str:
         messages = self._settings.messages(text)

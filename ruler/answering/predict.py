@@ -182,7 +182,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `predict`."""
     parser.add_argument("--data-dir", type=Path, required=True, help="dataset root: [<length>/]<task>/<subset>.jsonl")
     parser.add_argument("--output", "--output-dir", type=Path, required=True, help="run folder for the predictions")
-    parser.add_argument("--tasks", help="task names with commas, or ruler, code, all (default: what is prepared)")
+    parser.add_argument(
+        "--tasks", help="task names with commas, or ruler, code, code-extra, all (default: what is prepared)"
+    )
     parser.add_argument("--lengths", help="with commas, 1k = 1024 (default: what is prepared)")
     parser.add_argument("--subset", default="validation", help="stem of the rows files (default: validation)")
     parser.add_argument("--max-rows", type=int, help="answer only the first rows of each task (default: all)")
@@ -196,6 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          "the embedded default checkpoint)")  # fmt: skip
     backend.add_argument("--chunk-size", type=int, help="encoder tokens a latent (default: the checkpoint's)")
     add_backend_arguments(parser)
+    add_expand_flags(parser)
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
@@ -215,7 +218,6 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     memory = parser.add_argument_group("memory backends")
     memory.add_argument("--no-cache", dest="cache", action="store_false", help="encode every context, store nothing")
     memory.add_argument("--cache-dir", help="latent cache (default: $CODE_LLAVA_CACHE_DIR, else ~/.cache/code-llava)")
-    add_expand_flags(parser)
     local = parser.add_argument_group("local backends")
     local.add_argument("--device", default="auto", help="auto, cpu, cuda:0, … (default: auto)")
     local.add_argument("--batch-size", type=int, default=1, help="rows a forward pass (default: 1)")

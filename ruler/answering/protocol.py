@@ -14,6 +14,7 @@ from utils.errors import ServerError
 from utils.model.markers import MARKERS, wrap
 
 if TYPE_CHECKING:
+    from utils.compress.arms import Arm
     from utils.compress.select import Expansion
 
 DEFAULT_SERVER_URL = "http://127.0.0.1:8000"
@@ -52,13 +53,26 @@ class Question:
         """
         if found := [marker for marker in MARKERS if marker in self.text]:
             raise RowRefusedError(f"the prompt holds the text {found[0]}, which only a memory may")
-        before, context = self.input[: self.context_start], self.input[self.context_start : self.context_end]
+        return self.with_context(wrap(self.context))
+
+    @property
+    def context(self) -> str:
+        """What may be compressed.
+
+        Raises:
+            RowRefusedError: It is empty.
+        """
+        context = self.input[self.context_start : self.context_end]
         if not context:
             raise RowRefusedError(
                 f"the row's context is empty (context_start {self.context_start}, context_end {self.context_end}): "
                 "prepare the dataset again"
             )
-        return f"{before}{wrap(context)}{self.input[self.context_end :]}{self.answer_prefix}"
+        return context
+
+    def with_context(self, shown: str) -> str:
+        """The whole prompt with another text in its context's place."""
+        return f"{self.input[: self.context_start]}{shown}{self.input[self.context_end :]}{self.answer_prefix}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +82,9 @@ class Answer:
     Attributes:
         text: The new text only.
         prompt_tokens: Rows the decoder read; None where a server does not say.
-        memory_tokens: Encoder tokens that were compressed; None for text.
-        num_latents: Latents that stand for them; None for text.
-        text_rows: Rows of them that stayed text beside the latents; None where no expansion was asked for.
+        memory_tokens: Encoder tokens that were compressed, or shortened; None for the full text.
+        num_latents: Latents that stand for them; None for the full text.
+        text_rows: Rows of them that are text; None where nothing of a memory was asked to stay text.
     """
 
     text: str
@@ -94,6 +108,8 @@ class BackendSettings:
             default checkpoint.
         chunk_size: Encoder tokens a latent, for the memory backends; None takes the checkpoint's own.
         expansion: What of a context stays text, for the memory backends; None: nothing.
+        arm: How the context is shown, of an evaluation; `name` and `chunk_size` must suit it, and it takes
+            the place of `expansion`. None: as the backend's name says.
         checkpoint: The encoder's checkpoint for `server-memory`.
         server_url: Base URL of a server, with or without `/v1`.
         api_key: Key for it; None looks into VLLM_API_KEY and OPENAI_API_KEY.
@@ -111,6 +127,7 @@ class BackendSettings:
     model: str | None = None
     chunk_size: int | None = None
     expansion: Expansion | None = None
+    arm: Arm | None = None
     checkpoint: str | None = None
     server_url: str = DEFAULT_SERVER_URL
     api_key: str | None = field(default=None, repr=False)
@@ -131,18 +148,22 @@ class BackendSettings:
 
     def identity(self) -> dict[str, Any]:
         """What an answer depends on; two runs with another identity must not share a folder."""
-        # Without expansion runs are called what they were called before there was any.
+        # Runs without them are called what they were called before there were any.
         expanded = {"expansion": self.expansion.to_json()} if self.expansion else {}
-        return expanded | {
-            "backend": self.name,
-            "model": self.model,
-            "checkpoint": self.checkpoint,
-            "chunk_size": self.chunk_size,
-            "api": self.api,
-            "system_prompt": self.system_prompt,
-            **{name: getattr(self.sampling, name) for name in ("temperature", "top_p", "top_k", "seed")},
-            "stop": list(self.sampling.stop),
-        }
+        return (
+            expanded
+            | ({"arm": self.arm.name} if self.arm else {})
+            | {
+                "backend": self.name,
+                "model": self.model,
+                "checkpoint": self.checkpoint,
+                "chunk_size": self.chunk_size,
+                "api": self.api,
+                "system_prompt": self.system_prompt,
+                **{name: getattr(self.sampling, name) for name in ("temperature", "top_p", "top_k", "seed")},
+                "stop": list(self.sampling.stop),
+            }
+        )
 
 
 class Backend(Protocol):

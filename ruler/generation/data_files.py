@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ruler.generation.code_files import CodeFiles, read_code_folder, read_installed_code
+from ruler.generation.humaneval import HUMAN_EVAL, Problems, load_problems
 from ruler.generation.tasks.qa import QuestionSet, read_hotpotqa, read_squad
+from ruler.generation.tasks.repoqa import FunctionPool
 from ruler.generation.words import WordLists, load_word_lists
 from ruler.registry import TaskConfig
 from utils.errors import DatasetError
@@ -48,6 +50,7 @@ class RulerData:
         self.folder = Path(folder) if folder else None
         self.code_folder = Path(code_folder) if code_folder else None
         self._questions: dict[str, QuestionSet] = {}
+        self._functions: dict[str, FunctionPool] = {}
         for given in (self.folder, self.code_folder):
             if given and not given.is_dir():
                 raise DatasetError(f"the data folder {given} does not exist: fetch the data ({FETCH_COMMAND} {given})")
@@ -65,7 +68,12 @@ class RulerData:
         if task.family == "common_words" or task.params.get("key") == "words":
             sources["words"] = self.word_lists.provenance
         if task.family == "code":
-            sources["code"] = self.code_files.provenance
+            sources["code"] = self.code_files("python").provenance
+        if task.family in ("repoqa", "humaneval"):
+            files = self.code_files(task.params["language"])
+            sources["code"] = {**files.provenance, "licences": files.licences}
+        if task.family == "humaneval":
+            sources[HUMAN_EVAL] = self.problems.origin
         return sources
 
     @cached_property
@@ -106,9 +114,21 @@ class RulerData:
         return load_word_lists(own)
 
     @cached_property
-    def code_files(self) -> CodeFiles:
-        """Source files for the code tasks."""
-        return read_code_folder(self.code_folder) if self.code_folder else read_installed_code()
+    def problems(self) -> Problems:
+        """HumanEval's problems."""
+        return load_problems(self.folder)
+
+    def code_files(self, language: str) -> CodeFiles:
+        """Source files of one language for the code tasks."""
+        return self.functions(language).files
+
+    def functions(self, language: str) -> FunctionPool:
+        """The functions of the source files of one language."""
+        if language not in self._functions:
+            folder = self.code_folder
+            files = read_code_folder(folder, language) if folder else read_installed_code(language)
+            self._functions[language] = FunctionPool(files, language)
+        return self._functions[language]
 
     def _source(self, name: str) -> dict[str, str]:
         return {"source": "data folder" if self.folder else "built in", "sha256": sha256_file(self._path(name))}

@@ -73,6 +73,8 @@ class RowMaker:
         leading = len(context) - len(context.lstrip(" ")) if self.generator.one_line else 0
         row["context_start"] = len(head) + leading
         row["context_end"] = len(head) + len(context)
+        if sample.others:
+            row["others"] = sample.others
         return row
 
     def check_whole(self, sample: Sample, length: int) -> None:

@@ -21,12 +21,14 @@ from ruler.generation.tasks.base import Prompt, Streams, TaskGenerator
 from ruler.generation.tasks.code import CodeTask
 from ruler.generation.tasks.common_words import CommonWords
 from ruler.generation.tasks.freq_words import FreqWords
+from ruler.generation.tasks.humaneval import SolutionHaystack
 from ruler.generation.tasks.niah import Niah
 from ruler.generation.tasks.qa import QuestionAnswering
+from ruler.generation.tasks.repoqa import NeedleFunction
 from ruler.generation.tasks.variable_tracking import VariableTracking
 from ruler.generation.templates import chat_template
 from ruler.generation.tokenizers import TOKENIZER_TYPES, load_tokenizer
-from ruler.registry import get_task
+from ruler.registry import BALANCED_FAMILIES, get_task
 from utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,7 @@ class Recipe:
     @property
     def balanced(self) -> bool:
         """Whether every row has streams of its own."""
-        return self.mode == "balanced" or get_task(self.task).family == "code"
+        return self.mode == "balanced" or get_task(self.task).family in BALANCED_FAMILIES
 
     def check(self) -> None:
         """Raises:
@@ -195,7 +197,12 @@ def _generator(recipe: Recipe, whole: bool) -> TaskGenerator:
         case "qa":
             return QuestionAnswering(*common, source=data.questions(task.params["dataset"]))
         case "code":
-            return CodeTask(*common, files=data.code_files)
+            return CodeTask(*common, files=data.code_files("python"))
+        case "repoqa":
+            return NeedleFunction(*common, pool=data.functions(task.params["language"]))
+        case "humaneval":
+            problems = data.problems.functions
+            return SolutionHaystack(*common, pool=data.functions("python"), problems=problems)
     raise AssertionError(f"no generator for the family {task.family}")
 
 

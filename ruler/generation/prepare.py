@@ -242,7 +242,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", "--output-dir", "--save-dir", "--save_dir", type=Path, required=True,
                         help="datasets go to <output>/<length>/<task>/")  # fmt: skip
     parser.add_argument("--tasks", "--task", default="ruler",
-                        help="task names with commas, or ruler, code, all (default: ruler, the thirteen)")  # fmt: skip
+                        help="names with commas, or ruler, code, code-extra, all (default: ruler)")  # fmt: skip
     parser.add_argument("--lengths", "--max-seq-length", "--max_seq_length", default="4096",
                         help="budgets in tokens, answer included; 32k = 32768 (default: 4096)")  # fmt: skip
     add_prepare_arguments(parser)

@@ -40,6 +40,7 @@ def write_figures(runs: Sequence[Run], folder: Path) -> list[str]:
         "tasks_by_length": tasks_by_length(runs),
         "needle_depth_by_length": needle_depth_by_length(runs),
         "score_by_ratio": score_by_ratio(runs),
+        "score_by_rows": score_by_rows(runs),
     }
     names = []
     for name, figure in figures.items():
@@ -121,6 +122,30 @@ def score_by_ratio(runs: Sequence[Run]) -> Figure | None:
     axes.set(xlabel="memory tokens a latent (1 = text)", ylabel="mean score", ylim=(-2, 104))
     axes.set_title("Score against compression ratio")
     axes.legend(frameon=False, fontsize=8, title="context length")
+    return figure
+
+
+def score_by_rows(runs: Sequence[Run]) -> Figure | None:
+    """Mean score against the rows that the decoder reads, one line an arm; a panel a length. None without arms."""
+    curves: dict[int, dict[str, list[tuple[float, float, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        kind = (run["settings"].get("arm") or "").partition("@")[0]
+        for entry in run["lengths"]:
+            if kind and entry["score"] is not None and entry["tokens_after"] is not None:
+                point = entry["tokens_after"], entry["score"], entry["score_interval"]
+                curves[entry["length"] or 0][kind].append(point)
+    if not curves:
+        return None
+    figure = Figure(figsize=(max(6.4, 4.2 * len(curves)), 4.0), layout="constrained")
+    for axes, length in zip(figure.subplots(1, len(curves), squeeze=False)[0], sorted(curves), strict=True):
+        for number, (kind, points) in enumerate(curves[length].items()):
+            _draw_curve(axes, number, kind, sorted(points, key=lambda point: point[:2]))
+        axes.set_xscale("log", base=2)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axes.set(xlabel="rows that the decoder reads", ylabel="mean score", ylim=(-2, 104))
+        axes.set_title(f"{_short(length)} tokens" if length else "all rows")
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle("Score against decoder rows")
     return figure
 
 

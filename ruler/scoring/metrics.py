@@ -37,7 +37,8 @@ def sample_value(prediction: str, references: Sequence[str], metric: Metric, *, 
     Args:
         prediction: The post-processed answer.
         references: Wanted strings; each is looked for on its own, ignoring case.
-        metric: `all` is the fraction found, `part` is 1 when any is found.
+        metric: `all` is the fraction found, `part` is 1 when any is found; `function` is not for here
+            (`similarity.function_value`).
         strict: Count a reference only where no letter, digit or underscore touches it, so that `x48234989` does not
             hold `4823498`.
 

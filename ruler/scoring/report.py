@@ -1,7 +1,7 @@
 """`python -m ruler report`: several runs over the same rows side by side, in tables and pictures.
 
-Writes `report.md`, `report.csv` (one line a run, length and task), `report.json` (everything) and the PNG files that
-the Markdown shows.
+Writes `report.html` (one file, pictures inside), `report.md`, `report.csv` (one line a run, length and task),
+`report.json` (everything) and the PNG files that the Markdown shows.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ruler.registry import CODE_TASKS, RULER_13, TASKS
+from ruler.scoring.arms import compare_arms
 from ruler.scoring.score import score_run, to_csv
 from utils.cli import print_json
 from utils.errors import ConfigError
 from utils.files import write_json, write_text
 
 EXAMPLES = """\
-  python -m ruler report out/runs/text out/runs/memory-x4 out/runs/memory-x8 --output out/report"""
+  python -m ruler report out/runs/full out/runs/memory@4 out/runs/memory@8 --output out/report"""
 _CSV_FIELDS = (
     "score", "strict", "rows", "expected_rows", "nulls", "prompt_tokens", "memory_tokens", "num_latents", "text_rows"
 )  # fmt: skip
@@ -41,16 +42,20 @@ def write_report(folders: Sequence[Path], output: Path) -> dict[str, Any]:
         DatasetError: A run cannot be scored.
     """
     from ruler.scoring.figures import write_figures
+    from utils.html_report import write_html
 
     runs = [score_run(folder) for folder in folders]
     names = [run["name"] for run in runs]
     if len(set(names)) < len(names):
         raise ConfigError(f"two runs have the same name ({', '.join(names)}): rename a folder")
     pictures = write_figures(runs, output)
-    report = {"title": "RULER report", "runs": runs, "pictures": pictures, "notes": comparison_notes(runs)}
+    notes, arms = comparison_notes(runs), compare_arms(runs)
+    report = {"title": "RULER report", "runs": runs, "pictures": pictures, "notes": notes, "arms": arms}
     write_json(output / "report.json", report)
     write_text(output / "report.csv", to_csv(csv_rows(runs)))
-    write_text(output / "report.md", markdown(report))
+    text = markdown(report)
+    write_text(output / "report.md", text)
+    write_html(text, output, output / "report.html")
     return report
 
 
@@ -88,6 +93,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     runs = report["runs"]
     parts = [f"# {report['title']}", *_overview(runs)]
     parts += [f"> {note}" for note in report["notes"]]
+    parts += _arm_tables(report["arms"])
     parts += [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in report["pictures"]]
     for heading, group, mean in (("RULER's tasks", RULER_13, "score"), ("Code tasks", CODE_TASKS, "code_score")):
         parts += _task_tables(heading, runs, group, mean)
@@ -121,9 +127,43 @@ def _overview(runs: Sequence[Run]) -> Iterable[str]:
         [run["name"], str(e["length"] or "–"), _number(e["tokens_before"], 0), _number(e["tokens_after"], 0), ratio]
         for run in runs
         for e in run["lengths"]
-        for ratio in ["text" if e["ratio"] == 1 else f"{_number(e['ratio'])}×"]
+        for ratio in [_ratio(e["ratio"])]
     ]
     yield _table(["run", "length", "tokens before", "tokens after", "ratio"], tokens)
+
+
+def _ratio(ratio: float | None) -> str:
+    return "nothing" if ratio is None else "text" if ratio == 1 else f"{_number(ratio)}×"
+
+
+def _arm_tables(arms: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    """One table a length: what each arm keeps, beside the full text and text of as many rows."""
+    for length in dict.fromkeys(row["length"] for row in arms):
+        yield "## Arms" + (f", {length} tokens" if length else "")
+        yield (
+            "Mean over the rows of all tasks (0–100); retention = (arm − none) / (full − none); differences on the "
+            "same rows, with 95 % intervals. `bm25` is text of as many rows as the arm has."
+        )
+        lines = [
+            [
+                row["run"],
+                str(row["rows"]),
+                _number(row["score"]),
+                _number(row["retention"], 2),
+                _difference(row["to_full"]),
+                _difference(row["to_bm25"]),
+            ]
+            for row in arms
+            if row["length"] == length
+        ]
+        yield _table(["arm", "rows", "score", "retention", "− full", "− bm25"], lines)
+
+
+def _difference(compared: Mapping[str, Any] | None) -> str:
+    if compared is None:
+        return "–"
+    difference, low, high = (100 * compared[name] for name in ("difference", "low", "high"))
+    return f"{difference:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _task_tables(heading: str, runs: Sequence[Run], group: Sequence[str], mean: str) -> Iterable[str]:
@@ -183,5 +223,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report)
     else:
-        print(args.output / "report.md")
+        print(args.output / "report.html")
     return 0

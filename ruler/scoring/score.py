@@ -17,7 +17,7 @@ from typing import Any
 
 from ruler.answering.predictions import read_predictions
 from ruler.layout import length_folders, prediction_tasks, read_run_manifest
-from ruler.registry import CODE_TASKS, RULER_13, get_task, resolve_tasks
+from ruler.registry import CODE_TASKS, RULER_13, TaskConfig, get_task, resolve_tasks
 from ruler.scoring.metrics import (
     THRESHOLD,
     effective_length,
@@ -28,6 +28,7 @@ from ruler.scoring.metrics import (
     postprocess,
     sample_value,
 )
+from ruler.scoring.similarity import function_value
 from utils.cli import print_json
 from utils.errors import DatasetError
 from utils.files import provenance, write_json, write_text
@@ -57,13 +58,13 @@ def judge_file(path: Path, task: str) -> list[Judged]:
     Raises:
         DatasetError: The file is empty, broken, or a row has no references.
     """
-    metric = get_task(task).metric
+    config = get_task(task)
     judged = []
     for number, row in enumerate(read_predictions(path), start=1):
         text, references = postprocess(row["pred"]), row["outputs"]
         others = row.get("others") or {}
         try:
-            value = sample_value(text, references, metric)
+            value, strict = _values(text, references, config, others)
         except DatasetError as error:
             raise DatasetError(f"{path}, row {number}: {error}") from None
         judged.append(
@@ -71,7 +72,7 @@ def judge_file(path: Path, task: str) -> list[Judged]:
                 row_id=others.get("id", row["index"]),
                 prediction=text,
                 value=value,
-                strict=sample_value(text, references, metric, strict=True),
+                strict=strict,
                 others=others,
                 needle_hits=tuple(sample_value(text, [reference], "all") for reference in references),
             )
@@ -79,6 +80,16 @@ def judge_file(path: Path, task: str) -> list[Judged]:
     if not judged:
         raise DatasetError(f"{path} holds no predictions: predict first")
     return judged
+
+
+def _values(text: str, references: Sequence[str], task: TaskConfig, others: Mapping[str, Any]) -> tuple[float, float]:
+    """The value of an answer, and the stricter one (0..1)."""
+    if task.metric != "function":
+        value, strict = (sample_value(text, references, task.metric, strict=strict) for strict in (False, True))
+        return value, strict
+    if "distractors" not in others:
+        raise DatasetError("others.distractors is missing, the other functions of the context: predict again")
+    return function_value(text, references, others["distractors"], task.params["language"])
 
 
 def nulls(judged: Sequence[Judged]) -> str:
@@ -158,7 +169,7 @@ def _mean_score(name: str, judged: Mapping[str, Sequence[Judged]], group: Sequen
 
 def _token_means(tasks: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Mean tokens a row before and after compression, and memory tokens a row that stands for them, latent or text (1
-    where all is text); None where unknown.
+    where all is text); None where unknown, or where nothing stands for them.
     """
     after = [scores["prompt_tokens"] for scores in tasks if "prompt_tokens" in scores]
     memory = [scores.get("memory_tokens", 0.0) for scores in tasks]
@@ -167,7 +178,7 @@ def _token_means(tasks: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     return {
         "tokens_before": round(fmean(after) - fmean(standing) + fmean(memory), 1) if known else None,
         "tokens_after": round(fmean(after), 1) if known else None,
-        "ratio": round(sum(memory) / sum(standing), 2) if sum(standing) else 1.0,
+        "ratio": round(sum(memory) / sum(standing), 2) if sum(standing) else None if sum(memory) else 1.0,
     }
 
 
@@ -191,6 +202,8 @@ def _task_scores(task: str, judged: Sequence[Judged], data: Mapping[str, Any]) -
         # A mean of some rows only would compare unequal things.
         **{name: round(fmean(seen), 1) for name, seen in counts.items() if len(seen) == len(judged)},
         **({"needles": needles} if needles else {}),
+        # In the file's order, which is the dataset's: runs over the same rows are compared row by row.
+        "values": {str(item.row_id): item.value for item in judged},
         "family": get_task(task).family,
     }
 
@@ -226,7 +239,9 @@ def score_run(run: Path, tasks: Sequence[str] | None = None) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `score`."""
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder of predict, or of the reference")
-    parser.add_argument("--tasks", help="task names with commas, or ruler, code, all (default: what was predicted)")
+    parser.add_argument(
+        "--tasks", help="task names with commas, or ruler, code, code-extra, all (default: what was predicted)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object in place of the tables")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ruler.layout import claim_run_folder, read_dataset, write_dataset
-from ruler.registry import CODE_TASKS, RULER_13, TASKS, parse_lengths, resolve_tasks
+from ruler.registry import CODE_TASKS, EXTRA_TASKS, RULER_13, TASKS, parse_lengths, resolve_tasks
 from utils.errors import ConfigError, DatasetError
 from utils.files import write_jsonl
 
@@ -55,8 +55,11 @@ def test_missing_and_changed_files(tmp_path: Path) -> None:
 
 def test_task_names() -> None:
     assert len(RULER_13) == 13
-    assert resolve_tasks("vt,code,vt") == ("vt", *CODE_TASKS)
-    assert resolve_tasks("all") == tuple(TASKS)
+    assert resolve_tasks("vt,code,vt")[:4] == ("vt", "code_lookup", "code_where", "code_copy")
+    assert set(resolve_tasks("code,code-extra")) == set(CODE_TASKS)
+    # What needs an extra is never asked for unless it is named.
+    assert EXTRA_TASKS == ("repoqa_name_javascript", "repoqa_code_javascript", "humaneval_haystack")
+    assert set(resolve_tasks("all")) == set(TASKS) - set(EXTRA_TASKS)
     for wrong, message in (("vt,x", "unknown task 'x'"), (",", "no task in")):
         with pytest.raises(ConfigError, match=message):
             resolve_tasks(wrong)

@@ -129,7 +129,7 @@ BENCHMARKS = {
         "RULER rows a second",
         [
             Flag("--tokenizer-path", None, "tokenizer folder, file or hub id; default: the embedded decoder's"),
-            Flag("--tasks", "all", "names with commas, or ruler, code, all", quick="niah_single_1"),
+            Flag("--tasks", "all", "names with commas, or ruler, code, code-extra, all", quick="niah_single_1"),
             Flag("--lengths", "4k,32k,128k", "budgets in tokens", quick="1k"),
             Flag("--modes", "compat,balanced", "modes with commas", quick="compat"),
             Flag("--num-samples", 20, "rows of a run", quick=2),

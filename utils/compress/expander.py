@@ -45,14 +45,18 @@ class Expander:
         self._remembered: OrderedDict[tuple[str, int, int], MemoryText] = OrderedDict()
 
     def __call__(
-        self, prompt: MemoryPrompt, expansion: Expansion | None, answer: str = "", encode: Encode | None = None
+        self,
+        prompt: MemoryPrompt,
+        expansion: Expansion | None,
+        answer: str | tuple[str, ...] = "",
+        encode: Encode | None = None,
     ) -> MemoryPrompt:
         """The prompt with text in place of some latents; the same without a budget or memory.
 
         Args:
             prompt: Parsed, all latents.
             expansion: Budget and policy; None: everything stays latents.
-            answer: The right answer, for the policy `answer`.
+            answer: The right answer, or several that are all needed, for the policy `answer`.
             encode: In place of the expander's own.
 
         Raises:

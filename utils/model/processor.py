@@ -28,10 +28,12 @@ class Processor:
     chunk_size: int
     limit: MemoryLimit | None = None
 
-    def parse_raw(self, text: str, chunk_size: int | Sequence[int] | None = None) -> MemoryPrompt:
+    def parse_raw(
+        self, text: str, chunk_size: int | Sequence[int] | None = None, *, add_special_tokens: bool = True
+    ) -> MemoryPrompt:
         """Parse one text; see `parse_raw_prompt`."""
         sizes = self.chunk_size if chunk_size is None else chunk_size
-        return parse_raw_prompt(text, self.tokenizers, sizes, self.limit)
+        return parse_raw_prompt(text, self.tokenizers, sizes, self.limit, add_special_tokens=add_special_tokens)
 
     def parse_chat(
         self, messages: Sequence[Mapping[str, Any]], chunk_size: int | Sequence[int] | None = None, **template: Any

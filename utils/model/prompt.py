@@ -164,21 +164,28 @@ class MemoryLimit:
 
 
 def parse_raw_prompt(
-    text: str, tokenizers: PromptTokenizers, chunk_size: int | Sequence[int] | None, limit: MemoryLimit | None = None
+    text: str,
+    tokenizers: PromptTokenizers,
+    chunk_size: int | Sequence[int] | None,
+    limit: MemoryLimit | None = None,
+    *,
+    add_special_tokens: bool = True,
 ) -> MemoryPrompt:
-    """Parse a prompt that is one text, as a base model reads it (the tokenizer's own special tokens are added).
+    """Parse a prompt that is one text, as a base model reads it.
 
     Args:
         text: The prompt with 0..n marked spans.
         tokenizers: Decoder and encoder tokenizer.
         chunk_size: Encoder tokens per latent, one for all spans or one a span; None leaves each span one placeholder.
         limit: Longest allowed span; no limit by default.
+        add_special_tokens: The decoder tokenizer adds its own; False for a text that brings them, as one that a chat
+            template wrote does.
 
     Raises:
         PromptError: Unpaired, nested or empty spans, a literal placeholder, a span over the limit.
     """
     shortened, memories = _shorten(text, "the prompt")
-    ids = tokenizers.decoder(shortened, add_special_tokens=True)["input_ids"]
+    ids = tokenizers.decoder(shortened, add_special_tokens=add_special_tokens)["input_ids"]
     query = shortened.replace(PLACEHOLDER, " ").strip()
     return _assemble(ids, memories, query, tokenizers, chunk_size, limit)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from random import Random
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ruler.generation.templates import ChatTemplate
 from ruler.registry import TaskConfig
@@ -77,12 +77,14 @@ class Sample:
         context: Pieces of the context, the part a compressor may wrap.
         tail: Pieces behind the context, up to the end of the answer prefix.
         outputs: The answers.
+        others: What scoring needs beside them; it goes with the row to its prediction.
     """
 
     head: list[str]
     context: list[str]
     tail: list[str]
     outputs: list[str]
+    others: dict[str, Any] = field(default_factory=dict)
 
     @property
     def pieces(self) -> list[str]:

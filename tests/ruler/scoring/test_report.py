@@ -9,13 +9,22 @@ import math
 import pytest
 
 from ruler.__main__ import main
-from ruler.scoring.figures import needle_depth_by_length, score_by_length, score_by_ratio, tasks_by_length
+from ruler.scoring.arms import compare_arms
+from ruler.scoring.figures import (
+    needle_depth_by_length,
+    score_by_length,
+    score_by_ratio,
+    score_by_rows,
+    tasks_by_length,
+)
 from ruler.scoring.report import comparison_notes, write_report
 from ruler.scoring.score import score_run
 from utils.errors import ConfigError
 
+TASKS = ("niah_single_1", "vt", "code_where")
 
-def write_run(root, good, latents=None, lengths=(1024, 2048), tasks=("niah_single_1", "vt", "code_where"), sha="a"):
+
+def write_run(root, good, latents=None, lengths=(1024, 2048), tasks=TASKS, sha="a", arm=None):
     """A run in which the first `good` of four rows are right."""
     for length in lengths:
         folder = root / str(length)
@@ -32,7 +41,7 @@ def write_run(root, good, latents=None, lengths=(1024, 2048), tasks=("niah_singl
                 rows.append({"index": number, "pred": pred, "outputs": ["yes"], "others": others})
             (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         data = {task: {"num_rows": 4, "rows_sha256": sha} for task in tasks}
-        (folder / "manifest.json").write_text(json.dumps({"settings": {"backend": "x"}, "data": data}))
+        (folder / "manifest.json").write_text(json.dumps({"settings": {"backend": "x", "arm": arm}, "data": data}))
     return root
 
 
@@ -45,7 +54,7 @@ def runs(tmp_path):
 def test_all_files_are_written_and_agree(runs, tmp_path, capsys):
     out = tmp_path / "report"
     assert main(["report", *map(str, runs), "--output", str(out)]) == 0
-    assert capsys.readouterr().out.strip() == str(out / "report.md")
+    assert capsys.readouterr().out.strip() == str(out / "report.html")
     text = (out / "report.md").read_text()
     assert text.startswith("# RULER report\n")
     assert "| text | 100.0" in text
@@ -56,6 +65,9 @@ def test_all_files_are_written_and_agree(runs, tmp_path, capsys):
     for name in report["pictures"]:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
         assert f"]({name})" in text
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "<h1>RULER report</h1>" in page
     with (out / "report.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 2 * 2 * 3
@@ -88,6 +100,30 @@ def test_figures_show_the_data(runs):
     assert [depths[b][0] for b in (0, 2, 5, 7)] == [100.0, 100.0, 0.0, 0.0]
     assert math.isnan(depths[1][0])
     assert list(score_by_ratio(scored).axes[0].get_lines()[0].get_xdata()) == [1.0, 4.0]
+
+
+def test_arms_are_compared_row_by_row(tmp_path):
+    right = {"none": 0, "full": 4, "bm25@4": 1, "memory@4": 2}
+    runs = [score_run(write_run(tmp_path / arm, good, latents=25, arm=arm)) for arm, good in right.items()]
+    lines = {line["run"]: line for line in compare_arms(runs) if line["length"] == 1024}
+    memory = lines["memory@4"]
+    assert (memory["rows"], memory["score"], memory["retention"]) == (12, 50.0, 0.5)
+    assert (memory["to_full"]["difference"], memory["to_full"]["count"]) == (-0.5, 12)
+    assert memory["to_bm25"]["difference"] == 0.25
+    assert 0 <= memory["to_bm25"]["low"] < 0.25 < memory["to_bm25"]["high"]
+    assert lines["full"]["to_full"] is None
+    assert lines["full"]["to_bm25"] is None
+    assert score_by_rows(runs).axes[0].get_legend_handles_labels()[1] == ["none", "full", "bm25", "memory"]
+
+
+def test_rows_of_other_files_are_not_compared(tmp_path):
+    runs = [write_run(tmp_path / arm, 4, tasks=("vt",), arm=arm, sha=arm) for arm in ("full", "memory@4")]
+    assert [line["to_full"] for line in compare_arms([score_run(run) for run in runs])] == [None] * 4
+
+
+def test_runs_that_are_no_arms_are_not_compared(runs):
+    assert compare_arms([score_run(run) for run in runs]) == []
+    assert score_by_rows([score_run(run) for run in runs]) is None
 
 
 def test_pictures_without_data_are_left_out(tmp_path):

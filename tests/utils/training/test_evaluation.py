@@ -62,7 +62,17 @@ def test_the_command_measures_every_task_under_every_condition(
     for i in range(4):
         (code / f"m{i}.py").write_text("".join(f"value_{i}_{n} = {n}\n" for n in range(40)))
     flags = ["--checkpoint", str(tmp_path / "pair"), "--source", str(code), "--device", "cpu", "--num-examples", "2"]
-    flags += ["--tasks", "needle,continue", "--memory-tokens", "16-20", "--chunk-sizes", "1,4", "--json"]
+    flags += [
+        "--tasks",
+        "needle,continue",
+        "--memory-tokens",
+        "16-20",
+        "--seed",
+        "1,2",
+        "--chunk-sizes",
+        "1,4",
+        "--json",
+    ]
     flags += ["--reference", str(tmp_path / "pair"), "--output", str(tmp_path / "out")]
     assert main(flags) == 0
     result = json.loads(capsys.readouterr().out)
@@ -81,10 +91,13 @@ def test_the_command_measures_every_task_under_every_condition(
     by_condition = {r["condition"]: r["mean"] for r in result["rows"] if r["metric"] == "perplexity"}
     assert by_condition["full"] == by_condition["full, reference"] == pytest.approx(by_condition["truncated@1"])
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"settings.json", "result.json", "records.jsonl", "table.md", "result.png"}
+    assert names == {"settings.json", "result.json", "records.jsonl", "table.md", "result.png", "report.html"}
 
 
-@pytest.mark.parametrize("flags", [["--chunk-sizes", "4,x"], ["--num-examples", "0"], ["--memory-tokens", "0-4"]])
-def test_bad_flags_are_errors(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--source", "symbols", "--tasks", "count", *flags]) == 1
+BAD_FLAGS = ["--chunk-sizes 4,x", "--num-examples 0", "--memory-tokens 9,0-4", "--seed 1,x", "--arms most"]
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_flags_are_errors(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--source", "symbols", "--tasks", "count", *flags.split()]) == 1
     assert capsys.readouterr().err.startswith("error: --")

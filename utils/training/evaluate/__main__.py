@@ -9,7 +9,6 @@ from pathlib import Path
 from utils.cli import EXIT_OK, make_parser, print_json, run_command
 
 TASKS = "reconstruct,needle,lookup,which_file,continue"
-ARMS = "none,full,memory,truncated,bm25,expand,random"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -19,6 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
         examples="""\
   uv run python -m utils.training.evaluate --num-examples 50 --output artifacts/evaluation/default
   uv run python -m utils.training.evaluate --tasks lookup --arms none,full,bm25,expand --chunk-size 8
+  uv run python -m utils.training.evaluate --arms all --memory-tokens 192-256,900-1100,3500-4000 --seed 1000,1001,1002
   uv run python -m utils.training.evaluate --checkpoint artifacts/training/toy/model --source symbols \\
       --tasks copy_symbols,find_symbol --memory-tokens 4-12 --chars-per-token 1 --chunk-size 1""",
         prog="python -m utils.training.evaluate",
@@ -29,17 +29,22 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32; default auto: as stored")
     data = parser.add_argument_group("examples")
     data.add_argument("--tasks", default=TASKS, help=f"default {TASKS}")
-    data.add_argument("--num-examples", type=int, default=50, help="of each task; default 50")
-    data.add_argument("--memory-tokens", default="192-256", help="shortest and longest, roughly; default 192-256")
+    data.add_argument("--num-examples", type=int, default=50, help="of each task, length and seed; default 50")
+    data.add_argument(
+        "--memory-tokens",
+        default="192-256",
+        help="shortest and longest, roughly; several, as 192-256,900-1100, each judged by itself; default 192-256",
+    )
     data.add_argument("--chars-per-token", type=float, default=3.2, help="what lengths reckon with; default 3.2")
     data.add_argument("--source", default="held-out", help="held-out, symbols or a folder of code; default held-out")
     data.add_argument("--question-first", action="store_true", help="ask before the memory; default: after it")
-    data.add_argument("--seed", type=int, default=1000, help="of the examples; default 1000")
+    data.add_argument("--seed", default="1000", help="of the examples; several, as 1000,1001; default 1000")
     run = parser.add_argument_group("run")
     run.add_argument(
         "--arms",
-        default=ARMS,
-        help=f"default {ARMS}; there is also answer: text selected by the answer, as only an evaluation can",
+        default="all",
+        help="default all: none,full,memory,truncated,bm25,expand,random; there is also answer: text selected by the "
+        "answer, as only an evaluation can",
     )
     run.add_argument(
         "--chunk-size",
@@ -55,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--output",
         type=Path,
-        help="folder for records.jsonl, result.json, table.md and result.png; what was killed goes on there",
+        help="folder for report.html, table.md, result.png, result.json and records.jsonl; what was killed goes on",
     )
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
     return parser

@@ -1,10 +1,11 @@
-"""One pair on held-out examples, in several arms (`arms.py`).
+"""One pair on held-out examples, in several arms (`utils.compress.arms`).
 
     evaluator = Evaluator(model, processor)
-    records = evaluator.run(examples, find_arms(["full", "memory"], [8], model.config))
+    records = evaluator.run(examples, find_arms("full,memory", [8]))
 
 A record is one example in one arm, a JSON object. Greedy decoding throughout. `encode_ms` is what the encoder took,
-`read_ms` what reading the prompt and writing the answer took: those of a batch, shared out among its examples.
+`read_ms` what reading the prompt and writing the answer took: those of a batch, shared out among its examples. Arms
+with latents of one chunk size share them; each is told what they cost.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from utils.compress.arm_prompts import ArmPrompts
+from utils.compress.arms import Arm
 from utils.model.code_llava_model import CodeLLaVAModel
 from utils.model.limits import free_device_bytes
 from utils.model.processor import Processor
 from utils.model.prompt import MemoryPrompt, MemorySpan
 from utils.training.data.examples import Example
-from utils.training.evaluate.arms import Arm, Prompts
 from utils.training.evaluate.scores import contains, edit_similarity, is_exact
 from utils.training.flops import TransformerCost
 
@@ -55,10 +57,12 @@ class Evaluator:
     model: CodeLLaVAModel
     processor: Processor
     batch_size: int | None = None
+    # Of the arms at one chunk size: text and chunk size → latents [N, D], and the milliseconds they took.
+    _latents: dict[tuple[str, int], tuple[torch.Tensor, float]] = field(default_factory=dict, init=False)
     _encode_s: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        self._prompts = Prompts(self.processor)
+        self._prompts = ArmPrompts(self.processor)
         self._room = getattr(self.model.decoder.config, "max_position_embeddings", None)
 
     def run(
@@ -72,8 +76,13 @@ class Evaluator:
             done: Arms' names and examples' numbers that are left out.
         """
         before, self.model.cached_encoder = self.model.cached_encoder, self._encode
+        latent_size: int | None = None
         try:
-            for arm in arms:
+            # Those with latents of one chunk size follow each other, and only their latents are kept.
+            for arm in sorted(arms, key=lambda arm: arm.latent_size or 0):
+                if arm.latent_size != latent_size:
+                    self._latents.clear()
+                    latent_size = arm.latent_size
                 left = ((n, e) for n, e in enumerate(examples) if (arm.name, n) not in done)
                 asked = [self._ask(n, e, arm) for n, e in left if e.question or not arm.needs_question]
                 with tqdm(total=len(asked), desc=arm.name, unit="example", disable=None) as bar:
@@ -82,12 +91,21 @@ class Evaluator:
                         bar.update(len(batch))
         finally:
             self.model.cached_encoder = before
+            self._latents.clear()
 
     def _ask(self, number: int, example: Example, arm: Arm) -> Asked:
         # The text of a continuation has no end token and nothing to spare.
         decoder = self.processor.tokenizers.decoder
         num_tokens = len(decoder(example.answer, add_special_tokens=False)["input_ids"])
-        return Asked(number, example, self._prompts.prompt(example, arm), num_tokens)
+        return Asked(number, example, self._prompt(example, arm), num_tokens)
+
+    def _prompt(self, example: Example, arm: Arm) -> MemoryPrompt:
+        """An example as an arm shows it."""
+        shown = self._prompts.shown(arm, example.memory, example.question)
+        if not example.question:
+            return self.processor.parse_raw(shown, arm.latent_size)
+        chat = example.messages(shown) if shown else [{"role": "user", "content": example.question}]
+        return self._prompts.expand(arm, self.processor.parse_chat(chat, arm.latent_size), example.answer)
 
     def _batches(self, asked: Sequence[Asked]) -> Iterator[list[Asked]]:
         """Prompts and answers of like length side by side waste least; what is too long stands alone."""
@@ -116,16 +134,18 @@ class Evaluator:
         else:
             began, self._encode_s = time.perf_counter(), 0.0
             results = self._generate(batch) if batch[0].example.question else [self._continue(batch[0])]
-            read_s = time.perf_counter() - began - self._encode_s
-            times = {"encode_ms": 1e3 * self._encode_s / len(batch), "read_ms": 1e3 * read_s / len(batch)}
-            results = [result | {name: round(ms, 2) for name, ms in times.items()} for result in results]
+            read_ms = 1e3 * (time.perf_counter() - began - self._encode_s) / len(batch)
+            results = [
+                result | {"encode_ms": round(self._encode_ms(one.prompt), 2), "read_ms": round(read_ms, 2)}
+                for one, result in zip(batch, results, strict=True)
+            ]
         for one, result in zip(batch, results, strict=True):
             yield {
                 "number": one.number,
                 "task": one.example.task,
                 "kind": one.example.kind,
                 "condition": arm.name,
-                "memory_tokens": self._prompts.num_tokens(one.example),
+                "memory_tokens": self._prompts.num_tokens(one.example.memory),
                 "prompt_rows": len(one.prompt.input_ids),
                 "num_latents": one.prompt.num_latents,
                 "text_rows": one.prompt.text_rows,
@@ -159,15 +179,25 @@ class Evaluator:
         return {"nll": float(loss), "tokens": len(wanted)}
 
     def _encode(self, spans: Sequence[MemorySpan]) -> list[torch.Tensor]:
-        """Latents of spans, waited for, so that their time is known apart."""
-        if not spans:
-            return []
-        began = time.perf_counter()
-        latents = self.model.memory_encoder(spans)
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        self._encode_s += time.perf_counter() - began
-        return latents
+        """Latents of spans: another arm's are taken again, the others waited for, so that their time is known."""
+        new = list({_key(span): span for span in spans if _key(span) not in self._latents}.values())
+        if new:
+            began = time.perf_counter()
+            latents = self.model.memory_encoder(new)
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize(self.model.device)
+            seconds = time.perf_counter() - began
+            self._encode_s += seconds
+            ms = 1e3 * seconds / len(new)
+            self._latents |= {_key(span): (own, ms) for span, own in zip(new, latents, strict=True)}
+        return [self._latents[_key(span)][0] for span in spans]
+
+    def _encode_ms(self, prompt: MemoryPrompt) -> float:
+        return sum(self._latents[_key(span)][1] for span in prompt.spans)
+
+
+def _key(span: MemorySpan) -> tuple[str, int]:
+    return span.text, span.chunk_size
 
 
 def prompts_that_fit(decoder: Any, num_rows: int, free_bytes: int | None) -> int:

@@ -1,4 +1,4 @@
-"""Records → summary rows, a table, a picture."""
+"""Records → summary rows, tables, a picture."""
 
 from __future__ import annotations
 
@@ -8,42 +8,65 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from utils.compress.arms import BM25, FULL, KINDS, MEMORY, NONE
 from utils.files import atomic_path
-from utils.intervals import bootstrap, wilson
+from utils.intervals import Scores, bootstrap, compare, retention, wilson
 from utils.training.data.tasks.registry import TASKS
-from utils.training.evaluate.arms import BM25, FULL, NONE
-from utils.training.evaluate.paired import Scores, compare, retention
 
 _PERPLEXITY = "perplexity"
+# Which arms a reader wants to see beaten by, or beating, text of as many rows.
+_JUDGED = (MEMORY, "expand")
 
 
-def summarize(records: Iterable[dict[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
-    """One row for each task, condition and metric.
+def summarize(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each task, length of memory, condition and metric.
 
-    Mean, 95 % interval and count; retention, and paired differences to the full text and to BM25 at the same budget
-    (None where there is no such arm, and for perplexity); what was too long for the decoder; decoder rows, measured
-    compression ratio and times.
+    Mean, 95 % interval and count, and the mean of each seed; retention, and paired differences to the full text and to
+    BM25 at the same budget (None where there is no such arm, and for perplexity); what was too long for the decoder;
+    decoder rows, measured compression ratio and times.
     """
-    tasks: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    cells: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for record in records:
-        tasks.setdefault(record["task"], {}).setdefault(record["condition"], []).append(record)
+        place = record["task"], record.get("length", "")
+        cells.setdefault(place, {}).setdefault(record["condition"], []).append(record)
     rows = []
-    for task, groups in tasks.items():
+    for (task, length), groups in cells.items():
         for metric in TASKS[task].metrics:
             scores = {condition: _scores(group, metric) for condition, group in groups.items()}
-            for condition, group in groups.items():
+            for condition in sorted(groups, key=_order):
+                group = groups[condition]
                 measured = _measured(group)
                 if scores[condition]:
-                    measured |= _interval(list(scores[condition].values()), metric, seed)
+                    measured |= _interval(list(scores[condition].values()), metric)
+                    measured["by_seed"] = _by_seed(group, metric)
                     measured |= _beside(condition, scores) if metric != _PERPLEXITY else {}
-                rows.append({"task": task, "condition": condition, "metric": metric, "count": 0, **measured})
+                place = {"task": task, "length": length, "condition": condition, "metric": metric}
+                rows.append({**place, "count": 0, **measured})
     return rows
 
 
-def _scores(group: Sequence[dict[str, Any]], metric: str) -> Scores:
+def _order(condition: str) -> tuple[int, int, str]:
+    """The arms without a budget first, then by chunk size; a condition that is no arm behind them."""
+    kind, _, size = condition.partition("@")
+    return int(size or 0), KINDS.index(kind) if kind in KINDS else len(KINDS), condition
+
+
+def _key(metric: str) -> str:
     # Perplexity's mean is taken over the logarithm: one odd example must not decide it.
-    key = "nll" if metric == _PERPLEXITY else metric
-    return {record["number"]: record[key] for record in group if key in record}
+    return "nll" if metric == _PERPLEXITY else metric
+
+
+def _scores(group: Sequence[dict[str, Any]], metric: str) -> Scores:
+    return {record["number"]: record[_key(metric)] for record in group if _key(metric) in record}
+
+
+def _by_seed(group: Sequence[dict[str, Any]], metric: str) -> dict[str, float]:
+    seeds: dict[str, list[float]] = {}
+    for record in group:
+        if _key(metric) in record:
+            seeds.setdefault(str(record.get("seed", "")), []).append(record[_key(metric)])
+    means = {seed: fmean(values) for seed, values in seeds.items()}
+    return {seed: _exp(mean) if metric == _PERPLEXITY else mean for seed, mean in means.items()}
 
 
 def _measured(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -72,22 +95,28 @@ def _beside(condition: str, scores: dict[str, Scores]) -> dict[str, Any]:
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: for each task a line an arm. Retention and differences are those of exact answers."""
-    return "\n\n".join(_task_table(task, rows) for task in dict.fromkeys(row["task"] for row in rows))
+    """Markdown: for each task and length a line an arm. Retention and differences are those of exact answers."""
+    places = dict.fromkeys((row["task"], row["length"]) for row in rows)
+    return "\n\n".join(_task_table([row for row in rows if (row["task"], row["length"]) == at]) for at in places)
 
 
-def _task_table(task: str, rows: Sequence[dict[str, Any]]) -> str:
+def _task_table(rows: Sequence[dict[str, Any]]) -> str:
+    task, length = rows[0]["task"], rows[0]["length"]
     metrics = TASKS[task].metrics
     asked = _PERPLEXITY not in metrics
+    seeds = max(len(row.get("by_seed", ())) for row in rows)
     beside = ["retention", "− full (p)", "− bm25 (p)"] if asked else []
-    titles = [task, "n", "too long", "rows", *metrics, *beside, "encode ms", "read ms"]
+    spread = [f"{seeds} seeds"] if seeds > 1 else []
+    titles = [f"{task} {length}".strip(), "n", "too long", "rows", *metrics, *spread, *beside, "encode ms", "read ms"]
     lines = [_line(titles), "|---" * len(titles) + "|"]
-    of_task = [row for row in rows if row["task"] == task]
-    for condition in dict.fromkeys(row["condition"] for row in of_task):
-        cells = {row["metric"]: row for row in of_task if row["condition"] == condition}
+    for condition in dict.fromkeys(row["condition"] for row in rows):
+        cells = {row["metric"]: row for row in rows if row["condition"] == condition}
         first, exact = cells[metrics[0]], cells.get("exact", {})
         line = [condition, first["count"], first["too_long"], f"{first['decoder_rows']:.0f}"]
         line += [_score(cells[metric]) for metric in metrics]
+        if spread:
+            means = first.get("by_seed", {}).values()
+            line.append(f"{min(means):.3f}–{max(means):.3f}" if means else "")
         if asked:
             kept = exact.get("retention")
             line += [
@@ -96,9 +125,23 @@ def _task_table(task: str, rows: Sequence[dict[str, Any]]) -> str:
             ]
         line += ["" if first[key] is None else f"{first[key]:.0f}" for key in ("encode_ms", "read_ms")]
         lines.append(_line(line))
+    verdicts = [verdict(row) for row in rows if row["metric"] == "exact"] if asked else []
     if not asked:
-        lines += ["", f"{task} asks nothing: the arms that need a question are left out."]
-    return "\n".join(lines)
+        verdicts = [f"{task} asks nothing: the arms that need a question are left out."]
+    return "\n".join([*lines, *(f"\n{text}" for text in verdicts if text)])
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """Whether an arm with latents beats text of as many rows, in a sentence; nothing for the other arms."""
+    beside = row.get("to_bm25")
+    if row["condition"].partition("@")[0] not in _JUDGED or not beside:
+        return ""
+    how = "cannot be told apart from"
+    if not beside["low"] <= 0 <= beside["high"]:
+        how = "is better than" if beside["difference"] > 0 else "is worse than"
+    size = row["condition"].partition("@")[2]
+    interval = f"{beside['difference']:+.2f}, {beside['low']:+.2f} to {beside['high']:+.2f}"
+    return f"`{row['condition']}` {how} `{BM25}@{size}`, text of as many rows: {interval}."
 
 
 def _line(cells: Sequence[Any]) -> str:
@@ -114,38 +157,51 @@ def _difference(compared: dict[str, Any] | None) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """One panel a task: its first metric over the decoder's rows, a line an arm over its chunk sizes."""
+    """A panel for each task and length: its first metric over the decoder's rows, a line an arm."""
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure = Figure(figsize=(3.8 * len(tasks), 3.6), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        metric = TASKS[task].metrics[0]
-        chosen = [row for row in rows if row["task"] == task and row["metric"] == metric and row["count"]]
-        for kind in dict.fromkeys(row["condition"].partition("@")[0] for row in chosen):
-            points = sorted(
-                (row["decoder_rows"], row["mean"], row["low"], row["high"])
-                for row in chosen
-                if row["condition"].partition("@")[0] == kind
-            )
-            places, means, lows, highs = zip(*points, strict=True)
-            # A bootstrap bound may lie a rounding error on the wrong side of the mean.
-            below = [max(0.0, mean - low) for mean, low in zip(means, lows, strict=True)]
-            above = [max(0.0, high - mean) for mean, high in zip(means, highs, strict=True)]
-            axes.errorbar(places, means, yerr=[below, above], marker="o", capsize=3, label=kind)
-        axes.set(title=task, xlabel="decoder rows", ylabel=metric.replace("_", " "))
-        axes.set_xscale("log", base=2)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
+    lengths = list(dict.fromkeys(row["length"] for row in rows))
+    figure = Figure(figsize=(3.8 * len(tasks), 3.6 * len(lengths)), layout="constrained")
+    panels = figure.subplots(len(lengths), len(tasks), squeeze=False)
+    for line, length in zip(panels, lengths, strict=True):
+        for axes, task in zip(line, tasks, strict=True):
+            metric = TASKS[task].metrics[0]
+            of_panel = [row for row in rows if (row["task"], row["length"], row["metric"]) == (task, length, metric)]
+            _draw_panel(axes, [row for row in of_panel if row["count"]])
+            axes.set(title=f"{task} {length}".strip(), xlabel="decoder rows", ylabel=metric.replace("_", " "))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def _interval(values: Sequence[float], metric: str, seed: int) -> dict[str, Any]:
+def _draw_panel(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    kinds = dict.fromkeys(row["condition"].partition("@")[0] for row in rows)
+    for kind in kinds:
+        points = sorted(
+            (row["decoder_rows"], row["mean"], row["low"], row["high"])
+            for row in rows
+            if row["condition"].partition("@")[0] == kind
+        )
+        places, means, lows, highs = zip(*points, strict=True)
+        # A bootstrap bound may lie a rounding error on the wrong side of the mean.
+        below = [max(0.0, mean - low) for mean, low in zip(means, lows, strict=True)]
+        above = [max(0.0, high - mean) for mean, high in zip(means, highs, strict=True)]
+        axes.errorbar(places, means, yerr=[below, above], marker="o", capsize=3, label=kind)
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+    if kinds:
+        axes.legend(fontsize="x-small")
+
+
+def _interval(values: Sequence[float], metric: str) -> dict[str, Any]:
     """Mean and 95 % interval: Wilson's for shares, else by bootstrap."""
     is_share = type(values[0]) is bool
-    low, high = wilson(sum(values), len(values)) if is_share else bootstrap(values, seed)
+    low, high = wilson(sum(values), len(values)) if is_share else bootstrap(values)
     interval = {"mean": fmean(values), "low": low, "high": high}
     if metric == _PERPLEXITY:
-        interval = {name: math.exp(min(value, 50.0)) for name, value in interval.items()}
+        interval = {name: _exp(value) for name, value in interval.items()}
     return {**interval, "count": len(values)}
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 50.0))

@@ -64,7 +64,7 @@ def judge_file(path: Path, task: str) -> list[Judged]:
         text, references = postprocess(row["pred"]), row["outputs"]
         others = row.get("others") or {}
         try:
-            value, strict = _values(text, references, config, others)
+            value, strict = answer_values(text, references, config, others)
         except DatasetError as error:
             raise DatasetError(f"{path}, row {number}: {error}") from None
         judged.append(
@@ -82,8 +82,20 @@ def judge_file(path: Path, task: str) -> list[Judged]:
     return judged
 
 
-def _values(text: str, references: Sequence[str], task: TaskConfig, others: Mapping[str, Any]) -> tuple[float, float]:
-    """The value of an answer, and the stricter one (0..1)."""
+def answer_values(
+    text: str, references: Sequence[str], task: TaskConfig, others: Mapping[str, Any]
+) -> tuple[float, float]:
+    """The value of an answer, and the stricter one (0..1).
+
+    Args:
+        text: The post-processed answer.
+        references: The wanted strings.
+        task: Whose metric judges it.
+        others: What the row has beside them: for the metric `function` its `distractors`.
+
+    Raises:
+        DatasetError: There are no references, or what the metric needs is missing.
+    """
     if task.metric != "function":
         value, strict = (sample_value(text, references, task.metric, strict=strict) for strict in (False, True))
         return value, strict

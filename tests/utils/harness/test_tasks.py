@@ -46,7 +46,7 @@ def test_every_task_of_ruler_has_its_file() -> None:
         "memory_lookup",
         "memory_lclm_eval",
     }
-    assert set(found.all_tags) == {"memory_ruler", "memory_code"}
+    assert set(found.all_tags) == {"memory_ruler", "memory_code", "memory_code_extra"}
     for name, task in RULER_TASKS.items():
         text = (TASKS / f"memory_{name}.yaml").read_text()
         settings = yaml.safe_load(text)
@@ -98,12 +98,19 @@ def test_prepared_rows_are_read(recipe: Recipe, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "metric", "score"),
-    [("It is 12 and\x0034.", "all", 1.0), ("12", "all", 0.5), ("12", "part", 1.0), ("1 2", "part", 0.0)],
+    ("answer", "task", "score"),
+    [("It is 12 and\x0034.", "vt", 1.0), ("12", "vt", 0.5), ("12", "qa_1", 1.0), ("1 2", "qa_1", 0.0)],
 )
-def test_scores_are_rulers(answer: str, metric: str, score: float) -> None:
-    document = {"answers": ["12", "34"], "metric": metric, "category": "4096"}
+def test_scores_are_rulers(answer: str, task: str, score: float) -> None:
+    document = {"answers": ["12", "34"], "task": task, "category": "4096"}
     assert rows.score_ruler(document, [answer]) == {"score": score, "4096": score}
+
+
+@pytest.mark.parametrize(("answered", "score"), [(0, 1.0), (1, 0.0)])
+def test_a_function_is_judged_beside_the_others_of_its_memory(answered: int, score: float) -> None:
+    functions = ["def wanted(a):\n    return a + 1", "def other(b):\n    print(b)\n    return None"]
+    document = {"answers": functions[:1], "distractors": functions[1:], "task": "repoqa_code", "category": "4096"}
+    assert rows.score_ruler(document, [functions[answered]]) == {"score": score, "4096": score}
 
 
 def test_lookups_ask_for_what_stands_in_held_out_code(run_tasks: Run) -> None:

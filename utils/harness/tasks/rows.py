@@ -18,7 +18,8 @@ from ruler.answering.protocol import Question, RowRefusedError
 from ruler.generation.generate import Recipe, generate_rows
 from ruler.layout import length_folders, read_dataset
 from ruler.registry import get_task
-from ruler.scoring.metrics import postprocess, sample_value
+from ruler.scoring.metrics import postprocess
+from ruler.scoring.score import answer_values
 from utils.checkpoint.locate import find_checkpoint
 from utils.errors import ConfigError, DatasetError
 from utils.training.config import DataConfig
@@ -81,14 +82,15 @@ def ruler(
                 mode="balanced",
             )  # fmt: skip
             rows[str(length)] = list(generate_rows(recipe))
-    metric = get_task(task).metric
     return documents(
         {
             "prompt": _marked(row, f"{task} @ {length}, row {number}"),
             "answer_prefix": row["answer_prefix"],
             "answers": row["outputs"],
             "category": length,
-            "metric": metric,
+            "task": task,
+            # What the answer must not resemble more; of the tasks that ask for a function's code.
+            "distractors": row.get("others", {}).get("distractors", []),
         }
         for length, rows_of_length in rows.items()
         for number, row in enumerate(rows_of_length, start=1)
@@ -97,7 +99,8 @@ def ruler(
 
 def score_ruler(document: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
     """RULER's own score of an answer, overall and by length."""
-    value = sample_value(postprocess(answers[0]), document["answers"], document["metric"])
+    task = get_task(document["task"])
+    value, _ = answer_values(postprocess(answers[0]), document["answers"], task, document)
     return {"score": value, document["category"]: value}
 
 

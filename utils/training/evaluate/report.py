@@ -40,8 +40,8 @@ def summarize(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                     measured |= _interval(list(scores[condition].values()), metric)
                     measured["by_seed"] = _by_seed(group, metric)
                     measured |= _beside(condition, scores) if metric != _PERPLEXITY else {}
-                place = {"task": task, "length": length, "condition": condition, "metric": metric}
-                rows.append({**place, "count": 0, **measured})
+                cell = {"task": task, "length": length, "condition": condition, "metric": metric}
+                rows.append({**cell, "count": 0, **measured})
     return rows
 
 

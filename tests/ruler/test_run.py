@@ -53,7 +53,7 @@ def test_run_from_data_to_report_and_again_without_work(long_reader, tmp_path, c
 
 @pytest.mark.slow
 def test_every_arm_shows_what_it_may(long_reader, tmp_path, capsys):
-    command = ["run", "--output-dir", str(tmp_path), "--model", str(long_reader), "--tasks", "niah_single_1,vt",
+    command = ["run", "--output-dir", str(tmp_path), "--model", str(long_reader), "--tasks", "niah_single_1,niah_multikey_2",
                "--lengths", "1100", "--num-samples", "2", "--chunk-size", "8", "--workers", "1", "--arms", "all",
                "--json"]  # fmt: skip
     assert main(command) == 0
@@ -67,7 +67,7 @@ def test_every_arm_shows_what_it_may(long_reader, tmp_path, capsys):
         # No arm has more rows than its budget and the two markers around it; it uses at least half of them.
         wanted = {"none": 0.0, "full": context}.get(name, context / 8)
         assert wanted / 2 <= rows <= wanted + 4, name
-        assert entry["tasks"]["vt"]["rows"] == 2
+        assert entry["tasks"]["niah_multikey_2"]["rows"] == 2
     assert entries["none"]["ratio"] is None
     assert entries["truncated@8"]["ratio"] == pytest.approx(8, abs=0.2)
     compared = {line["run"]: line for line in report["arms"]}

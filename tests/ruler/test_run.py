@@ -54,8 +54,8 @@ def test_run_from_data_to_report_and_again_without_work(long_reader, tmp_path, c
 @pytest.mark.slow
 def test_every_arm_shows_what_it_may(long_reader, tmp_path, capsys):
     command = ["run", "--output-dir", str(tmp_path), "--model", str(long_reader),
-               "--tasks", "niah_single_1,niah_multikey_2", "--lengths", "1100", "--num-samples", "2", "--chunk-size", "8", "--workers", "1", "--arms", "all",
-               "--json"]  # fmt: skip
+               "--tasks", "niah_single_1,niah_multikey_2", "--lengths", "1100", "--num-samples", "2",
+               "--chunk-size", "8", "--workers", "1", "--arms", "all", "--json"]  # fmt: skip
     assert main(command) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["notes"] == []

@@ -149,21 +149,19 @@ class BackendSettings:
     def identity(self) -> dict[str, Any]:
         """What an answer depends on; two runs with another identity must not share a folder."""
         # Runs without them are called what they were called before there were any.
-        expanded = {"expansion": self.expansion.to_json()} if self.expansion else {}
-        return (
-            expanded
-            | ({"arm": self.arm.name} if self.arm else {})
-            | {
-                "backend": self.name,
-                "model": self.model,
-                "checkpoint": self.checkpoint,
-                "chunk_size": self.chunk_size,
-                "api": self.api,
-                "system_prompt": self.system_prompt,
-                **{name: getattr(self.sampling, name) for name in ("temperature", "top_p", "top_k", "seed")},
-                "stop": list(self.sampling.stop),
-            }
-        )
+        asked: dict[str, Any] = {"expansion": self.expansion.to_json()} if self.expansion else {}
+        if self.arm:
+            asked["arm"] = self.arm.name
+        return asked | {
+            "backend": self.name,
+            "model": self.model,
+            "checkpoint": self.checkpoint,
+            "chunk_size": self.chunk_size,
+            "api": self.api,
+            "system_prompt": self.system_prompt,
+            **{name: getattr(self.sampling, name) for name in ("temperature", "top_p", "top_k", "seed")},
+            "stop": list(self.sampling.stop),
+        }
 
 
 class Backend(Protocol):

@@ -54,13 +54,13 @@ class ArmPrompts:
             return wrap(memory)
         if arm.kind in (NONE, FULL):
             return memory if arm.kind == FULL else ""
-        ids = self._ids(memory)
-        budget = num_latents(len(ids), arm.chunk_size)
+        encoder = self._processor.tokenizers.encoder
         if arm.kind == TRUNCATED:
-            return self._processor.tokenizers.encoder.decode(ids[:budget])
+            ids = self._ids(memory)
+            return encoder.decode(ids[: num_latents(len(ids), arm.chunk_size)])
         # At chunk size 1: a row is a token here.
         span = self._processor.parse_raw(wrap(memory), 1).spans[0]
-        whole = MemoryText.of(span, self._processor.tokenizers.encoder)
+        whole, budget = MemoryText.of(span, encoder), num_latents(len(span.token_ids), arm.chunk_size)
         (ranges,) = select([whole], Question(query), Expansion(tokens=budget))
         return "".join(whole.text[begin:end] for begin, end in ranges)
 

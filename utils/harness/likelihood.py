@@ -50,8 +50,6 @@ def score_continuations(
         sharing.setdefault((id(prompt), tuple(ids[:-1])), []).append(number)
     groups = list(sharing.values())
     firsts = [pairs[numbers[0]] for numbers in groups]
-    groups = list(sharing.values())
-    firsts = [pairs[numbers[0]] for numbers in groups]
     scores: dict[int, tuple[float, bool]] = {}
     for batch in _batches(firsts, batch_size):
         for row, logits_KV in zip(batch, _logits(model, [firsts[row] for row in batch]), strict=True):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from utils.cli import EXIT_OK, make_parser, print_json, run_command
+from utils.compress.arms import ALL
 
 TASKS = "reconstruct,needle,lookup,which_file,continue"
 
@@ -43,8 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--arms",
         default="all",
-        help="default all: none,full,memory,truncated,bm25,expand,random; there is also answer: text selected by the "
-        "answer, as only an evaluation can",
+        help=f"default all: {','.join(ALL)}; there is also answer: text selected by the answer, for evaluation only",
     )
     run.add_argument(
         "--chunk-size",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from ruler.answering.predict import PredictJob, TaskOutcome, add_backend_arguments, backend_settings, exit_code, predict
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     """Do all steps; exit code 3 when rows failed."""
     runs = planned_runs(args)
     data = args.output / "data"
-    _prepare(args, data)
+    _prepare(args, runs, data)
     outcomes: list[TaskOutcome] = []
     for name, settings in runs.items():
         logger.info("run %s", name)
@@ -106,17 +107,24 @@ def planned_runs(args: argparse.Namespace) -> dict[str, BackendSettings]:
     }
 
 
-def _prepare(args: argparse.Namespace, data: Path) -> None:
+def _prepare(args: argparse.Namespace, runs: Mapping[str, BackendSettings], data: Path) -> None:
     """Make the datasets that are not there yet.
 
     Raises:
         DatasetError: One cannot be made, or another dataset lies in the way.
+        ConfigError: The pair cannot serve an arm of the runs.
     """
     from ruler.answering.backends import decoder_folder
 
     if args.tokenizer_path is None and args.where == "server" and args.checkpoint is None:
         raise ConfigError("--tokenizer-path is needed with --where server: name the served model's tokenizer")
-    tokenizer = args.tokenizer_path or str(decoder_folder(args.checkpoint if args.where == "server" else args.model))
+    arms = [settings.arm for settings in runs.values() if settings.arm]
+    pair = args.checkpoint if args.where == "server" else args.model
+    tokenizer = args.tokenizer_path
+    # What cannot be answered is not prepared either. Text for a server needs no pair here.
+    if tokenizer is None or any(arm.has_latents for arm in arms):
+        folder = decoder_folder(pair, arms)
+        tokenizer = tokenizer or str(folder)
     jobs = [
         DatasetJob(
             recipe=Recipe(

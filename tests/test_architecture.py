@@ -20,6 +20,7 @@ LINE: tuple[tuple[str, ...], ...] = (
         "utils/locks.py",
         "utils/cli.py",
         "utils/intervals.py",
+        "utils/packages.py",
         "utils/html_report.py",
         "utils/pretrained.py",
     ),

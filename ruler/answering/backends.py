@@ -38,7 +38,7 @@ from utils.checkpoint.settings import EncoderSettings
 from utils.client.completion import RetryPolicy
 from utils.client.connection import RequestError
 from utils.compress.arm_prompts import ArmPrompts, expansion_of
-from utils.compress.arms import FULL, NONE
+from utils.compress.arms import FULL, NONE, Arm, check_arms
 from utils.compress.latent_cache import LatentCache
 from utils.errors import CheckpointError, ConfigError
 from utils.model.processor import Processor
@@ -76,16 +76,23 @@ def open_backend(settings: BackendSettings, retry: RetryPolicy | None = None) ->
     return builders[settings.name](settings)
 
 
-def decoder_folder(model: str | None) -> Path:
+def decoder_folder(model: str | None, arms: Sequence[Arm] = ()) -> Path:
     """Where a local model's tokenizer is: the folder itself, or the decoder inside a Code-LLaVA checkpoint.
 
     Args:
         model: Folder or hub id; None for the embedded default checkpoint.
+        arms: Those that the model is to answer in.
 
     Raises:
         CheckpointError: There is no such checkpoint.
+        ConfigError: It cannot serve one of the arms.
     """
-    return Path(str(model)) if _is_plain_model(model) else find_checkpoint(model).decoder
+    if _is_plain_model(model):
+        return Path(str(model))
+    in_latents = [arm for arm in arms if arm.has_latents]
+    files = find_checkpoint(model, in_latents[0].latent_size if in_latents else None)
+    check_arms(in_latents, files.config)
+    return files.decoder
 
 
 class Contexts:

@@ -18,9 +18,8 @@ from typing import Any
 
 from utils.errors import DatasetError
 from utils.files import sha256_bytes
+from utils.packages import EVALUATION_PACKAGES, permissive_licence
 
-PACKAGES = ("accelerate", "fastapi", "httpx", "huggingface_hub", "jinja2", "networkx", "openai", "peft", "uvicorn")
-_PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|ISC)\b", re.IGNORECASE)
 _MIN_LINES = 20
 EXTRA_COMMAND = "uv sync --extra code-tasks"
 _TOP_LEVEL = re.compile(r"(?<=\n)(?=[^\s])")
@@ -57,7 +56,7 @@ class Language:
 _TORCH_FOLDERS = ("ATen/core", "ATen/cpu", "ATen/cuda", "ATen/native", "ATen/detail", "c10", "torch/csrc")
 LANGUAGES: dict[str, Language] = {
     "python": Language(
-        title="Python", suffixes=(".py",), packages=dict.fromkeys(PACKAGES, ("",)), comment="#"
+        title="Python", suffixes=(".py",), packages=dict.fromkeys(EVALUATION_PACKAGES, ("",)), comment="#"
     ),
     "cpp": Language(
         title="C++",
@@ -173,22 +172,13 @@ def read_installed_code(language: str = "python") -> CodeFiles:
             and ".." not in file.parts
             and "tests" not in file.parts
         ]
-        licence = _licence_in(files) if wanted.own_licence else _licence_of(package)
+        licence = _licence_in(files) if wanted.own_licence else permissive_licence(package)
         if licence is None:
             continue
         versions[name], licences[name] = package.version, licence
         found += files
     origin = {"source": "installed packages", "packages": versions}
     return _pile(sorted(found), wanted, origin, "the installed packages", licences)
-
-
-def _licence_of(package: importlib.metadata.Distribution) -> str | None:
-    """The first permissive licence that a package's metadata names, on one line."""
-    for name in ("License-Expression", "License", "Classifier"):
-        for value in package.metadata.get_all(name) or []:
-            if _PERMISSIVE.search(str(value)):
-                return str(value).strip().splitlines()[0].removeprefix("License :: OSI Approved :: ")[:120]
-    return None
 
 
 def _licence_in(files: Iterable[tuple[str, Path]]) -> str | None:

@@ -27,6 +27,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MARKERS = "osD^vP*"
 _MAP = "YlGnBu"
 _DEPTH_BINS = 10
+_MOST_ACROSS = 6
 
 
 def write_figures(runs: Sequence[Run], folder: Path) -> list[str]:
@@ -153,9 +154,14 @@ def _heat_maps(
     title: str, runs: Sequence[Run], grids: Sequence[list[list[float]]], rows: Sequence[str], lengths: Sequence[int]
 ) -> Figure:
     columns = [_short(length) if length else "–" for length in lengths]
-    width = 1.9 + len(runs) * max(1.6, 0.62 * len(columns))
-    figure = Figure(figsize=(max(5.0, width), 1.5 + 0.3 * len(rows)), layout="constrained")
-    panels = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
+    # As many side by side as a page shows, and those of one line about as many as those of the next.
+    across = math.ceil(len(runs) / math.ceil(len(runs) / _MOST_ACROSS))
+    down = math.ceil(len(runs) / across)
+    width = 1.9 + across * max(1.6, 0.62 * len(columns))
+    figure = Figure(figsize=(max(5.0, width), 0.6 + down * (0.9 + 0.3 * len(rows))), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False, sharey=True).ravel().tolist()
+    while len(panels) > len(runs):
+        panels.pop().remove()
     colours = mpl.colormaps[_MAP].with_extremes(bad="#eeeeee")  # not run
     for axes, run, grid in zip(panels, runs, grids, strict=True):
         image = axes.imshow(grid, cmap=colours, vmin=0, vmax=100, aspect="auto")
@@ -168,7 +174,7 @@ def _heat_maps(
                 if not math.isnan(value):
                     ink = "white" if value > 60 else "black"
                     axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color=ink)
-    figure.colorbar(image, ax=panels.tolist(), shrink=0.8, label="score")
+    figure.colorbar(image, ax=panels, shrink=0.8, label="score")
     figure.suptitle(title)
     return figure
 

@@ -107,6 +107,12 @@ def test_functions_are_asked_for_and_judged_against_the_rest_of_the_memory(long_
         (["--arms", "full,most"], "no arm 'most'"),
         (["--where", "server"], "--tokenizer-path is needed"),
         (["--concurrency", "0"], "--concurrency must be positive, got 0"),
+        # The embedded pair.
+        (
+            ["--arms", "expand", "--chunk-size", "32"],
+            "expand@32 has latents at chunk size 64, the pair was trained for",
+        ),
+        (["--arms", "expand", "--chunk-size", "32", "--where", "server", "--tokenizer-path", "x"], "at chunk size 64"),
     ],
 )
 def test_what_cannot_be_run_is_said(tmp_path, capsys, flags, words):

@@ -132,7 +132,7 @@ def _code_cases(args: argparse.Namespace, files: CheckpointFiles) -> Iterator[Ca
         source="held-out",
         seed=args.seed,
     )
-    sources = read_sources(data)
+    sources = read_sources(data, to_train=False)
     by_origin = {file.origin: file for file in sources}
     for task, number in data.tasks.items():
         drawn = 0

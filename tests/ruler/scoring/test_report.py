@@ -102,6 +102,17 @@ def test_figures_show_the_data(runs):
     assert list(score_by_ratio(scored).axes[0].get_lines()[0].get_xdata()) == [1.0, 4.0]
 
 
+def test_many_runs_stand_in_lines(runs):
+    scored = [score_run(run) for run in runs]
+    many = [{**scored[0], "name": f"arm {number}"} for number in range(7)]
+    figure = tasks_by_length(many)
+    assert [axes.get_title() for axes in figure.axes[:-1]] == [run["name"] for run in many]  # the last is the scale
+    assert [axes.get_subplotspec().rowspan.start for axes in figure.axes[:-1]] == [0] * 4 + [1] * 3
+    one_line = tasks_by_length(many[:4])
+    assert figure.get_figwidth() == one_line.get_figwidth()
+    assert figure.get_figheight() > 1.7 * one_line.get_figheight()
+
+
 def test_arms_are_compared_row_by_row(tmp_path):
     right = {"none": 0, "full": 4, "bm25@4": 1, "memory@4": 2}
     runs = [score_run(write_run(tmp_path / arm, good, latents=25, arm=arm)) for arm, good in right.items()]

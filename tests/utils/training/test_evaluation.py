@@ -45,7 +45,7 @@ def test_answers_are_judged_as_a_reader_would() -> None:
 
 def test_a_gpu_takes_as_many_prompts_as_its_memory_holds() -> None:
     model, _ = build_toy_pair()
-    assert prompts_that_fit(model.decoder, 1000, None) == 8
+    assert [prompts_that_fit(model.decoder, rows, None) for rows in (100, 256, 1000, 5000)] == [8, 8, 2, 1]
     row_bytes = TransformerCost.of(model.decoder).kv_cache_bytes(1)
     assert prompts_that_fit(model.decoder, 1000, 3 * 50 * 1000 * row_bytes) == 50
     assert prompts_that_fit(model.decoder, 1000, 80 << 30) == 128

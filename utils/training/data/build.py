@@ -23,7 +23,7 @@ from utils.files import sha256_bytes, write_json, write_jsonl
 from utils.locks import remove_leftovers, sole_writer
 from utils.training.config import DataConfig
 from utils.training.data.examples import Example, TaskSources
-from utils.training.data.sources import SourceFile, held_out_sources, training_sources
+from utils.training.data.sources import INSTALLED, SourceFile, folder_sources, held_out_sources, training_sources
 from utils.training.data.tasks.registry import TASKS
 
 REPORT_FILE = "report.json"
@@ -40,8 +40,12 @@ def recipe_of(data: DataConfig) -> dict[str, Any]:
     return {name: getattr(data, name) for name in names} | {"memory_tokens": list(data.memory_tokens)}
 
 
-def read_sources(data: DataConfig) -> list[SourceFile]:
+def read_sources(data: DataConfig, *, to_train: bool = True) -> list[SourceFile]:
     """The files that the tasks draw from, those of weighted packages several times; none where no task needs any.
+
+    Args:
+        data: Tasks and their source.
+        to_train: Leave out of a folder what is held out for evaluation.
 
     Raises:
         ConfigError: An unknown task, or one that needs files where there are none.
@@ -56,7 +60,10 @@ def read_sources(data: DataConfig) -> list[SourceFile]:
     source = data.source
     if source == SYMBOLS:
         raise ConfigError(f"task {need_files[0]} needs source files: choose the source installed or a folder")
-    files = list(held_out_sources() if source == HELD_OUT else training_sources(source))
+    if source == HELD_OUT:
+        files = list(held_out_sources())
+    else:
+        files = list(training_sources(source) if to_train or source == INSTALLED else folder_sources(source))
     if not files:
         raise DatasetError(f"{source}: no usable Python file (20 lines or more, valid UTF-8, no very long lines)")
     if data.max_files is not None and data.max_files < len(files):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,14 +17,10 @@ from pathlib import Path
 from utils.corpus.reading import UnusableTextError, open_regular, read_whole
 from utils.errors import DatasetError
 from utils.files import sha256_bytes
+from utils.packages import is_for_evaluation, permissive_licence
 
+INSTALLED = "installed"
 HELD_OUT_INITIALS = tuple("optz")
-# The haystacks of RULER's code tasks (ruler/generation/code_files.py) are never trained on.
-EVALUATION_PACKAGES = frozenset(
-    ("accelerate", "fastapi", "httpx", "huggingface_hub", "jinja2", "networkx", "openai", "peft", "uvicorn")
-)
-_PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|ISC|PSF|0BSD|Unlicense)\b", re.IGNORECASE)
-_COPYLEFT = re.compile(r"\b(A?GPL|LGPL|MPL)", re.IGNORECASE)
 _OWN_PACKAGE = "code-llava"
 _SKIPPED_FOLDERS = frozenset(("test", "tests", "testing", "idlelib", "lib2to3", "site-packages", "__pycache__"))
 _MIN_LINES, _MAX_BYTES, _MAX_LINE = 20, 200_000, 160
@@ -58,7 +53,7 @@ class SourceFile:
         return f"{self.package}: {self.path} ({self.licence})"
 
 
-def training_sources(source: str = "installed") -> Iterator[SourceFile]:
+def training_sources(source: str = INSTALLED) -> Iterator[SourceFile]:
     """Files to train on, in a fixed order, without duplicates and without anything that is held out.
 
     Args:
@@ -68,13 +63,22 @@ def training_sources(source: str = "installed") -> Iterator[SourceFile]:
         DatasetError: The folder is not there.
     """
     held_out = {sha256_bytes(file.text.encode()) for file in held_out_sources()}
-    found = _installed() if source == "installed" else _folder(source)
+    found = _installed() if source == INSTALLED else _folder(source)
     return _without(found, held_out)
 
 
 def held_out_sources() -> Iterator[SourceFile]:
     """Standard-library files that are kept for evaluation."""
     return _without((f for f in standard_library() if f.path.startswith(HELD_OUT_INITIALS)), set())
+
+
+def folder_sources(folder: str) -> Iterator[SourceFile]:
+    """All files of a folder, also such as are held out: for evaluation.
+
+    Raises:
+        DatasetError: The folder is not there.
+    """
+    return _without(_folder(folder), set())
 
 
 def _without(files: Iterable[SourceFile], seen: set[str]) -> Iterator[SourceFile]:
@@ -97,7 +101,7 @@ def _installed() -> Iterator[SourceFile]:
     yield from (file for file in standard_library() if not file.path.startswith(HELD_OUT_INITIALS))
     packages = {d.metadata["Name"].lower(): d for d in importlib.metadata.distributions()}
     for name, package in sorted(packages.items()):
-        if name in EVALUATION_PACKAGES or name.replace("-", "_") in EVALUATION_PACKAGES or name == _OWN_PACKAGE:
+        if is_for_evaluation(name) or name == _OWN_PACKAGE:
             continue
         licence = permissive_licence(package)
         if licence is None:
@@ -111,16 +115,6 @@ def standard_library() -> Iterator[SourceFile]:
     """Python's own modules, held out or not."""
     root = Path(sysconfig.get_paths()["stdlib"])
     return _read(root, sorted(root.rglob("*.py")), "python", "PSF-2.0")
-
-
-def permissive_licence(package: importlib.metadata.Distribution) -> str | None:
-    """What a package says about its licence, shortened; None unless that is permissive."""
-    fields = ("License-Expression", "Classifier", "License")
-    values = [str(value) for name in fields for value in package.metadata.get_all(name) or []]
-    stated = [value for value in values if "\n" not in value.strip() and _PERMISSIVE.search(value)]
-    if not stated or any(_COPYLEFT.search(value) for value in values if "\n" not in value.strip()):
-        return None
-    return stated[0].rpartition("::")[2].strip()
 
 
 def _read(

@@ -10,6 +10,7 @@ with latents of one chunk size share them; each is told what they cost.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from utils.training.flops import TransformerCost
 
 # The end token, and room for an answer that says more than was asked.
 _SPARE_TOKENS = 17
-_CPU_PROMPTS, _MOST_CUDA_PROMPTS = 8, 128
+_CPU_PROMPTS, _CPU_ROWS, _MOST_CUDA_PROMPTS = 8, 2048, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +110,12 @@ class Evaluator:
 
     def _batches(self, asked: Sequence[Asked]) -> Iterator[list[Asked]]:
         """Prompts and answers of like length side by side waste least; what is too long stands alone."""
-        longest = max((len(one.prompt.input_ids) for one in asked), default=1)
         free = free_device_bytes(self.model.device)
-        size = self.batch_size or prompts_that_fit(self.model.decoder, longest, free)
         batch: list[Asked] = []
-        for one in sorted(asked, key=lambda one: (one.num_tokens, len(one.prompt.input_ids))):
+        for one in sorted(asked, key=_lengths):
             wider = [*batch, one]
             answered = all(item.example.question for item in wider)
+            size = self.batch_size or prompts_that_fit(self.model.decoder, _most_rows(wider), free)
             if batch and not (answered and len(wider) <= size and self._fits(wider)):
                 yield batch
                 wider = [one]
@@ -124,8 +124,8 @@ class Evaluator:
             yield batch
 
     def _fits(self, batch: Sequence[Asked]) -> bool:
-        rows, tokens = max(len(one.prompt.input_ids) for one in batch), max(one.num_tokens for one in batch)
-        return self._room is None or rows + tokens + _SPARE_TOKENS <= self._room
+        tokens = max(one.num_tokens for one in batch)
+        return self._room is None or _most_rows(batch) + tokens + _SPARE_TOKENS <= self._room
 
     def _answers(self, batch: Sequence[Asked], arm: Arm) -> Iterator[dict[str, Any]]:
         """The records of a batch."""
@@ -200,11 +200,28 @@ def _key(span: MemorySpan) -> tuple[str, int]:
     return span.text, span.chunk_size
 
 
-def prompts_that_fit(decoder: Any, num_rows: int, free_bytes: int | None) -> int:
-    """How many prompts of so many rows are generated together; None for the CPU, which more prompts do not speed up.
+def _most_rows(batch: Sequence[Asked]) -> int:
+    return max(len(one.prompt.input_ids) for one in batch)
 
-    A third of the free memory is for keys and values; the rest is for activations of the first pass, and to spare.
+
+def _lengths(one: Asked) -> tuple[int, int, int]:
+    """Sorts prompts of about the same length, within a fifth, by the length of their answers."""
+    rows = len(one.prompt.input_ids)
+    return round(4 * math.log2(rows)), one.num_tokens, rows
+
+
+def prompts_that_fit(decoder: Any, num_rows: int, free_bytes: int | None) -> int:
+    """How many prompts of so many rows are generated together.
+
+    On a GPU a third of the free memory is for keys and values; the rest is for activations of the first pass, and to
+    spare. A CPU is busy with one long prompt, and reads it faster alone: padding needs a mask, and with one attention
+    goes over all pairs of rows, not only over those that see each other.
+
+    Args:
+        decoder: The language model.
+        num_rows: Of the longest of the prompts.
+        free_bytes: Of the GPU; None for the CPU.
     """
     if free_bytes is None:
-        return _CPU_PROMPTS
+        return max(1, min(_CPU_PROMPTS, _CPU_ROWS // num_rows))
     return max(1, min(_MOST_CUDA_PROMPTS, free_bytes // 3 // TransformerCost.of(decoder).kv_cache_bytes(num_rows)))

@@ -99,7 +99,7 @@ def _draw(args: argparse.Namespace) -> tuple[list[Example], list[dict[str, Any]]
             question_first=float(args.question_first),
             seed=seed,
         )
-        files = files or read_sources(data)
+        files = files or read_sources(data, to_train=False)
         # Whole lines come up to one line short.
         least_chars = _NEARLY * data.memory_tokens[0] * data.chars_per_token
         for task, number in data.tasks.items():

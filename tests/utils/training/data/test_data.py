@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ruler.generation.code_files import PACKAGES
 from utils.errors import ConfigError, DatasetError
 from utils.files import read_jsonl
 from utils.model.processor import Processor
@@ -24,7 +23,7 @@ from utils.training.data.cache import TokenCache
 from utils.training.data.chat import answer_questions, chat_questions, replayed_answers
 from utils.training.data.excerpts import excerpt_around
 from utils.training.data.lookups import Fact, can_be_asked, find_facts
-from utils.training.data.sources import EVALUATION_PACKAGES, SourceFile, training_sources
+from utils.training.data.sources import SourceFile, training_sources
 from utils.training.data.tasks.registry import TASKS
 from utils.training.toy import build_toy_pair
 
@@ -205,8 +204,6 @@ def test_a_conversation_asks_what_its_memory_still_says(files: list[SourceFile])
 
 
 def test_training_never_sees_what_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {name.lower() for name in PACKAGES} == EVALUATION_PACKAGES
-
     def files_of(*paths: str) -> list[SourceFile]:
         return [SourceFile(path=x, text=f"# {x[-4:]}\n" * 30, package="python", licence="PSF-2.0") for x in paths]
 
@@ -217,23 +214,14 @@ def test_training_never_sees_what_is_held_out(monkeypatch: pytest.MonkeyPatch) -
     assert [file.path for file in sources.held_out_sources()] == ["os.py", "tkinter/a.py", "zipfile.py"]
 
 
-def test_only_packages_under_permissive_licences_are_read() -> None:
-    class Package:
-        def __init__(self, **metadata: str) -> None:
-            self.metadata = self
-            self.values = {key.replace("_", "-"): value for key, value in metadata.items()}
-
-        def get_all(self, name: str) -> list[str]:
-            return [self.values[name]] if name in self.values else []
-
-    def licence(**metadata: str) -> str | None:
-        return sources.permissive_licence(Package(**metadata))  # type: ignore[arg-type]
-
-    assert licence(License_Expression="MIT") == "MIT"
-    assert licence(Classifier="License :: OSI Approved :: BSD License") == "BSD License"
-    assert licence(License="GPL-3.0") is None
-    assert licence(License_Expression="MIT AND MPL-2.0") is None
-    assert licence() is None
+def test_a_folder_is_evaluated_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    held_out = SourceFile(path="os.py", text=CODE, package="python", licence="PSF-2.0")
+    monkeypatch.setattr(sources, "standard_library", lambda: iter((held_out,)))
+    for name, text in {"own.py": CODE.replace("42", "7"), "os.py": CODE, "copy.py": CODE}.items():
+        (tmp_path / name).write_text(text)
+    data = data_of("", {"lookup": 1}, source=str(tmp_path))
+    assert [file.path for file in read_sources(data)] == ["own.py"]
+    assert [file.path for file in read_sources(data, to_train=False)] == ["copy.py", "own.py"]
 
 
 def test_a_folder_of_code_is_read_and_reported(tmp_path: Path) -> None:

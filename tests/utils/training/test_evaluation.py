@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from utils.checkpoint.save import save_checkpoint
+from utils.model.processor import Processor
+from utils.model.prompt import MemoryPrompt
+from utils.training.data.examples import Example
 from utils.training.evaluate.__main__ import main
-from utils.training.evaluate.evaluator import prompts_that_fit
+from utils.training.evaluate.evaluator import Asked, Evaluator, prompts_that_fit
 from utils.training.evaluate.scores import contains, edit_similarity, is_exact
 from utils.training.flops import TransformerCost
 from utils.training.toy import build_toy_pair
@@ -50,6 +53,22 @@ def test_a_gpu_takes_as_many_prompts_as_its_memory_holds() -> None:
     assert prompts_that_fit(model.decoder, 1000, 3 * 50 * 1000 * row_bytes) == 50
     assert prompts_that_fit(model.decoder, 1000, 80 << 30) == 128
     assert prompts_that_fit(model.decoder, 1000, 0) == 1
+
+
+def test_prompts_of_like_length_share_a_batch() -> None:
+    """Lengths of one evaluation differ tenfold: what is padded to the longest is read in vain."""
+    model, tokenizers = build_toy_pair()
+    model.decoder.config.max_position_embeddings = 10_000
+    example = Example(task="needle", memory="x", question="?", answer="1")
+    lengths = [250, 3000, 240, 1000, 260, 990, 10]
+    asked = [Asked(n, example, MemoryPrompt(input_ids=[0] * rows, spans=()), 3 + n) for n, rows in enumerate(lengths)]
+
+    def batches(batch_size: int | None) -> list[list[int]]:
+        evaluator = Evaluator(model, Processor(tokenizers=tokenizers, chunk_size=4), batch_size)
+        return [[len(one.prompt.input_ids) for one in batch] for batch in evaluator._batches(asked)]
+
+    assert batches(None) == [[10, 250, 240, 260], [1000, 990], [3000]]
+    assert batches(3) == [[10, 250, 240], [260, 1000, 990], [3000]]
 
 
 @pytest.mark.slow

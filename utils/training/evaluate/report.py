@@ -162,21 +162,28 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     lengths = list(dict.fromkeys(row["length"] for row in rows))
-    figure = Figure(figsize=(3.8 * len(tasks), 3.6 * len(lengths)), layout="constrained")
+    figure = Figure(figsize=(0.6 + 3.6 * len(tasks), 0.8 + 3.2 * len(lengths)), layout="constrained")
     panels = figure.subplots(len(lengths), len(tasks), squeeze=False)
+    drawn: dict[str, Any] = {}
     for line, length in zip(panels, lengths, strict=True):
         for axes, task in zip(line, tasks, strict=True):
             metric = TASKS[task].metrics[0]
             of_panel = [row for row in rows if (row["task"], row["length"], row["metric"]) == (task, length, metric)]
-            _draw_panel(axes, [row for row in of_panel if row["count"]])
+            drawn |= _draw_panel(axes, [row for row in of_panel if row["count"]])
             axes.set(title=f"{task} {length}".strip(), xlabel="decoder rows", ylabel=metric.replace("_", " "))
+            if metric != _PERPLEXITY:
+                axes.set_ylim(-0.03, 1.03)
+    if drawn:
+        kinds = sorted(drawn, key=_order)
+        figure.legend([drawn[kind] for kind in kinds], kinds, loc="outside lower center", ncols=len(kinds))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def _draw_panel(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    kinds = dict.fromkeys(row["condition"].partition("@")[0] for row in rows)
-    for kind in kinds:
+def _draw_panel(axes: Any, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The lines of a panel, by the arm's kind."""
+    drawn = {}
+    for kind in dict.fromkeys(row["condition"].partition("@")[0] for row in rows):
         points = sorted(
             (row["decoder_rows"], row["mean"], row["low"], row["high"])
             for row in rows
@@ -186,11 +193,17 @@ def _draw_panel(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
         # A bootstrap bound may lie a rounding error on the wrong side of the mean.
         below = [max(0.0, mean - low) for mean, low in zip(means, lows, strict=True)]
         above = [max(0.0, high - mean) for mean, high in zip(means, highs, strict=True)]
-        axes.errorbar(places, means, yerr=[below, above], marker="o", capsize=3, label=kind)
+        # Of one colour in every panel, whichever arms it has.
+        number = KINDS.index(kind) if kind in KINDS else len(KINDS)
+        style: dict[str, Any] = {"color": f"C{number}", "marker": "osD^vP*XH"[number], "capsize": 3}
+        drawn[kind] = axes.errorbar(places, means, yerr=[below, above], **style)
+        if kind in (NONE, FULL):
+            # What the others lie between.
+            axes.axhline(means[0], color=f"C{number}", linestyle=":", linewidth=1)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
-    if kinds:
-        axes.legend(fontsize="x-small")
+    return drawn
 
 
 def _interval(values: Sequence[float], metric: str) -> dict[str, Any]:

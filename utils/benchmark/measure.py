@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from utils.checkpoint.load import has_native_bfloat16
 from utils.errors import ConfigError
 from utils.files import provenance
 
@@ -130,14 +131,12 @@ def _status_bytes(name: str) -> int:
 
 def machine() -> dict[str, Any]:
     """Processor and what it is fast in, device, threads, load and versions of this run."""
-    # Not in every build of torch.
-    has_bfloat16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "native_bfloat16": bool(has_bfloat16()),
+        "native_bfloat16": has_native_bfloat16(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "load_1min": round(os.getloadavg()[0], 2),
         **provenance(),

@@ -81,6 +81,12 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return None if dtype == "auto" else getattr(torch, dtype)
 
 
+def has_native_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16; where it has none, float32 is several times as fast."""
+    # Not in every build of torch.
+    return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)())
+
+
 def load_tokenizers(files: CheckpointFiles) -> PromptTokenizers:
     """Load both tokenizers and look up the marker tokens.
 

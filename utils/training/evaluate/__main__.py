@@ -28,7 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", help="folder, run folder or hub id; default: the embedded one")
     parser.add_argument("--reference", help="another checkpoint, answering from full text only; `untrained`: the start")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>; default auto")
-    parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32; default auto: as stored")
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32; default auto: as "
+                        "stored, float32 on a CPU without bfloat16")  # fmt: skip
     data = parser.add_argument_group("examples")
     data.add_argument("--tasks", default=TASKS, help=f"default {TASKS}; all are listed in docs/training.md")
     data.add_argument("--num-examples", type=int, default=50, help="of each task, length and seed; default 50")

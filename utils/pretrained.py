@@ -58,6 +58,9 @@ _MAX_COUNT = 10_000
 # Numbers that a model may have beyond what is stored: a pooler, a head that is made anew.
 _SPARE_NUMBERS = 1 << 26
 _HUB_FILES = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.tiktoken", "*.txt")
+# What stands in the place of a large file where a repository was cloned without `git lfs` (git-lfs's spec).
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_MAX_POINTER_BYTES = 1024
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -75,6 +78,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except DatasetError as error:
+        _refuse_pointers(path)
         raise CheckpointError(str(error)) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -238,11 +242,27 @@ def loading(where: Any, what: str) -> Iterator[None]:
             raise
         logger.debug("%s", what, exc_info=True)
         place = where() if callable(where) else where
+        _refuse_pointers(place)
         raise CheckpointError(f"{place} {what}: {first_line(error)}") from None
+
+
+def _refuse_pointers(place: str | Path) -> None:
+    """Refuse a file, or any in its folder or this folder, in whose place there is only a pointer of Git LFS."""
+    place = Path(place)
+    folder = place if place.is_dir() else place.parent
+    beside = (path for pattern in _HUB_FILES for path in sorted(folder.glob(pattern)))
+    for path in (place, *beside):
+        if path.is_file() and path.stat().st_size <= _MAX_POINTER_BYTES and path.read_bytes().startswith(_LFS_POINTER):
+            raise CheckpointError(
+                f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in the repository that it was cloned "
+                "from, or download the checkpoint from the hub"
+            ) from None
 
 
 def _check_settings(folder: Path) -> None:
     """Refuse settings that are no objects, that have something run or fetched, or whose sizes are absurd."""
+    # A template is read by no parser that would complain.
+    _refuse_pointers(folder)
     for path in (folder / name for name in _SETTINGS):
         if path.exists():
             with loading(path, "cannot be read"):

@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 # How transformers' families name the input embedding table.
 _TABLE_NAMES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+# A tied table may be stored under the output head's name alone.
+_HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
 # Families whose embedding layer does more than look a row up: the table alone is not enough for them.
 _SCALED_EMBEDDINGS = ("gemma",)
 
@@ -164,6 +166,8 @@ def load_embedding_table(files: CheckpointFiles) -> torch.Tensor:
             "compressing without the decoder does not do; generate with `python -m utils.inference.inference` instead"
         )
     places = {n: p for n, p in files.decoder_tensors.items() if n.endswith(_TABLE_NAMES)}
+    if not places and getattr(config, "tie_word_embeddings", False):
+        places = {n: p for n, p in files.decoder_tensors.items() if n.endswith(_HEAD_NAMES)}
     if len(places) != 1:
         raise CheckpointError(f"{files.decoder}: expected one input embedding table, found {sorted(places) or 'none'}")
     name, path = next(iter(places.items()))
@@ -212,6 +216,13 @@ def _load_model(kind: Any, folder: Path, dtype: torch.dtype | None, attn_impleme
         weight_files(base)
     with without_progress_bars():
         model, report = read_model(kind, base, dtype=dtype or "auto", attn_implementation=attn_implementation)
+        lost = [name for name in report["missing_keys"] if name.endswith(_TABLE_NAMES)]
+        if kind is AutoModel and lost and getattr(model.config, "tie_word_embeddings", False):
+            # A model without a head does not find its table under the head's name.
+            whole, report = read_model(
+                AutoModelForCausalLM, base, dtype=dtype or "auto", attn_implementation=attn_implementation
+            )
+            model = whole.base_model
     check_report(report, base)
     _check_dtype(model.dtype, base)
     check_size(model.config, "hidden_size", base)

@@ -202,6 +202,25 @@ def test_generating(case: str, copied: Callable[[str], Path], capsys: pytest.Cap
     assert_one_error(capsys, inference.main(argv), wanted)
 
 
+@pytest.mark.parametrize("command", ["compressing", "generating"])
+def test_pointers_of_git_lfs(command: str, copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """Cloned without `git lfs`: any file may be one, also such as no parser would complain about."""
+    root = copied("code-llava")
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 988097824\n"
+    files = [path for path in root.rglob("*") if path.is_file() and not path.name.startswith("README")]
+    assert {path.suffix for path in files} >= {".json", ".safetensors", ".jinja"}
+    for path in files:
+        content = path.read_bytes()
+        path.write_text(pointer)
+        wanted = [f"{path.relative_to(root)} is a Git LFS pointer, not the file: run `git lfs pull`"]
+        if command == "compressing":
+            code = step1_raw_text.main(["--text", TEXT, "--model-path", str(root), "--output", f"{root}.npy"])
+        else:
+            code = inference.main(["--checkpoint", str(root), "--max-tokens", "1", "--device", "cpu"])
+        assert_one_error(capsys, code, wanted)
+        path.write_bytes(content)
+
+
 def test_an_lclm_checkpoint_needs_its_config(
     copied: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

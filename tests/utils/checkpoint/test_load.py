@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from tests.support.tiny import make_model, tokenizers, write_checkpoint
@@ -293,6 +293,30 @@ def test_devices(device: str, count: int, reason: str, monkeypatch: pytest.Monke
         weights.resolve_device(device)
     assert weights.resolve_device("auto").type == ("cuda" if count else "cpu")
     assert weights.resolve_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize("part", ["llm", "embedder"])
+def test_a_tied_table_may_have_the_heads_name(
+    part: str, checkpoints: dict[str, Path], copied: Callable[[str], Path]
+) -> None:
+    root = copied("code-llava")
+    config = json.loads((root / part / "config.json").read_text())
+    (root / part / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    path = root / part / "model.safetensors"
+    tensors = {f"model.{name.removeprefix('model.')}": tensor for name, tensor in load_file(path).items()}
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, path, metadata={"format": "pt"})
+    prompt = "a<|memory_start|>def f(): return 1<|memory_end|>"
+
+    def embeds(folder: Path) -> torch.Tensor:
+        compressor = Compressor.load(folder, chunk_size=4, settings=ON_CPU)
+        return compressor.compress([compressor.parse_raw(prompt)])[0].values_TD
+
+    assert torch.equal(embeds(root), embeds(checkpoints["code-llava"]))
+    # Untied, the table is lost.
+    (root / part / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(CheckpointError, match="embed"):
+        embeds(root)
 
 
 def test_scaled_embeddings_are_refused(copied: Callable[[str], Path]) -> None:

@@ -13,7 +13,7 @@ import sys
 from general.compress_command import EXAMPLE, add_flags, compress_and_save
 from utils.cli import make_parser, run_command
 from utils.errors import PromptError
-from utils.flags import add_memory_files_flag, read_memory_files, read_text
+from utils.flags import add_memory_files_flag, decode_bytes, read_memory_files, read_text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,11 +51,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _prompt_text(args: argparse.Namespace) -> str:
     if args.stdin or args.input_file == "-":
-        data = sys.stdin.buffer.read()
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise PromptError(f"standard input is not UTF-8 text (byte {error.start})") from None
+        return decode_bytes(sys.stdin.buffer.read(), "standard input")
     if args.input_file:
         return read_text(args.input_file)
     if args.text is None and not args.memory:

@@ -6,10 +6,12 @@ with atomic_path("out/result.json") as temporary:
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import fnmatch
 import hashlib
+import io
 import json
 import os
 import platform
@@ -25,6 +27,15 @@ from typing import Any
 from utils.errors import ConfigError, DatasetError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
+
+# What UTF-32 begins with begins with what UTF-16 begins with.
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 @contextlib.contextmanager
@@ -224,6 +235,24 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
+def text_encoding(head: bytes) -> str:
+    """The encoding that a byte order mark tells, which decoding then leaves out; UTF-8 where there is none.
+
+    Args:
+        head: The first four bytes of a text, or more.
+    """
+    return next((name for mark, name in _BYTE_ORDER_MARKS.items() if head.startswith(mark)), "utf-8")
+
+
+def decode_text(data: bytes) -> str:
+    """A text of somebody's, every character as it is (line ends included), without its byte order mark.
+
+    Raises:
+        UnicodeDecodeError: It has no byte order mark and is not UTF-8, or is not what its mark says.
+    """
+    return data.decode(text_encoding(data))
+
+
 def read_json(path: str | Path) -> Any:
     """Read one JSON file.
 
@@ -231,7 +260,7 @@ def read_json(path: str | Path) -> Any:
         DatasetError: The file is missing, not UTF-8 or not JSON; the message names it.
     """
     with _reading_text(path):
-        text = Path(path).read_text(encoding="utf-8")
+        text = decode_text(Path(path).read_bytes())
     return parse_json(text, f"{path} is")
 
 
@@ -242,7 +271,7 @@ def _reading_text(path: str | Path) -> Iterator[None]:
     except FileNotFoundError:
         raise DatasetError(f"{path} does not exist") from None
     except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        raise DatasetError(f"{path} is not {error.encoding.upper()} text (byte {error.start})") from None
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
@@ -279,7 +308,9 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
     Raises:
         DatasetError: A line is not a JSON object; the message names file and line number.
     """
-    with _reading_text(path), Path(path).open(encoding="utf-8", newline="\n") as stream:
+    with _reading_text(path), Path(path).open("rb") as data:
+        # Looked at, not read: it may be a pipe.
+        stream = io.TextIOWrapper(data, encoding=text_encoding(data.peek(4)), newline="\n")
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue

@@ -7,6 +7,7 @@ Knows no torch, so that `--help` stays fast.
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 from utils.checkpoint.settings import DTYPE_NAMES, EncoderSettings
 from utils.compress.latent_cache import LatentCache
 from utils.errors import ConfigError, PromptError
+from utils.files import decode_text
 from utils.model.markers import MARKERS, wrap
 
 if TYPE_CHECKING:
     from utils.compress.select import Expansion
     from utils.model.prompt import MemoryLimit
+
+logger = logging.getLogger(__name__)
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser, per_span_chunk_size: bool = False) -> None:
@@ -131,34 +135,45 @@ def open_cache(args: argparse.Namespace) -> LatentCache | None:
 
 
 def read_memory_files(paths: Sequence[str]) -> str:
-    """Plain files as marked spans, in order, a line end after each.
+    """Plain files as marked spans, in order, a line end after each; empty ones among others are passed over.
 
     Raises:
-        PromptError: A file is empty, is not UTF-8 text or holds a marker.
+        PromptError: All files are empty, or one is not text or holds a marker.
     """
-    return "".join(f"{wrap(_plain_text(path))}\n" for path in paths)
+    texts = {path: read_text(path) for path in paths}
+    if empty := [path for path, text in texts.items() if not text]:
+        if len(empty) == len(texts):
+            raise PromptError(f"{', '.join(empty)} {'is' if len(empty) == 1 else 'are'} empty: nothing to compress")
+        logger.warning("passed over, for there is nothing in it: %s", ", ".join(empty))
+    return "".join(f"{wrap(_unmarked(texts[path], path))}\n" for path in paths if texts[path])
 
 
 def read_text(path: str | Path) -> str:
-    """Read a file as UTF-8, every character as it is (line ends included).
+    """Read a text file, every character as it is (line ends included), without its byte order mark.
 
     Raises:
-        PromptError: The file is not UTF-8 text.
+        PromptError: It is not UTF-8, has no byte order mark of UTF-16 or -32, or holds a zero byte.
     """
+    return decode_bytes(Path(path).read_bytes(), path)
+
+
+def decode_bytes(data: bytes, where: str | Path) -> str:
+    """What `read_text` does with a file's bytes."""
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        text = decode_text(data)
     except UnicodeDecodeError as error:
-        raise PromptError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None
+        wrong = f"{where} is not {error.encoding.upper()} text (byte {error.start}): convert it first"
+        raise PromptError(wrong) from None
+    if "\0" in text:
+        raise PromptError(f"{where} is not text: it holds a zero (character {text.index(chr(0))})")
+    return text
 
 
-def _plain_text(path: str) -> str:
-    content = read_text(path)
-    if not content:
-        raise PromptError(f"{path} is empty: there is nothing to compress")
+def _unmarked(text: str, path: str) -> str:
     for marker in MARKERS:
-        if marker in content:
+        if marker in text:
             raise PromptError(f"{path} holds the marker {marker}: a memory file is plain text, marked text is a prompt")
-    return content
+    return text
 
 
 def _numbers(text: str) -> list[int]:

@@ -84,6 +84,19 @@ def test_memory_files_are_spans_before_the_prompt(flags: list[str], tmp_path: Pa
     torch.testing.assert_close(read(flags), expected(flags, marked + "What is printed?"), atol=1e-5, rtol=0)
 
 
+def test_an_empty_file_among_others_is_passed_over(
+    flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, text in {"__init__.py": "", "a.py": "x = 1\n", "b.py": "\ufeffy = 2\r\n"}.items():
+        (tmp_path / name).write_bytes(text.encode())
+    memory = ["--memory", *(str(tmp_path / name) for name in ("__init__.py", "a.py", "b.py"))]
+    assert step1_raw_text.main([*memory, "--text", "Which?", *flags]) == 0
+    assert "__init__.py" in caplog.text
+    # The byte order mark is none of the text.
+    marked = "<|memory_start|>x = 1\n<|memory_end|>\n<|memory_start|>y = 2\r\n<|memory_end|>\nWhich?"
+    torch.testing.assert_close(read(flags), expected(flags, marked), atol=1e-5, rtol=0)
+
+
 def test_chunk_size_per_span_whatever_the_order(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     spans = {}
     for sizes in ("32,8", "8,32"):
@@ -137,6 +150,10 @@ def test_bfloat16_survives_in_safetensors(flags: list[str], tmp_path: Path) -> N
         (["--input-file", "{tmp}/none.txt"], "No such file or directory"),
         (["--input-file", "{tmp}/latin.txt"], "latin.txt is not UTF-8 text (byte 1)"),
         (["--memory", "{tmp}/empty.py"], "empty.py is empty"),
+        (["--memory", "{tmp}/empty.py", "{tmp}/none.py"], "No such file or directory"),
+        (["--memory", "{tmp}/empty.py", "{tmp}/also_empty.py"], "also_empty.py are empty: nothing to compress"),
+        (["--memory", "{tmp}/binary"], "binary is not text: it holds a zero (character 1)"),
+        (["--text", "a \ud83d b"], "the prompt holds half a character (a lone surrogate, '\\ud83d') at character 2"),
         (["--memory", "{tmp}/marked.py"], "marked.py holds the marker <|memory|>"),
     ],
 )
@@ -145,6 +162,8 @@ def test_refused(
 ) -> None:
     (tmp_path / "latin.txt").write_bytes("né".encode("latin-1"))
     (tmp_path / "empty.py").write_text("")
+    (tmp_path / "also_empty.py").write_text("")
+    (tmp_path / "binary").write_bytes(b"a\0b")
     (tmp_path / "marked.py").write_text("<|memory|>")
     assert step1_raw_text.main([part.format(tmp=tmp_path) for part in argv] + flags) == 1
     out, err = capsys.readouterr()

@@ -7,6 +7,7 @@ import socket
 import stat
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from utils.errors import ConfigError, DatasetError
 from utils.files import (
     atomic_folder,
     atomic_path,
+    decode_text,
     git_commit,
     provenance,
     read_json,
@@ -301,6 +303,28 @@ def test_readers_name_file_and_place(tmp_path: Path) -> None:
         read_json(path)
     with pytest.raises(DatasetError, match=r"x\.json is not UTF-8 text"):
         list(read_jsonl(path))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_byte_order_marks_tell_the_encoding(encoding: str, tmp_path: Path) -> None:
+    text = '{"a": "é\U0001f600\\r\\n"}'
+    path = tmp_path / "x.json"
+    path.write_bytes(text.encode(encoding))
+    assert decode_text(path.read_bytes()) == text
+    assert read_json(path) == {"a": "é\U0001f600\r\n"}
+    path.write_bytes(f"{text}\r\n\n{text}".encode(encoding))
+    assert list(read_jsonl(path)) == [{"a": "é\U0001f600\r\n"}] * 2
+    path.write_bytes("é".encode(encoding)[:-1])
+    with pytest.raises(DatasetError, match=r"x\.json is not UTF-"):
+        read_json(path)
+
+
+def test_json_lines_from_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor() as pool:
+        rows = pool.submit(lambda: list(read_jsonl(tmp_path / "pipe")))
+        (tmp_path / "pipe").write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n')
+        assert rows.result(timeout=30) == [{"a": 1}, {"a": 2}]
 
 
 def test_fingerprints_and_provenance(tmp_path: Path) -> None:

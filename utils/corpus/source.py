@@ -13,6 +13,7 @@ Nothing that a corpus holds ends the scan, makes it wait, or takes more memory t
 
 from __future__ import annotations
 
+import codecs
 import fnmatch
 import itertools
 import os
@@ -23,7 +24,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from utils.corpus.reading import UnusableTextError, open_regular, read_lines, read_whole, too_long
 from utils.errors import DatasetError, shown_name
-from utils.files import parse_json, sha256_bytes
+from utils.files import decode_text, parse_json, sha256_bytes
 from utils.model.markers import MARKERS
 
 # Of one file, or of one line: its tokens and latents are in memory together (16 MiB of code take some 3 GB).
@@ -153,12 +154,14 @@ class FolderSource(_Source):
     def _text(self, path: str) -> str:
         with open_regular(self._target(path)) as stream:
             data = read_whole(stream, self.max_text_bytes)
-        if b"\0" in data:
-            raise UnusableTextError("binary (it holds a zero byte)")
         try:
-            text = data.decode()
+            text = decode_text(data)
         except UnicodeDecodeError as error:
-            raise UnusableTextError(f"not UTF-8 text (byte {error.start})") from None
+            if b"\0" in data:
+                raise UnusableTextError("binary (it holds a zero byte)") from None
+            raise UnusableTextError(f"not {error.encoding.upper()} text (byte {error.start})") from None
+        if "\0" in text:
+            raise UnusableTextError("binary (it holds a zero byte)")
         _refuse_markers(text)
         return text
 
@@ -236,7 +239,7 @@ class JsonlSource(_Source):
     def _parse(self, line: bytes, number: int) -> tuple[str, str]:
         """Id and text of a line."""
         try:
-            row = parse_json(line.rstrip(b"\r\n").decode(), "")
+            row = parse_json(line.rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8).decode(), "")
         except UnicodeDecodeError as error:
             raise UnusableTextError(f"not UTF-8 (byte {error.start})") from None
         except DatasetError as error:

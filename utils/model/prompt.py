@@ -253,9 +253,20 @@ def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any, **template_
 
 def _shorten(text: str, where: str) -> tuple[str, list[str]]:
     """A text with one placeholder for each memory, and the memories."""
+    _refuse_half_characters(text, where)
     pieces = list(split_spans(text, where))
     memories = [piece.text for piece in pieces if piece.is_memory]
     return "".join(PLACEHOLDER if piece.is_memory else piece.text for piece in pieces), memories
+
+
+def _refuse_half_characters(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{where} holds half a character (a lone surrogate, {text[error.start]!r}) at character {error.start}: "
+            "write the whole character, or text that is UTF-8"
+        ) from None
 
 
 def _role_and_content(message: Mapping[str, Any], number: int) -> tuple[str, str]:
@@ -265,6 +276,7 @@ def _role_and_content(message: Mapping[str, Any], number: int) -> tuple[str, str
         if not isinstance(message.get(key), str):
             raise PromptError(f"message {number}: {key} must be a text, got {type(message.get(key)).__name__}")
     role = message["role"]
+    _refuse_half_characters(role, f"message {number}: the role")
     if has_markers(role):
         raise PromptError(f"message {number}: the role holds a memory marker; memory belongs into the content")
     return role, message["content"]

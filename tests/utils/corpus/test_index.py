@@ -85,6 +85,18 @@ def test_a_folder(tmp_path: Path) -> None:
         source.read(found["b.py"])
 
 
+def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:
+    for encoding in ("utf-8-sig", "utf-16", "utf-8"):
+        (tmp_path / encoding).write_bytes("é\r\n".encode(encoding))
+    source = FolderSource(str(tmp_path))
+    found = [document for document in source.scan() if isinstance(document, Document)]
+    assert [source.read(document) for document in found] == ["é\r\n"] * 3
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes('{"id": "a", "text": "é"}\n{"id": "b", "text": "x"}\n'.encode("utf-8-sig"))
+    lines = JsonlSource(str(path))
+    assert [(document.id, lines.read(document)) for document in lines.scan()] == [("a", "é"), ("b", "x")]
+
+
 def test_what_a_folder_cannot_give(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"a\0b")
     (tmp_path / "latin").write_bytes(b"caf\xe9")

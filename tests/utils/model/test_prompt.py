@@ -185,6 +185,20 @@ def test_messages_of_another_shape(messages: Any, reason: str) -> None:
         parse_chat_prompt(messages, TOKENIZERS, 4)
 
 
+@pytest.mark.parametrize(
+    ("message", "place"),
+    [
+        ({"role": "user", "content": "so\ud83d"}, "message 1 holds half a character .* at character 2"),
+        ({"role": "user\udc00", "content": "x"}, "message 1: the role holds half a character"),
+        ({"role": "user", "content": "<|memory_start|>a\udcff<|memory_end|>"}, "message 1 holds half a character"),
+    ],
+)
+def test_half_a_character_is_refused(message: dict[str, str], place: str) -> None:
+    """JSON escapes and undecodable arguments can bring one in."""
+    with pytest.raises(PromptError, match=place):
+        parse_chat_prompt([{"role": "user", "content": "Hello"}, message], TOKENIZERS, 4)
+
+
 def test_a_chat_needs_a_template() -> None:
     plain = PromptTokenizers(decoder=byte_tokenizer(markers=True), encoder=TOKENIZERS.encoder)
     with pytest.raises(PromptError, match="no chat template"):

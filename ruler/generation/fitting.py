@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ruler.generation.counting import PieceCounter
-from ruler.generation.tasks.base import Sample, SampleFailed, Streams, TaskGenerator
+from ruler.generation.tasks.base import Sample, SampleFailed, Streams, TaskGenerator, TooShortError
 from utils.errors import DatasetError
 
 MIN_FILL = 0.98
@@ -203,10 +203,10 @@ def _top_up(maker: RowMaker, sample: Sample, streams: Streams) -> Sample:
     return sample.extended(filler[:fits])
 
 
-def _does_not_fit(generator: TaskGenerator, shortest: int | None) -> DatasetError:
+def _does_not_fit(generator: TaskGenerator, shortest: int | None) -> TooShortError:
     needed = f"its smallest sample needs {shortest}" if shortest else "no smaller sample can be drawn"
-    advice = f"{shortest} or more" if shortest else "more"
-    return DatasetError(
+    return TooShortError(
         f"{generator.task.name} does not fit into {generator.max_tokens} tokens: {needed} with "
-        f"{generator.task.tokens_to_generate} for the answer; use a --max-seq-length of {advice}"
+        f"{generator.task.tokens_to_generate} for the answer",
+        shortest,
     )

@@ -6,9 +6,10 @@ rows = list(generate_rows(Recipe(task="vt", max_seq_length=4096, tokenizer="mode
 from __future__ import annotations
 
 import argparse
+import collections
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import PurePath
 from typing import Any
@@ -17,7 +18,7 @@ from ruler.generation.counting import PieceCounter
 from ruler.generation.data_files import RulerData
 from ruler.generation.essay import Essay
 from ruler.generation.fitting import CountMismatchError, RowMaker, balanced_row, compat_rows, derive_seed
-from ruler.generation.tasks.base import Prompt, Streams, TaskGenerator
+from ruler.generation.tasks.base import Prompt, Streams, TaskGenerator, TooShortError
 from ruler.generation.tasks.code import CodeTask
 from ruler.generation.tasks.common_words import CommonWords
 from ruler.generation.tasks.freq_words import FreqWords
@@ -29,11 +30,12 @@ from ruler.generation.tasks.variable_tracking import VariableTracking
 from ruler.generation.templates import chat_template
 from ruler.generation.tokenizers import TOKENIZER_TYPES, load_tokenizer
 from ruler.registry import BALANCED_FAMILIES, get_task
-from utils.errors import ConfigError
+from utils.errors import ConfigError, DatasetError
 
 logger = logging.getLogger(__name__)
 
 MODES = ("compat", "balanced")
+_MAX_LENGTHS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +158,32 @@ def generate_rows(
         # Found on the first row made, before it was yielded.
         logger.warning("%s: counting whole texts, parts do not add up (%s)", recipe.tokenizer, mismatch)
         yield from _rows(recipe, _row_maker(recipe, whole=True), start, stop)
+
+
+def with_enough_length(recipe: Recipe, error: TooShortError) -> TooShortError:
+    """The same error with a length at which all rows of the recipe were seen to fit.
+
+    Each length draws other samples, and the row that failed need not be the longest: the rows are made, at growing
+    lengths.
+
+    Args:
+        recipe: What was asked for.
+        error: Why it cannot be had.
+    """
+    enough = recipe.max_seq_length
+    for _ in range(_MAX_LENGTHS):
+        # A little more than what was missing: other rows miss a little more.
+        enough = max(error.needed or 0, enough) + enough // 100
+        try:
+            collections.deque(generate_rows(replace(recipe, max_seq_length=enough)), maxlen=0)
+        except TooShortError as longer:
+            error = TooShortError(error.fact, longer.needed)
+        except DatasetError:
+            # Too coarse for this length, as a rule.
+            error = TooShortError(error.fact, enough + 1)
+        else:
+            return TooShortError(error.fact, enough, recipe.num_samples)
+    return error
 
 
 def _rows(recipe: Recipe, maker: RowMaker, start: int, stop: int) -> Iterator[dict[str, Any]]:

@@ -20,7 +20,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ruler.generation.generate import Recipe, add_recipe_arguments, describe, generate_rows, recipe_from
+from ruler.generation.generate import (
+    Recipe,
+    add_recipe_arguments,
+    describe,
+    generate_rows,
+    recipe_from,
+    with_enough_length,
+)
+from ruler.generation.tasks.base import TooShortError
 from ruler.layout import read_dataset, read_manifest, rows_path, write_dataset
 from ruler.registry import REFERENCE_COMMIT, parse_lengths, resolve_tasks
 from utils.cli import print_json
@@ -167,8 +175,10 @@ def _make_units(units: Sequence[_Unit], num_workers: int) -> dict[str, CodeLlava
         else:
             outcomes = ((unit, _make_unit(unit, bar.update)) for unit in units)
         for unit, error in outcomes:
-            if error:
-                errors.setdefault(unit.job.name, error)
+            if error and unit.job.name not in errors:
+                if isinstance(error, TooShortError):
+                    error = with_enough_length(unit.job.recipe, error)
+                errors[unit.job.name] = error
                 logger.error("%s: %s", unit.job.name, error)
     return errors
 
@@ -278,5 +288,7 @@ def run_jobs(jobs: Sequence[DatasetJob], args: argparse.Namespace) -> int:
         logger.info("%d datasets in %.1f s", len(prepared), seconds)
     if errors:
         name, error = next(iter(errors.items()))
-        raise DatasetError(f"{len(errors)} of {len(jobs)} datasets were not made; the first, {name}: {error}")
+        needed = [other.needed for other in errors.values() if isinstance(other, TooShortError) and other.num_rows]
+        enough = f" (a length of {max(needed)} is enough for all)" if 1 < len(errors) == len(needed) else ""
+        raise DatasetError(f"{len(errors)} of {len(jobs)} datasets were not made{enough}; the first, {name}: {error}")
     return 0

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ruler.generation.templates import ChatTemplate
 from ruler.registry import TaskConfig
+from utils.errors import DatasetError
 
 if TYPE_CHECKING:
     from numpy.random import RandomState
@@ -35,6 +36,27 @@ NOISE_SENTENCES = (
 
 class SampleFailed(Exception):
     """This draw cannot become a sample. The streams have moved on; the caller draws again."""
+
+
+class TooShortError(DatasetError):
+    """Rows do not fit into the length that was asked for.
+
+    Attributes:
+        fact: What does not fit, and why.
+        needed: Tokens that the row at hand needs, and others may need more; None where that is not known.
+        num_rows: How many rows, all that were asked for, fit into `needed`; None where that was not tried.
+    """
+
+    def __init__(self, fact: str, needed: int | None, num_rows: int | None = None) -> None:
+        super().__init__(fact, needed, num_rows)
+        self.fact, self.needed, self.num_rows = fact, needed, num_rows
+
+    def __str__(self) -> str:
+        if self.num_rows:
+            enough = f"{self.needed}, which is enough for the {self.num_rows} rows"
+        else:
+            enough = f"{self.needed} or more" if self.needed else "more"
+        return f"{self.fact}; use a --max-seq-length of {enough}"
 
 
 class Streams:

@@ -13,8 +13,7 @@ import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ruler.generation.tasks.base import Sample, Streams, TaskGenerator
-from utils.errors import DatasetError
+from ruler.generation.tasks.base import Sample, Streams, TaskGenerator, TooShortError
 
 _TOKENS_A_WORD = 50  # of the budget, for each different word
 _MIN_WORDS = 4  # the one to ignore and the three answers
@@ -30,10 +29,8 @@ class FreqWords(TaskGenerator):
         self._num_words = self._room // _TOKENS_A_WORD
         if self._num_words < _MIN_WORDS:
             least = _MIN_WORDS * _TOKENS_A_WORD + self.task.tokens_to_generate
-            raise DatasetError(
-                f"{self.task.name} does not fit into {self.max_tokens} tokens: it needs {_MIN_WORDS} different words; "
-                f"use a --max-seq-length of {least} or more"
-            )
+            fact = f"{self.task.name} does not fit into {self.max_tokens} tokens: it needs {_MIN_WORDS} different words"
+            raise TooShortError(fact, least)
         self.step = max(self._room // 32, 1)
 
     def fit(self, streams: Streams, count: Callable[[Sample], int]) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
 from functools import cache
 
 import pytest
 
 from ruler.generation.data_files import RulerData
 from ruler.generation.fitting import MIN_FILL
-from ruler.generation.generate import generate_rows
+from ruler.generation.generate import generate_rows, with_enough_length
+from ruler.generation.tasks.base import TooShortError
 from ruler.generation.tasks.qa import QuestionSet
 from ruler.generation.tokenizers import load_tokenizer
 from ruler.registry import RULER_13, get_task
@@ -70,9 +73,13 @@ def test_a_budget_that_is_too_small_is_an_error(task: str, mode: str) -> None:
         list(generate_rows(recipe(task, 140, mode=mode)))
 
 
-@pytest.mark.parametrize("task", ["niah_single_2", "niah_multikey_3", "vt", "cwe", "qa_2"])
-def test_the_length_that_the_error_names_fits(task: str) -> None:
-    with pytest.raises(DatasetError) as caught:
-        list(generate_rows(recipe(task, 150, num_samples=1, mode="balanced")))
-    named = int(str(caught.value).split("--max-seq-length of ")[1].split()[0])
-    assert next(generate_rows(recipe(task, named + 60, num_samples=1, mode="balanced")))
+@pytest.mark.parametrize("mode", ["compat", "balanced"])
+@pytest.mark.parametrize("task", ["niah_single_2", "niah_multikey_3", "vt", "cwe", "fwe", "qa_1"])
+def test_the_length_that_the_error_names_fits_all_rows(task: str, mode: str) -> None:
+    wanted = recipe(task, 130, num_samples=10, mode=mode)
+    with pytest.raises(TooShortError) as caught:
+        list(generate_rows(wanted))
+    error = pickle.loads(pickle.dumps(with_enough_length(wanted, caught.value)))  # it comes from another process
+    named = int(str(error).split("--max-seq-length of ")[1].split(",")[0])
+    assert str(error).endswith("which is enough for the 10 rows")
+    assert len(list(generate_rows(replace(wanted, max_seq_length=named)))) == 10

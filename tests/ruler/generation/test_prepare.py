@@ -85,6 +85,8 @@ def test_one_failure_does_not_stop_the_others(tmp_path: Path) -> None:
     prepared, errors = prepare_datasets([job(tmp_path, "qa_2", 300), job(tmp_path)], num_workers=1)
     assert [item.task for item in prepared] == ["niah_single_1"]
     assert "does not fit into 300 tokens" in str(errors["qa_2 @ 300"])
+    (again,), errors = prepare_datasets([job(tmp_path, "qa_2", errors["qa_2 @ 300"].needed)], num_workers=1)
+    assert (again.task, errors) == ("qa_2", {})
 
 
 @pytest.mark.slow
@@ -114,6 +116,7 @@ def test_command_with_worker_processes(tmp_path: Path, capsys: pytest.CaptureFix
         (["--tokenizer-path", "no/such/one"], "no tokenizer at no/such/one"),
         (["--num-samples", "0"], "num_samples must be 1 or more"),
         (["--lengths", "60"], "does not fit into 60 tokens"),
+        (["--lengths", "60", "--tasks", "vt,cwe"], "2 of 2 datasets were not made (a length of "),
     ],
 )
 def test_bad_input_is_one_line(

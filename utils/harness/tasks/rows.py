@@ -15,7 +15,8 @@ from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 
 from ruler.answering.protocol import Question, RowRefusedError
-from ruler.generation.generate import Recipe, generate_rows
+from ruler.generation.generate import Recipe, generate_rows, with_enough_length
+from ruler.generation.tasks.base import TooShortError
 from ruler.layout import length_folders, read_dataset
 from ruler.registry import get_task
 from ruler.scoring.metrics import postprocess
@@ -81,7 +82,10 @@ def ruler(
                 task=task, max_seq_length=length, tokenizer=measured_by, num_samples=num_samples, seed=seed,
                 mode="balanced",
             )  # fmt: skip
-            rows[str(length)] = list(generate_rows(recipe))
+            try:
+                rows[str(length)] = list(generate_rows(recipe))
+            except TooShortError as error:
+                raise with_enough_length(recipe, error) from None
     return documents(
         {
             "prompt": _marked(row, f"{task} @ {length}, row {number}"),

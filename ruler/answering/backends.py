@@ -42,6 +42,7 @@ from utils.compress.arms import FULL, NONE, Arm, check_arms
 from utils.compress.latent_cache import LatentCache
 from utils.errors import CheckpointError, ConfigError
 from utils.model.processor import Processor
+from utils.model.prompt import with_one_beginning
 from utils.pretrained import fetch, loading, read_model, read_tokenizer
 
 if TYPE_CHECKING:
@@ -351,6 +352,8 @@ class LocalCausalLm(LocalModel):
         texts = [self._in_template(text) if chat else text for text, _ in asked]
         # A template writes its own special tokens.
         ids = self._tokenizer(texts, add_special_tokens=not chat)["input_ids"]
+        if not chat:
+            ids = [with_one_beginning(own, self._tokenizer) for own in ids]
         return [self._generator.embed(own) for own in ids], [counts for _, counts in asked]
 
     def _in_template(self, text: str) -> str:

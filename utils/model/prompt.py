@@ -178,16 +178,27 @@ def parse_raw_prompt(
         tokenizers: Decoder and encoder tokenizer.
         chunk_size: Encoder tokens per latent, one for all spans or one a span; None leaves each span one placeholder.
         limit: Longest allowed span; no limit by default.
-        add_special_tokens: The decoder tokenizer adds its own; False for a text that brings them, as one that a chat
-            template wrote does.
+        add_special_tokens: The decoder tokenizer adds its own, a token of beginning only if the text brings none; False
+            for a text that a chat template wrote.
 
     Raises:
         PromptError: Unpaired, nested or empty spans, a literal placeholder, a span over the limit.
     """
     shortened, memories = _shorten(text, "the prompt")
-    ids = tokenizers.decoder(shortened, add_special_tokens=add_special_tokens)["input_ids"]
+    ids = list(tokenizers.decoder(shortened, add_special_tokens=add_special_tokens)["input_ids"])
+    if add_special_tokens:
+        ids = with_one_beginning(ids, tokenizers.decoder)
     query = shortened.replace(PLACEHOLDER, " ").strip()
     return _assemble(ids, memories, query, tokenizers, chunk_size, limit)
+
+
+def with_one_beginning(ids: list[int], tokenizer: Any) -> list[int]:
+    """Ids of a text to which the tokenizer added its special tokens, without the text's own token of beginning.
+
+    A text brings one where a template wrote it, as RULER's for Llama 3.
+    """
+    beginning = getattr(tokenizer, "bos_token_id", None)
+    return ids[1:] if beginning is not None and ids[:2] == [beginning, beginning] else ids
 
 
 def parse_chat_prompt(

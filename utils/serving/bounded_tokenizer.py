@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from utils.model.prompt import with_one_beginning
+
 # Ids before a cut that the text behind it could have changed.
 _UNSURE_IDS = 64
 # Characters of text that are looked at for each id there is room for, at first; most tokens are shorter.
@@ -37,6 +39,8 @@ def _beginning(tokenizer: Any, text: str, limit: int, *, special_tokens: bool = 
     size = max(_LEAST_CHARACTERS, _CHARACTERS_PER_ID * limit)
     while True:
         ids = list(tokenizer(text[:size], add_special_tokens=special_tokens)["input_ids"])
+        if special_tokens:
+            ids = with_one_beginning(ids, tokenizer)
         if size >= len(text):
             return ids, len(text)
         if len(ids) - _UNSURE_IDS > limit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ruler.answering.predict import PredictJob, predict
 from ruler.answering.protocol import BackendSettings, Question, RowRefusedError
 from tests.ruler.conftest import make_rows
 from tests.support.fake_server import answer_to, by_prompt, faulty, rows_of, running
+from tests.support.tiny import byte_tokenizer
 from utils.client.completion import RetryPolicy, Sampling
 from utils.errors import CheckpointError, ConfigError, DatasetError
 from utils.inference.inference import load_model
@@ -87,6 +89,24 @@ def test_a_plain_model_folder_answers_like_the_checkpoints_decoder(checkpoint):
             for model in (checkpoint, plain)
         )
         assert ours == theirs
+
+
+def test_a_template_that_writes_the_token_of_beginning_brings_no_second_one(copied):
+    """RULER's template for Llama 3 begins with it, and so do Llama's tokenizers."""
+    root = copied("code-llava")
+    tokenizer = byte_tokenizer(markers=True, bos=True)
+    tokenizer.save_pretrained(root / "llm")
+    bos = tokenizer.bos_token
+    plain = question()
+    brought = replace(
+        plain,
+        input=bos + plain.input,
+        context_start=plain.context_start + len(bos),
+        context_end=plain.context_end + len(bos),
+    )
+    for name, model in (("local-text", root / "llm"), ("local-text", root), ("local-memory", root)):
+        settings = BackendSettings(name=name, model=str(model))
+        assert answers(settings, [plain]) == answers(settings, [brought]), (name, model)
 
 
 def test_sampling_is_repeatable_and_stop_strings_cut(checkpoint):

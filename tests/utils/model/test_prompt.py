@@ -234,6 +234,8 @@ def test_one_beginning_token_and_never_two() -> None:
     chat = parse_chat_prompt([{"role": "user", "content": text}], with_bos, 4)
     assert raw.input_ids == chat.input_ids
     assert raw.input_ids.count(with_bos.decoder.bos_token_id) == 1
+    # Also where the text brings it.
+    assert parse_raw_prompt(with_bos.decoder.bos_token + text, with_bos, 4).input_ids == raw.input_ids
     # The memory is read without special tokens.
     assert list(raw.spans[0].token_ids) == memory_ids("abc")
 

@@ -57,3 +57,6 @@ def test_special_tokens_are_added_on_request() -> None:
     tokenizer = tiny.byte_tokenizer(markers=True, bos=True)
     assert ids_within(tokenizer, "ab", 3, special_tokens=True) == [257, *(ids_within(tokenizer, "ab", 3) or [])]
     assert ids_within(tokenizer, "ab", 2, special_tokens=True) is None
+    # One token of beginning, whether or not the text brings it.
+    brought = ids_within(tokenizer, f"{tokenizer.bos_token}ab", 3, special_tokens=True)
+    assert brought == ids_within(tokenizer, "ab", 3, special_tokens=True)

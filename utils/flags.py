@@ -16,7 +16,7 @@ from utils.checkpoint.settings import DTYPE_NAMES, EncoderSettings
 from utils.compress.latent_cache import LatentCache
 from utils.errors import ConfigError, PromptError
 from utils.files import decode_text
-from utils.model.markers import MARKERS, wrap
+from utils.model.markers import Marked, Piece
 
 if TYPE_CHECKING:
     from utils.compress.select import Expansion
@@ -134,18 +134,19 @@ def open_cache(args: argparse.Namespace) -> LatentCache | None:
     return None if args.no_cache else LatentCache.open_if_usable(args.cache_dir)
 
 
-def read_memory_files(paths: Sequence[str]) -> str:
-    """Plain files as marked spans, in order, a line end after each; empty ones among others are passed over.
+def read_memory_files(paths: Sequence[str]) -> Marked:
+    """Files as marked spans, in order, a line end after each; empty ones among others are passed over.
 
     Raises:
-        PromptError: All files are empty, or one is not text or holds a marker.
+        PromptError: All files are empty, or one is not text.
     """
     texts = {path: read_text(path) for path in paths}
     if empty := [path for path, text in texts.items() if not text]:
         if len(empty) == len(texts):
             raise PromptError(f"{', '.join(empty)} {'is' if len(empty) == 1 else 'are'} empty: nothing to compress")
         logger.warning("passed over, for there is nothing in it: %s", ", ".join(empty))
-    return "".join(f"{wrap(_unmarked(texts[path], path))}\n" for path in paths if texts[path])
+    spans = (Piece(texts[path], True) for path in paths if texts[path])
+    return Marked(piece for span in spans for piece in (span, Piece("\n", False)))
 
 
 def read_text(path: str | Path) -> str:
@@ -166,13 +167,6 @@ def decode_bytes(data: bytes, where: str | Path) -> str:
         raise PromptError(wrong) from None
     if "\0" in text:
         raise PromptError(f"{where} is not text: it holds a zero (character {text.index(chr(0))})")
-    return text
-
-
-def _unmarked(text: str, path: str) -> str:
-    for marker in MARKERS:
-        if marker in text:
-            raise PromptError(f"{path} holds the marker {marker}: a memory file is plain text, marked text is a prompt")
     return text
 
 

@@ -49,9 +49,9 @@ class Question:
         """The same prompt with its context between the memory markers.
 
         Raises:
-            RowRefusedError: The context is empty or the prompt already holds marker text.
+            RowRefusedError: The context is empty, or there is marker text outside of it.
         """
-        if found := [marker for marker in MARKERS if marker in self.text]:
+        if found := [marker for marker in MARKERS if marker in self.with_context("")]:
             raise RowRefusedError(f"the prompt holds the text {found[0]}, which only a memory may")
         return self.with_context(wrap(self.context))
 
@@ -72,7 +72,7 @@ class Question:
 
     def with_context(self, shown: str) -> str:
         """The whole prompt with another text in its context's place."""
-        return f"{self.input[: self.context_start]}{shown}{self.input[self.context_end :]}{self.answer_prefix}"
+        return self.input[: self.context_start] + shown + self.input[self.context_end :] + self.answer_prefix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

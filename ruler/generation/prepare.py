@@ -288,7 +288,8 @@ def run_jobs(jobs: Sequence[DatasetJob], args: argparse.Namespace) -> int:
         logger.info("%d datasets in %.1f s", len(prepared), seconds)
     if errors:
         name, error = next(iter(errors.items()))
-        needed = [other.needed for other in errors.values() if isinstance(other, TooShortError) and other.num_rows]
+        tried = [other for other in errors.values() if isinstance(other, TooShortError) and other.num_rows]
+        needed = [other.needed or 0 for other in tried]
         enough = f" (a length of {max(needed)} is enough for all)" if 1 < len(errors) == len(needed) else ""
         raise DatasetError(f"{len(errors)} of {len(jobs)} datasets were not made{enough}; the first, {name}: {error}")
     return 0

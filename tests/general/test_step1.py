@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from utils.checkpoint.settings import ON_CPU
 from utils.compress.compressor import Compressor
 from utils.compress.prompt_embeds import load_prompt_embeds
 from utils.files import PROJECT_ROOT
+from utils.flags import read_memory_files
+from utils.inference.inference import build_messages
 
 SPAN = "<|memory_start|>def f(): return 1<|memory_end|>"
 
@@ -82,6 +85,38 @@ def test_memory_files_are_spans_before_the_prompt(flags: list[str], tmp_path: Pa
     assert step1_raw_text.main([*memory, "--text", "What is printed?", *flags]) == 0
     marked = "".join(f"<|memory_start|>print('{name}')\n<|memory_end|>\n" for name in ("a.py", "b.py"))
     torch.testing.assert_close(read(flags), expected(flags, marked + "What is printed?"), atol=1e-5, rtol=0)
+
+
+def test_a_memory_file_may_hold_markers(flags: list[str], tmp_path: Path) -> None:
+    """Whoever writes about prompts writes them down."""
+    text = "END = '<|memory_end|>'\nHOLE = '<|memory|>'\n"
+    (tmp_path / "markers.py").write_text(text)
+    assert step1_raw_text.main(["--memory", str(tmp_path / "markers.py"), "--text", "What is HOLE?", *flags]) == 0
+    (span,) = load_prompt_embeds(flags[5]).spans
+    assert span == (1, 1 + -(-len(text) // 4))
+    # Whichever way they are given.
+    parsed = Compressor.load(flags[1], chunk_size=4).parse_chat(build_messages(text, "What is <|memory|>HOLE?"))
+    assert [span.text for span in parsed.spans] == [text]
+
+
+@pytest.mark.slow
+def test_every_text_of_this_project_can_be_memory(flags: list[str]) -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT_ROOT, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("no git checkout")
+    compressor = Compressor.load(flags[1], chunk_size=4)
+    num_texts = 0
+    for name in listed.stdout.decode().split("\0"):
+        path = PROJECT_ROOT / name
+        try:
+            text = path.read_bytes().decode() if path.is_file() else ""
+        except UnicodeDecodeError:
+            continue
+        if text and "\0" not in text:
+            num_texts += 1
+            (span,) = compressor.parse_raw(read_memory_files([str(path)])).spans
+            assert span.text == text, name
+    assert num_texts > 500
 
 
 def test_an_empty_file_among_others_is_passed_over(
@@ -154,7 +189,6 @@ def test_bfloat16_survives_in_safetensors(flags: list[str], tmp_path: Path) -> N
         (["--memory", "{tmp}/empty.py", "{tmp}/also_empty.py"], "also_empty.py are empty: nothing to compress"),
         (["--memory", "{tmp}/binary"], "binary is not text: it holds a zero (character 1)"),
         (["--text", "a \ud83d b"], "the prompt holds half a character (a lone surrogate, '\\ud83d') at character 2"),
-        (["--memory", "{tmp}/marked.py"], "marked.py holds the marker <|memory|>"),
     ],
 )
 def test_refused(
@@ -164,7 +198,6 @@ def test_refused(
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "also_empty.py").write_text("")
     (tmp_path / "binary").write_bytes(b"a\0b")
-    (tmp_path / "marked.py").write_text("<|memory|>")
     assert step1_raw_text.main([part.format(tmp=tmp_path) for part in argv] + flags) == 1
     out, err = capsys.readouterr()
     assert (out, err.count("error: ")) == ("", 1)

@@ -25,7 +25,6 @@ from typing import Any, ClassVar, TypeAlias
 from utils.corpus.reading import UnusableTextError, open_regular, read_lines, read_whole, too_long
 from utils.errors import DatasetError, shown_name
 from utils.files import decode_text, parse_json, sha256_bytes
-from utils.model.markers import MARKERS
 
 # Of one file, or of one line: its tokens and latents are in memory together (16 MiB of code take some 3 GB).
 MAX_TEXT_BYTES = 16 << 20
@@ -162,7 +161,6 @@ class FolderSource(_Source):
             raise UnusableTextError(f"not {error.encoding.upper()} text (byte {error.start})") from None
         if "\0" in text:
             raise UnusableTextError("binary (it holds a zero byte)")
-        _refuse_markers(text)
         return text
 
     def _target(self, path: str) -> Path:
@@ -262,7 +260,6 @@ class JsonlSource(_Source):
                 raise UnusableTextError(f"its id is longer than {_MAX_ID_BYTES} bytes, or holds a zero byte")
         except UnicodeEncodeError:
             raise UnusableTextError("its text or id holds half a character (a lone surrogate)") from None
-        _refuse_markers(text)
         return id, text
 
 
@@ -276,13 +273,6 @@ def _is_folder(entry: os.DirEntry[str], linked: bool) -> bool:
     except OSError:
         # A link to itself, …: examined as a file, which says what is wrong with it.
         return False
-
-
-def _refuse_markers(text: str) -> None:
-    # A prompt could never hold this text as memory, and its latents would be of no use.
-    for marker in MARKERS:
-        if marker in text:
-            raise UnusableTextError(f"holds the marker {marker}, which a memory cannot")
 
 
 def _wrong_field(row: dict[str, Any], field: str, wanted: str, flag: str) -> str:

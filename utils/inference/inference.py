@@ -119,7 +119,7 @@ def generate_text(
         expansion: What of the code stays text; None: nothing.
 
     Raises:
-        PromptError: Markers in the code, empty code, or a prompt longer than the decoder's positions.
+        PromptError: Markers in the prompt, empty code, or a prompt longer than the decoder's positions.
     """
     from utils.compress.expander import Expander
     from utils.inference.generation import Generator
@@ -139,8 +139,9 @@ def published_sampling(max_tokens: int, temperature: float) -> Sampling:
 
 def build_messages(code: str, prompt: str) -> list[dict[str, str]]:
     """One user turn in which the code, wrapped in the memory markers, stands for each `<|memory|>` or at the end."""
-    wrapped = wrap(code)
-    content = prompt.replace(MEMORY, wrapped) if MEMORY in prompt else f"{prompt} {wrapped}"
+    content, *others = prompt.split(MEMORY) if MEMORY in prompt else (f"{prompt} ", "")
+    for other in others:
+        content = content + wrap(code) + other
     return [{"role": "user", "content": content}]
 
 

@@ -7,7 +7,7 @@ becomes        "Explain <|memory_start|><|memory|><|memory|><|memory_end|>"   on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,6 @@ _STRETCH = 1 << 20
 _EXCERPT = 40
 
 
-def wrap(memory: str) -> str:
-    """A text as a prompt's memory: between the markers."""
-    return f"{MEMORY_START}{memory}{MEMORY_END}"
-
-
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A stretch of a text as written: plain, or the inside of a memory span."""
@@ -40,18 +35,66 @@ class Piece:
     is_memory: bool
 
 
+class Marked(str):
+    """A text with memories whose bounds are known, so that a memory may hold anything: also the markers' own text.
+
+    `+` keeps the bounds; whatever else makes a text of it (formatting, slicing, JSON) gives a plain one, in which the
+    markers alone count.
+
+    Attributes:
+        pieces: As `split_spans` gives them.
+    """
+
+    pieces: tuple[Piece, ...]
+
+    def __new__(cls, pieces: Iterable[Piece]) -> Marked:
+        """The text of pieces in any order; neighbours that are plain become one."""
+        joined = [Piece("", False)]
+        for piece in pieces:
+            if piece.is_memory:
+                joined += [piece, Piece("", False)]
+            else:
+                joined[-1] = Piece(joined[-1].text + piece.text, False)
+        made = super().__new__(cls, "".join(_as_written(piece) for piece in joined))
+        made.pieces = tuple(joined)
+        return made
+
+    def __add__(self, other: str) -> Marked:
+        return Marked([*self.pieces, *split_spans(other, "the prompt")])
+
+    def __radd__(self, other: str) -> Marked:
+        return Marked([*split_spans(other, "the prompt"), *self.pieces])
+
+    def __reduce__(self) -> tuple[type[Marked], tuple[tuple[Piece, ...]]]:
+        return Marked, (self.pieces,)
+
+
+def wrap(memory: str) -> Marked:
+    """A text as a prompt's memory, whatever it holds: between the markers."""
+    return Marked([Piece(memory, True)])
+
+
+def _as_written(piece: Piece) -> str:
+    return f"{MEMORY_START}{piece.text}{MEMORY_END}" if piece.is_memory else piece.text
+
+
 def split_spans(text: str, where: str) -> Iterator[Piece]:
     """Cut a text into plain pieces and memory pieces, checking the markers' order on the way.
 
     Plain and memory pieces take turns; the first and the last are plain and may be empty.
 
     Args:
-        text: As written, with markers.
+        text: As written, with markers; or `Marked`.
         where: What the text is, for error messages.
 
     Raises:
         PromptError: Unpaired, nested or empty spans, a literal placeholder.
     """
+    if isinstance(text, Marked):
+        if Piece("", True) in text.pieces:
+            raise PromptError(f"{where}: the memory span is empty; fill it or remove it")
+        yield from text.pieces
+        return
     position, opened = 0, None
     for match in _find_markers(text):
         marker, at = match.group(), match.start()

@@ -53,11 +53,21 @@ def test_memory_text_wraps_the_context_and_nothing_else():
     assert after.endswith(asked.answer_prefix)
 
 
-@pytest.mark.parametrize(("text", "words"), [("a <|memory|> b", "holds the text"), ("", "context is empty")])
-def test_prompts_without_a_clean_context_are_refused(text, words):
-    asked = Question(input=text, answer_prefix="", context_start=0, context_end=len(text), max_tokens=1)
+@pytest.mark.parametrize(
+    ("text", "start", "words"), [("a <|memory|> b", 13, "holds the text"), ("", 0, "context is empty")]
+)
+def test_prompts_without_a_clean_context_are_refused(text, start, words):
+    asked = Question(input=text, answer_prefix="", context_start=start, context_end=len(text), max_tokens=1)
     with pytest.raises(RowRefusedError, match=words):
         _ = asked.memory_text
+
+
+def test_a_context_may_hold_markers(checkpoint):
+    context = "HOLE = '<|memory|>'"
+    asked = Question(input=f"Read {context} now.", answer_prefix="", context_start=5, context_end=5 + len(context),
+                     max_tokens=6)  # fmt: skip
+    (answer,) = answers(BackendSettings(name="local-memory", model=checkpoint), [asked])
+    assert answer.memory_tokens == len(context)
 
 
 @pytest.mark.parametrize("api", ["completions", "chat"])

@@ -100,7 +100,6 @@ def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:
 def test_what_a_folder_cannot_give(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"a\0b")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
-    (tmp_path / "marked").write_text("a <|memory|> b")
     (tmp_path / "broken").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe")
     (Path(os.fsencode(tmp_path).decode()) / os.fsdecode(b"\xff.py")).write_text("x")
@@ -108,7 +107,6 @@ def test_what_a_folder_cannot_give(tmp_path: Path) -> None:
     assert problems == {
         "binary": "binary (it holds a zero byte)",
         "latin": "not UTF-8 text (byte 3)",
-        "marked": "holds the marker <|memory|>, which a memory cannot",
         "broken": "cannot be read (No such file or directory)",
         "pipe": "no regular file",
         repr("\udcff.py"): "its name is not UTF-8",

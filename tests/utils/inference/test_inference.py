@@ -21,7 +21,7 @@ from utils.inference.inference import (
     published_sampling,
     read_test_data,
 )
-from utils.model.markers import MEMORY
+from utils.model.markers import MEMORY, MEMORY_END
 
 EXAMPLES = [
     {"code": "def f(): return 1", "prompt": f"Look: {MEMORY} What is returned?"},
@@ -72,8 +72,10 @@ def test_generate_text_is_the_new_text(checkpoints: dict[str, Path]) -> None:
     assert (completion.text, completion.completion_tokens) == (text, len(ids))
     assert completion.finish_reason == ("length" if len(ids) == 6 else "stop")
     assert completion.prompt_tokens == len(prompt.input_ids)
-    with pytest.raises(PromptError, match="literal"):
-        generate_text(model, tokenizer, processor, code=MEMORY, prompt="x")
+    # Code may hold what the markers are written as; a prompt's own markers are read as such.
+    assert generate_text(model, tokenizer, processor, code=f"{MEMORY} = 1", prompt="x", max_tokens=6)
+    with pytest.raises(PromptError, match=r"without a <.memory_start.> before it"):
+        generate_text(model, tokenizer, processor, code="x", prompt=MEMORY_END)
     with pytest.raises(PromptError, match="empty"):
         generate_text(model, tokenizer, processor, code="", prompt="x")
 
@@ -172,8 +174,7 @@ def test_part_of_the_memory_stays_text(
         ('{"examples": []}', "at least one example"),
         ('{"examples": [{"code": "x"}]}', "example 0 has no text under 'prompt'"),
         ('{"examples": [{"code": "", "prompt": "x"}]}', "span is empty"),
-        ('{"examples": [{"code": "<|memory_end|>", "prompt": "x"}]}', "span is empty"),
-        ('{"examples": [{"code": "x<|memory|>", "prompt": "x"}]}', "literal <|memory|>"),
+        ('{"examples": [{"code": "x", "prompt": "<|memory_end|>"}]}', "without a <|memory_start|>"),
     ],
 )
 def test_refused_data(

@@ -41,7 +41,7 @@ class Example:
         """The chat, with the marked memory or another text in its place."""
         shown = wrap(self.memory) if memory is None else memory
         parts = (self.question, shown) if self.question_first else (shown, self.question)
-        return [{"role": "user", "content": "\n".join(parts)}]
+        return [{"role": "user", "content": parts[0] + "\n" + parts[1]}]
 
     def row(self) -> dict[str, Any]:
         """The JSONL form."""

@@ -249,17 +249,38 @@ def chat_query(messages: Sequence[Mapping[str, Any]]) -> str:
 def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any, **template_arguments: Any) -> str:
     """A chat as the decoder reads it: its template with the generation prompt; no further special tokens belong to it.
 
+    The role `developer` is the system message's for a template that does not know it.
+
     Raises:
-        PromptError: The tokenizer has no chat template, or the template refuses the messages.
+        PromptError: The tokenizer has no chat template, or the template refuses the messages or drops a tool call.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise PromptError("the decoder tokenizer has no chat template: use the raw-text command instead")
     arguments = {"add_generation_prompt": True, **template_arguments, "tokenize": False}
-    try:
-        return tokenizer.apply_chat_template([dict(message) for message in messages], **arguments)
-    except Exception as error:
-        # A template is a program that came with the checkpoint: it may fail in any way.
-        raise PromptError(f"the decoder's chat template refuses these messages: {first_line(error)[:200]}") from None
+    known = str(arguments.get("chat_template", tokenizer.chat_template))
+    asked = [dict(message) for message in messages]
+    for message in asked:
+        if message.get("role") == "developer" and "developer" not in known:
+            message["role"] = "system"
+
+    def written(chat: list[dict[str, Any]]) -> str:
+        try:
+            return tokenizer.apply_chat_template(chat, **arguments)
+        except Exception as error:
+            # A template is a program that came with the checkpoint: it may fail in any way.
+            refused = f"the decoder's chat template refuses these messages: {first_line(error)[:200]}"
+            raise PromptError(refused) from None
+
+    text = written(asked)
+    for number, message in enumerate(asked):
+        if message.get("tool_calls") and text == written(
+            [*asked[:number], {**message, "tool_calls": []}, *asked[number + 1 :]]
+        ):
+            raise PromptError(
+                f"message {number}: the decoder's chat template does not write tool_calls, which would be lost: put "
+                "them into the content, or use a checkpoint whose template does"
+            )
+    return text
 
 
 def _shorten(text: str, where: str) -> tuple[str, list[str]]:

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from utils.compress.compressor import Compressor
 from utils.errors import PromptError
-from utils.serving.api_error import ApiError
+from utils.serving.api_error import ApiError, shown
 from utils.serving.backend import Backend
 from utils.serving.bodies import BodyLimits
 from utils.serving.compress_request import RequestCompressor
@@ -92,6 +92,7 @@ class Gateway:
             ("POST", "/v1" + CHAT, self.chat),
             ("POST", "/v1" + COMPLETIONS, self.completions),
             ("GET", "/v1/models", self.models),
+            ("GET", "/v1/models/{model_id:path}", self.model),
             ("GET", "/v1/compression", self.compression),
             ("POST", "/v1/memories", self.add_memory),
             ("GET", "/v1/memories", self.list_memories),
@@ -114,6 +115,20 @@ class Gateway:
         """Show the backend's models."""
         answer = await self._backend.models()
         return Response(answer.content, answer.status, media_type=answer.media_type)
+
+    async def model(self, model_id: str) -> Response:
+        """Show one of the backend's models."""
+        answer = await self._backend.models()
+        if answer.status != 200 or not isinstance(answer.content, bytes):
+            return Response(answer.content, answer.status, media_type=answer.media_type)
+        try:
+            entries = {entry["id"]: entry for entry in orjson.loads(answer.content)["data"]}
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            raise ApiError(502, "the backend's list of models is none") from None
+        if model_id not in entries:
+            served = ", ".join(shown(name) for name in entries)
+            raise ApiError(404, f"the model {shown(model_id)} does not exist: this server has {served or 'none'}")
+        return _json(entries[model_id])
 
     async def compression(self) -> Response:
         """Show the checkpoint and the limits."""

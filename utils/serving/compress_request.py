@@ -23,7 +23,7 @@ from utils.errors import CodeLlavaError
 from utils.model.markers import PLACEHOLDER
 from utils.model.prompt import MemoryPrompt, MemorySpan
 from utils.serving.api_error import ApiError
-from utils.serving.chat_parts import RESERVED, Part, between_markers, outline_chat, text_part
+from utils.serving.chat_parts import RESERVED, Part, between_markers, text_part
 from utils.serving.encoder_queue import EncodedSpan, EncoderQueue
 from utils.serving.expand_tool import ExpandTool, Segment, check_request, label, segment_ranges
 from utils.serving.memories import MemoryStore
@@ -173,7 +173,7 @@ class RequestCompressor(Rewriter):
         else:
             body = read.with_plain_text(read.texts)
             if self._is_local and read.chat is not None:
-                prompts = [self._rows.chat(outline_chat(body["messages"]).flat([]), [], None)]
+                prompts = [self._rows.chat(read.chat.flat(read.texts), [], None)]
             elif self._is_local:
                 prompts = [self._rows.plain(body["prompt"])]
         return self._forward(

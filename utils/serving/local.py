@@ -52,6 +52,7 @@ class LocalBackend:
         self._generator = generator
         self._name = name
         self._max_waiting = max_waiting
+        self._created = int(time.time())
         self._running: set[_Run] = set()
         # Its one thread is the line, and keeps the tokenizer to itself.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decoder")
@@ -73,6 +74,7 @@ class LocalBackend:
         entry = {
             "id": self._name,
             "object": "model",
+            "created": self._created,
             "owned_by": "local",
             "max_model_len": self._generator.max_rows,
         }

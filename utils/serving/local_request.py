@@ -1,8 +1,9 @@
 """What a request asks of the local decoder: the fields that it honours, each checked; any other is refused by name.
 
-Honoured: `model`, `messages` or `prompt`, `max_tokens` (also `max_completion_tokens`), `temperature`, `top_p`, `seed`,
-`stop` (within bounds), `stream`, `stream_options.include_usage`; `user` and `cache_salt` are ignored. Fields that hold
-what is the case anyway (`n: 1`, penalties of 0, null, …) are let through.
+Honoured: `model`, `messages` or `prompt`, `max_tokens` (also `max_completion_tokens`), `temperature`, `top_p`, `top_k`,
+`min_p`, `repetition_penalty`, `seed`, `stop` (within bounds), `stream`, `stream_options.include_usage`. Ignored are
+labels for accounts elsewhere (`user`, `metadata`, …). Fields that hold what is the case anyway, as OpenAI's and vLLM's
+defaults do (`n: 1`, penalties of 0, null, …), are let through.
 """
 
 from __future__ import annotations
@@ -19,15 +20,25 @@ from utils.serving.api_error import ApiError, shown
 _COMPLETION_TOKENS = 16
 # Each new token is looked through for each of them.
 MAX_STOPS, MAX_STOP_CHARACTERS = 32, 1024
+_MOST_NAMED = 10
 _COMMON = {
-    "model", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "user",
-    "cache_salt",
+    "model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "stream",
+    "stream_options",
 }  # fmt: skip
 _CHAT = _COMMON | {"messages", "max_completion_tokens"}
 _COMPLETION = _COMMON | {"prompt"}
-_WITHOUT_EFFECT: dict[str, Any] = {
-    "n": 1, "best_of": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "echo": False,
-    "suffix": "", "tools": [], "logit_bias": {}, "store": False,
+# Labels: of end users, accounts and caches that are not here.
+_IGNORED = {"user", "cache_salt", "metadata", "prompt_cache_key", "request_id", "safety_identifier"}
+# Field → values that ask for nothing; null never does.
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "n": (1,), "best_of": (1,), "frequency_penalty": (0,), "presence_penalty": (0,), "length_penalty": (1,),
+    "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},), "echo": (False,), "suffix": ("",),
+    "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
+    "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],),
+    "service_tier": ("auto", "default"), "store": (False,), "verbosity": ("medium",), "priority": (0,),
+    "use_beam_search": (False,), "ignore_eos": (False,), "min_tokens": (0,), "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,), "skip_special_tokens": (True,), "add_generation_prompt": (True,),
+    "continue_final_message": (False,), "chat_template_kwargs": ({},),
 }  # fmt: skip
 
 
@@ -60,9 +71,11 @@ class LocalRequest:
             ApiError: 404, another model; 400, a field with an impossible value, or one that is not honoured.
         """
         given = {name: value for name, value in body.items() if value is not None}
-        for name in given.keys() - (_CHAT if chat else _COMPLETION):
-            if name not in _WITHOUT_EFFECT or given[name] != _WITHOUT_EFFECT[name]:
-                raise ApiError(400, f"the local backend has no {shown(name)}: leave it out, or use a vLLM backend")
+        others = given.keys() - (_CHAT if chat else _COMPLETION) - _IGNORED
+        if refused := sorted(name for name in others if not _asks_nothing(name, given[name])):
+            names = ", ".join(shown(name) for name in refused[:_MOST_NAMED])
+            more = f" and {len(refused) - _MOST_NAMED} more" if len(refused) > _MOST_NAMED else ""
+            raise ApiError(400, f"the local backend has no {names}{more}: leave it out, or use a vLLM backend")
         if given.get("model", model) != model:
             raise ApiError(404, f"the model {shown(given['model'])} does not exist: this server has {model!r}")
         default = None if chat else _COMPLETION_TOKENS
@@ -74,12 +87,25 @@ class LocalRequest:
                 max_tokens=_whole(given, limit, default, at_least=1),
                 temperature=_number(given, "temperature", 1.0, 0.0, 100.0),
                 top_p=_number(given, "top_p", 1.0, 1e-6, 1.0),
+                # -1 is vLLM's word for all.
+                top_k=max(0, _whole(given, "top_k", 0, at_least=-1) or 0),
+                min_p=_number(given, "min_p", 0.0, 0.0, 1.0),
+                # Without the field what the decoder's settings say.
+                repetition_penalty=_number(given, "repetition_penalty", 1.0, 1e-2, 100.0)
+                if "repetition_penalty" in given
+                else None,
                 seed=_whole(given, "seed", secrets.randbits(63), at_least=-(1 << 63)),
                 stop=_texts(given.get("stop", [])),
             ),
             stream=given.get("stream", False) is True,
             include_usage=isinstance(options, dict) and options.get("include_usage") is True,
         )
+
+
+def _asks_nothing(name: str, value: Any) -> bool:
+    # Python takes true for 1.
+    neutral = (known for known in _WITHOUT_EFFECT.get(name, ()) if isinstance(known, bool) == isinstance(value, bool))
+    return any(value == known for known in neutral)
 
 
 def _number(given: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:

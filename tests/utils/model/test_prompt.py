@@ -223,6 +223,28 @@ def test_template_arguments_reach_the_template() -> None:
     assert odd.decoder.decode(prompt.input_ids) == "LOUD <|im_start|>user\nx<|im_end|>\n"
 
 
+def test_a_developer_is_the_system_where_the_template_knows_none() -> None:
+    def text(role: str, template: str) -> str:
+        odd = PromptTokenizers(decoder=byte_tokenizer(markers=True, template=template), encoder=TOKENIZERS.encoder)
+        return odd.decoder.decode(parse_chat_prompt([{"role": role, "content": "x"}], odd, 4).input_ids)
+
+    assert text("developer", CHATML) == text("system", CHATML)
+    knows = "{# developer #}" + CHATML
+    assert "<|im_start|>developer" in text("developer", knows)
+
+
+def test_tool_calls_that_a_template_drops_are_refused() -> None:
+    calls = [{"id": "1", "type": "function", "function": {"name": "temperature", "arguments": '{"city": "Oslo"}'}}]
+    messages = [{"role": "user", "content": "How warm?"}, {"role": "assistant", "content": "", "tool_calls": calls},
+                {"role": "tool", "content": "21"}]  # fmt: skip
+    with pytest.raises(PromptError, match=r"message 1: .* does not write tool_calls"):
+        parse_chat_prompt(messages, TOKENIZERS, 4)
+    assert parse_chat_prompt([messages[0], {**messages[1], "tool_calls": []}, messages[2]], TOKENIZERS, 4)
+    template = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{% for c in m.tool_calls %}{{ c }}{% endfor %}")
+    writes = PromptTokenizers(decoder=byte_tokenizer(markers=True, template=template), encoder=TOKENIZERS.encoder)
+    assert "Oslo" in writes.decoder.decode(parse_chat_prompt(messages, writes, 4).input_ids)
+
+
 def test_one_beginning_token_and_never_two() -> None:
     template = "{{ bos_token }}{{ messages[0]['content'] }}"
     with_bos = PromptTokenizers(

@@ -27,6 +27,7 @@ from utils.model.markers import wrap
 from utils.model.prompt import MemoryPrompt
 from utils.serving import read_request
 from utils.serving.local import LocalBackend
+from utils.serving.local_request import LocalRequest
 from utils.serving.rewriter import CompressedRequest
 
 openai = pytest.importorskip("openai")
@@ -142,7 +143,8 @@ def test_seeds_repeat_a_drawing(gateway: httpx.Client) -> None:
     ("path", "fields", "status", "message"),
     [
         (CHAT, {"model": "other"}, 404, "'other' does not exist"),
-        (CHAT, {"top_k": 3}, 400, "no 'top_k'"),
+        (CHAT, {"use_beam_search": True}, 400, "no 'use_beam_search'"),
+        (CHAT, {"top_k": -2}, 400, "top_k is -2"),
         (CHAT, {"n": 2}, 400, "no 'n'"),
         (CHAT, {"tools": [{"type": "function"}]}, 400, "no 'tools'"),
         (CHAT, {"temperature": -1}, 400, "temperature is -1"),
@@ -169,9 +171,60 @@ def test_bad_requests_are_refused_by_name(
 
 
 def test_fields_without_effect_are_let_through(gateway: httpx.Client) -> None:
-    fields = {"n": 1, "tools": [], "presence_penalty": 0.0, "logprobs": False, "user": "me", "top_p": None}
+    fields = {
+        "n": 1, "tools": [], "presence_penalty": 0.0, "logprobs": False, "user": "me", "top_p": None,
+        "response_format": {"type": "text"}, "tool_choice": "none", "top_k": -1, "min_p": 0.0,
+        "repetition_penalty": 1.0, "parallel_tool_calls": True, "metadata": {}, "service_tier": "auto",
+        "modalities": ["text"], "top_logprobs": 0,
+    }  # fmt: skip
     assert gateway.post(CHAT, json=chat_body("x", **fields)).status_code == 200
     assert gateway.post(COMPLETIONS, json={"prompt": [[65, 66]], "max_tokens": 1}).status_code == 200
+
+
+def test_fields_that_are_not_honoured_are_named_at_once(gateway: httpx.Client) -> None:
+    fields = {"n": 2, "tools": [{}], "logprobs": True, "response_format": {"type": "json_object"}, "best_of": True}
+    got = gateway.post(CHAT, json=chat_body("x", **fields))
+    assert got.status_code == 400
+    names = ", ".join(repr(name) for name in sorted(fields))
+    assert f"has no {names}: leave it out" in got.json()["error"]["message"]
+
+
+def test_drawing_is_narrowed_as_asked(gateway: httpx.Client) -> None:
+    def said(**fields: Any) -> str:
+        body = chat_body(PROMPTS[1], **{"temperature": 2.0, "seed": 1, "max_tokens": 8, **fields})
+        return gateway.post(CHAT, json=body).json()["choices"][0]["message"]["content"]
+
+    greedy = said(temperature=0)
+    assert said() != greedy
+    assert said(top_k=1) == said(min_p=1.0) == greedy
+    wanted = LocalRequest.read({"repetition_penalty": 1.5, "top_k": 0}, chat=True, model="tiny").sampling
+    assert (wanted.repetition_penalty, wanted.top_k) == (1.5, 0)
+    assert LocalRequest.read({}, chat=True, model="tiny").sampling.repetition_penalty is None
+
+
+def test_roles_and_tool_calls(gateway: httpx.Client) -> None:
+    def ask(*messages: dict[str, Any]) -> httpx.Response:
+        return gateway.post(CHAT, json={"messages": messages, "max_tokens": 1, "temperature": 0})
+
+    user = {"role": "user", "content": "Hello"}
+    rows = [
+        ask({"role": role, "content": "Answer with one word."}, user).json()["usage"]["prompt_tokens"]
+        for role in ("system", "developer")
+    ]
+    assert rows[0] == rows[1]
+    call = {"id": "1", "type": "function", "function": {"name": "warm", "arguments": "{}"}}
+    got = ask(user, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "21"})
+    assert (got.status_code, "tool_calls" in got.json()["error"]["message"]) == (400, True)
+    assert ask({"role": 5, "content": "x"}).status_code == 400
+
+
+def test_one_model_is_shown_by_its_name(gateway: httpx.Client) -> None:
+    (entry,) = gateway.get("/v1/models").json()["data"]
+    assert entry["created"] > 1_700_000_000
+    assert gateway.get(f"/v1/models/{entry['id']}").json() == entry
+    got = gateway.get("/v1/models/meta/other")
+    assert got.status_code == 404
+    assert "'meta/other' does not exist" in got.json()["error"]["message"]
 
 
 def test_the_chunk_size_of_one_request(

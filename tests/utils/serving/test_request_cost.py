@@ -205,6 +205,7 @@ ODD: list[Any] = [
 FIELDS = [
     "model", "messages", "prompt", "prompt_embeds", "max_tokens", "max_completion_tokens", "temperature", "top_p",
     "seed", "stop", "stream", "stream_options", "user", "n", "logprobs", "tools", "code_llava", "cache_salt", "x" * 300,
+    "top_k", "min_p", "repetition_penalty", "metadata", "response_format", "tool_choice",
 ]  # fmt: skip
 
 

@@ -42,8 +42,8 @@ from utils.compress.arms import FULL, NONE, Arm, check_arms
 from utils.compress.latent_cache import LatentCache
 from utils.errors import CheckpointError, ConfigError
 from utils.model.processor import Processor
-from utils.model.prompt import with_one_beginning
-from utils.pretrained import fetch, loading, read_model, read_tokenizer
+from utils.model.prompt import chat_ids, with_one_beginning
+from utils.pretrained import fetch, read_model, read_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -347,19 +347,13 @@ class LocalCausalLm(LocalModel):
         self.details = {"model": Path(str(settings.model)).name}
 
     def _read(self, questions: Sequence[Question]) -> tuple[list[torch.Tensor], list[dict[str, int]]]:
-        chat = self._settings.api == "chat"
         asked = [self._contexts.prompt(question) for question in questions]
-        texts = [self._in_template(text) if chat else text for text, _ in asked]
-        # A template writes its own special tokens.
-        ids = self._tokenizer(texts, add_special_tokens=not chat)["input_ids"]
-        if not chat:
-            ids = [with_one_beginning(own, self._tokenizer) for own in ids]
-        return [self._generator.embed(own) for own in ids], [counts for _, counts in asked]
+        return [self._generator.embed(self._ids(text)) for text, _ in asked], [counts for _, counts in asked]
 
-    def _in_template(self, text: str) -> str:
-        messages = self._settings.messages(text)
-        with loading(self._tokenizer.name_or_path, "has a chat template that cannot write this question"):
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    def _ids(self, text: str) -> list[int]:
+        if self._settings.api == "chat":
+            return chat_ids(self._settings.messages(text), self._tokenizer)
+        return with_one_beginning(list(self._tokenizer(text)["input_ids"]), self._tokenizer)
 
 
 def _is_plain_model(model: str | None) -> bool:

@@ -14,7 +14,7 @@ from utils.compress.expander import Expander
 from utils.compress.select import Expansion, MemoryText, Question, select
 from utils.model.markers import wrap
 from utils.model.processor import Processor
-from utils.model.prompt import MemoryPrompt, num_latents
+from utils.model.prompt import MemoryPrompt, memory_ids, num_latents
 
 
 def expansion_of(arm: Arm) -> Expansion | None:
@@ -75,4 +75,4 @@ class ArmPrompts:
         return self._expander(prompt, expansion_of(arm), answer)
 
     def _ids(self, memory: str) -> list[int]:
-        return self._processor.tokenizers.encoder(memory, add_special_tokens=False)["input_ids"]
+        return memory_ids(self._processor.tokenizers.encoder, [memory])[0]

@@ -16,7 +16,7 @@ import numpy as np
 from utils.compress.select import Expansion, MemoryText, Question, select
 from utils.model.expand import expand
 from utils.model.markers import control_pattern
-from utils.model.prompt import MemoryPrompt, MemorySpan, PromptTokenizers
+from utils.model.prompt import MemoryPrompt, MemorySpan, PromptTokenizers, memory_ids
 
 if TYPE_CHECKING:
     import torch
@@ -87,5 +87,5 @@ class Expander:
         return memory
 
     def _query_span(self, query: str, chunk_size: int) -> MemorySpan:
-        ids = self._tokenizers.encoder(query, add_special_tokens=False)["input_ids"]
+        (ids,) = memory_ids(self._tokenizers.encoder, [query])
         return MemorySpan(text=query, token_ids=ids, start=0, stop=-(-len(ids) // chunk_size), chunk_size=chunk_size)

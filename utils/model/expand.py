@@ -44,6 +44,8 @@ def token_offsets(tokenizer: Any, text: str, num_tokens: int) -> np.ndarray:
             f"{type(tokenizer).__name__} does not tell which characters a token stands for: showing memory as text "
             "needs an encoder with a fast tokenizer (tokenizer.json)"
         )
+    # As `memory_ids` reads it; the tokenizer sets it anew at each call of its own.
+    backend.encode_special_tokens = True
     offsets = backend.encode(text, add_special_tokens=False).offsets
     return np.array(offsets, dtype=np.int64).reshape(-1, 2)[:num_tokens]
 

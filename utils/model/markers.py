@@ -7,7 +7,7 @@ becomes        "Explain <|memory_start|><|memory|><|memory|><|memory_end|>"   on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,18 +165,21 @@ class MarkerIds:
         return cls(start=start, end=end, memory=memory)
 
 
-def control_pattern(tokenizer: Any, *others: str) -> re.Pattern[str] | None:
+def control_pattern(tokenizer: Any, *others: str, but: Collection[str] = ()) -> re.Pattern[str] | None:
     """What finds a tokenizer's control tokens, such as `<|im_end|>`, in a text, which would be obeyed there.
 
     Args:
         tokenizer: Hugging Face tokenizer.
         others: Further texts that are to be found.
+        but: Control tokens that are not to be found.
 
     Returns:
         The pattern; None where there is nothing to find.
     """
-    controls = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return re.compile("|".join(map(re.escape, [*controls, *others]))) if controls or others else None
+    found = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    wanted = [text for text in (*found, *others) if text not in but]
+    # The longest first: of two that begin alike the tokenizer takes the longer one, too.
+    return re.compile("|".join(map(re.escape, sorted(wanted, key=len, reverse=True)))) if wanted else None
 
 
 def _marker_id(tokenizer: Any, marker: str) -> int:

@@ -10,14 +10,15 @@ template, which see a single placeholder in its place. This module knows no torc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from utils.errors import ConfigError, PromptError, first_line
-from utils.model.markers import PLACEHOLDER, MarkerIds, has_markers, split_spans
+from utils.model.markers import MARKERS, PLACEHOLDER, MarkerIds, control_pattern, has_markers, split_spans
 
 _EXCERPT = 40
 # Tokens of a text: a list where they come from a tokenizer, an array where they come from a file.
@@ -192,6 +193,11 @@ def parse_raw_prompt(
     return _assemble(ids, memories, query, tokenizers, chunk_size, limit)
 
 
+def memory_ids(encoder: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Encoder tokens of memories, without special tokens: what looks like one is characters, as all of a memory is."""
+    return encoder(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
 def with_one_beginning(ids: list[int], tokenizer: Any) -> list[int]:
     """Ids of a text to which the tokenizer added its special tokens, without the text's own token of beginning.
 
@@ -230,9 +236,7 @@ def parse_chat_prompt(
         text, own = _shorten(content, f"message {number}")
         memories += own
         shortened.append({**message, "role": role, "content": text})
-    # The template writes the special tokens; adding them again would put a second BOS in front.
-    text = chat_text(shortened, tokenizers.decoder, **template_arguments)
-    ids = list(tokenizers.decoder(text, add_special_tokens=False)["input_ids"])
+    ids = chat_ids(shortened, tokenizers.decoder, **template_arguments)
     return _assemble(ids, memories, chat_query(shortened), tokenizers, chunk_size, limit)
 
 
@@ -244,6 +248,71 @@ def chat_query(messages: Sequence[Mapping[str, Any]]) -> str:
     """
     asked = (m["content"].replace(PLACEHOLDER, " ").strip() for m in reversed(messages) if m["role"] == "user")
     return next(filter(None, asked), "")
+
+
+def chat_ids(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    read: Callable[[str], list[int]] | None = None,
+    **template_arguments: Any,
+) -> list[int]:
+    """A chat as the decoder reads it, in ids.
+
+    Control tokens, such as `<|im_end|>`, are the template's alone: in a message they are the characters that they are
+    written with, or a text could end its turn and begin another's. Placeholders of memories are no text.
+
+    Args:
+        messages: With texts as contents, in which each memory is a placeholder.
+        tokenizer: Of the decoder.
+        read: In place of the tokenizer, and before it reads anything: text → ids, or an error where they are too many.
+        template_arguments: Passed to the template.
+
+    Raises:
+        PromptError: As `chat_text`.
+    """
+    # The template writes the special tokens; adding them again would put a second BOS in front.
+    tokenize = functools.partial(tokenizer, add_special_tokens=False)
+    # First of all, for nothing else is done with a text that is too long.
+    ids = read(chat_text(messages, tokenizer, **template_arguments)) if read else None
+    every, controls = control_pattern(tokenizer), control_pattern(tokenizer, but=MARKERS)
+    written = [text for message in messages for text in _texts_in(message)]
+    if every is None or controls is None or not any(map(controls.search, written)):
+        return list(tokenize(chat_text(messages, tokenizer, **template_arguments))["input_ids"]) if ids is None else ids
+    # A character that nobody wrote breaks them up, until what the template wrote is told from what it was given.
+    wedge = next(char for char in map(chr, range(0xE000, 0xF900)) if not any(char in text for text in written))
+    broken = [
+        _map_texts(message, lambda text: controls.sub(lambda m: f"{m[0][0]}{wedge}{m[0][1:]}", text))
+        for message in messages
+    ]
+    text = chat_text(broken, tokenizer, **template_arguments)
+    ids = []
+    begin = position = 0
+    for start, stop in [*(match.span() for match in every.finditer(text)), (len(text), len(text))]:
+        if wedge in text[position:start]:
+            # What stands between two of the template's tokens is read whole, as characters.
+            ids += tokenize(text[begin:position])["input_ids"]
+            ids += tokenize(text[position:start].replace(wedge, ""), split_special_tokens=True)["input_ids"]
+            begin = start
+        position = stop
+    return ids + list(tokenize(text[begin:])["input_ids"])
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """The texts of a message, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts_in(inner)
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A message with its texts changed, at any depth."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _map_texts(inner, change) for key, inner in value.items()}
+    return [_map_texts(inner, change) for inner in value] if isinstance(value, list) else value
 
 
 def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any, **template_arguments: Any) -> str:
@@ -323,7 +392,7 @@ def _assemble(
     limit: MemoryLimit | None,
 ) -> MemoryPrompt:
     """Tokenise the spans and place them."""
-    token_ids = tokenizers.encoder(memories, add_special_tokens=False)["input_ids"] if memories else []
+    token_ids = memory_ids(tokenizers.encoder, memories) if memories else []
     return replace(place_spans(ids, memories, token_ids, tokenizers.markers, chunk_size, limit), query=query)
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from utils.compress.expander import Expander
 from utils.compress.select import Expansion, MemoryText
 from utils.errors import ConfigError
 from utils.model.markers import PLACEHOLDER
-from utils.model.prompt import MemoryPrompt, MemorySpan, chat_query, chat_text, num_latents, place_spans
+from utils.model.prompt import MemoryPrompt, MemorySpan, chat_ids, chat_query, num_latents, place_spans
 from utils.serving.api_error import ApiError
 from utils.serving.bounded_tokenizer import first_ids, first_part, ids_within
 from utils.serving.memories import Memory
@@ -67,6 +68,8 @@ class PromptRows:
         self._chunk_size = config.chunk_size
         self._limit = processor.limit
         self._tokenizers = processor.tokenizers
+        # As `memory_ids` reads memories.
+        self._encoder = partial(processor.tokenizers.encoder, split_special_tokens=True)
         self._expander = Expander(processor.tokenizers)
         self._has_positions = parser.max_positions is not None
         # More tokens than this are in no prompt, whatever its chunk size.
@@ -110,7 +113,8 @@ class PromptRows:
         Raises:
             ApiError, PromptError: As `spans_alone`; also messages that the chat template refuses.
         """
-        ids = self._text_ids(chat_text(messages, self._tokenizers.decoder))
+        ids = chat_ids(messages, self._tokenizers.decoder, self._text_ids)
+        self.check_count(len(ids), "the text outside the memory")
         return self._place(ids, sources, chunk_size, chat_query(messages))
 
     def plain(self, prompt: Any) -> MemoryPrompt:
@@ -136,7 +140,7 @@ class PromptRows:
             ApiError: 413, it is longer than the decoder's positions.
         """
         query = prompt.query if expansion.query is None else expansion.query
-        ids = ids_within(self._tokenizers.encoder, query, self.max_prompt_rows) if query.strip() else []
+        ids = ids_within(self._encoder, query, self.max_prompt_rows) if query.strip() else []
         if ids is None:
             raise self._too_long("the question to select by (expand_query sets a shorter one)")
         size = prompt.spans[0].chunk_size if prompt.spans else self._chunk_size
@@ -208,7 +212,7 @@ class PromptRows:
         if limit is None or not limit.truncate or limit.max_tokens is None:
             return prompt
         spans = [
-            replace(span, text=first_part(self._tokenizers.encoder, span.text, limit.max_tokens), truncated_tokens=1)
+            replace(span, text=first_part(self._encoder, span.text, limit.max_tokens), truncated_tokens=1)
             if len(span.token_ids) == limit.max_tokens
             else span
             for span in prompt.spans
@@ -248,7 +252,7 @@ class PromptRows:
         return source.token_ids
 
     def _encoder_ids(self, text: str, most: int) -> array[int] | None:
-        limit, encoder = self._limit, self._tokenizers.encoder
+        limit, encoder = self._limit, self._encoder
         if limit is not None and limit.truncate and limit.max_tokens is not None:
             return array("I", first_ids(encoder, text, limit.max_tokens)[: limit.max_tokens])
         ids = ids_within(encoder, text, most)

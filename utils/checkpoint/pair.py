@@ -8,6 +8,7 @@ from utils.checkpoint.layout import CheckpointFiles
 from utils.checkpoint.load import check_vocabulary, load_decoder, load_memory_encoder, load_tokenizers
 from utils.checkpoint.settings import ON_CPU, EncoderSettings
 from utils.model.code_llava_model import CodeLLaVAModel
+from utils.model.markers import MARKERS
 from utils.model.prompt import PromptTokenizers
 
 
@@ -43,3 +44,16 @@ def end_tokens(decoder: Any, tokenizer: Any) -> list[int]:
     configured = decoder.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def framing_tokens(decoder: Any, tokenizer: Any) -> frozenset[int]:
+    """Ids that no answer shows: of ends, beginnings and the like, of the markers, and what the chat template writes.
+
+    A model may say other special tokens, such as `<filename>`: they are part of its text.
+    """
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    framing = {i for i, text in special.items() if text in template or text in MARKERS}
+    roles = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+    named = {i for role in roles if (i := getattr(tokenizer, f"{role}_token_id", None)) is not None}
+    return frozenset(framing.union(named, end_tokens(decoder, tokenizer)))

@@ -18,13 +18,13 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from utils.checkpoint.locate import find_checkpoint
-from utils.checkpoint.pair import end_tokens, load_pair
+from utils.checkpoint.pair import end_tokens, framing_tokens, load_pair
 from utils.checkpoint.settings import EncoderSettings
 from utils.client.completion import Completion, Sampling
 from utils.compress.latent_cache import LatentCache
 from utils.compress.span_encoder import SpanEncoder
 from utils.errors import PromptError
-from utils.inference.text_pieces import TextPieces
+from utils.inference.text_pieces import TextPieces, decode_answer
 from utils.model.code_llava_model import CodeLLaVAModel
 from utils.model.generate import continue_rows
 from utils.model.limits import check_prompt_fits
@@ -63,6 +63,7 @@ class Generator:
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.end_ids = end_tokens(decoder, tokenizer)
+        self.hidden_ids = framing_tokens(decoder, tokenizer)
 
     @property
     def max_rows(self) -> int | None:
@@ -114,7 +115,7 @@ class Generator:
         for number, row in enumerate(rows):
             self.check_room(len(row), sampling, f"prompt {number}" if len(rows) > 1 else "the prompt")
         max_tokens = sampling.max_tokens or (self.max_rows or 1 << 20) - max(map(len, rows))
-        pieces = [TextPieces(self.tokenizer, sampling.stop) for _ in rows]
+        pieces = [TextPieces(self.tokenizer, self.hidden_ids, sampling.stop) for _ in rows]
         watch = _Watch(pieces, self.end_ids, on_text, cancelled)
         if sampling.temperature >= _LEAST_TEMPERATURE:
             arguments |= {
@@ -143,7 +144,7 @@ class Generator:
         ended = pieces.stopped or (bool(ids) and ids[-1] in self.end_ids)
         count = pieces.num_tokens if pieces.stopped else len(ids)
         return Completion(
-            text=pieces.text if pieces.num_tokens else self.tokenizer.decode(ids, skip_special_tokens=True),
+            text=pieces.text if pieces.num_tokens else decode_answer(self.tokenizer, ids, self.hidden_ids),
             finish_reason="stop" if ended else "length",
             prompt_tokens=len(row),
             completion_tokens=count,

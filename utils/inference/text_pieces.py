@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 _UNFINISHED = "\ufffd"
+
+
+def decode_answer(tokenizer: Any, ids: Iterable[int], hidden: Collection[int]) -> str:
+    """The text of an answer, without the tokens that are no text."""
+    return str(tokenizer.decode([token for token in ids if token not in hidden]))
 
 
 class TextPieces:
     """The text of one answer.
 
     Args:
-        tokenizer: Decodes; special tokens are left out.
+        tokenizer: Decodes.
+        hidden: Ids that are no text, `utils.checkpoint.pair.framing_tokens`.
         stop: Strings that end the text; they and what follows are left out.
 
     Attributes:
@@ -21,11 +27,12 @@ class TextPieces:
         num_tokens: Tokens taken.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, hidden: Collection[int], stop: Sequence[str] = ()) -> None:
         self.stopped = False
         self.text = ""
         self.num_tokens = 0
         self._tokenizer = tokenizer
+        self._hidden = hidden
         self._stop = stop
         self._ids: list[int] = []
         # Tokens are decoded together with some before them: a tokenizer may write a word's first token differently.
@@ -53,7 +60,7 @@ class TextPieces:
         return now[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return decode_answer(self._tokenizer, ids, self._hidden)
 
     def _release(self, text: str, *, last: bool) -> str:
         if self.stopped:

@@ -11,11 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.tiny import CHATML, byte_tokenizer
+from utils.checkpoint.pair import framing_tokens
 from utils.client.completion import Sampling
 from utils.errors import PromptError
 from utils.inference.generation import Generator, batches_by_length
 from utils.inference.inference import load_model
-from utils.inference.text_pieces import TextPieces
+from utils.inference.text_pieces import TextPieces, decode_answer
+from utils.model.markers import MARKERS
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +100,20 @@ def test_what_does_not_fit_is_refused(generator: Generator, rows: list[torch.Ten
         generator.embed([1, 99999])
 
 
+def test_only_what_frames_a_turn_is_hidden(generator: Generator) -> None:
+    tokenizer = byte_tokenizer(markers=True, template=CHATML, bos=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": [*MARKERS, "<filename>"]})
+    hidden = framing_tokens(generator.decoder, tokenizer)
+    text = "<|endoftext|>a<filename>b<|im_end|><|im_start|>" + "".join(MARKERS)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert decode_answer(tokenizer, ids, hidden) == "a<filename>b"
+    pieces = TextPieces(tokenizer, hidden)
+    assert "".join([*map(pieces.add, ids), pieces.finish()]) == "a<filename>b"
+
+
 def test_text_is_given_out_once_it_is_certain(generator: Generator) -> None:
     def pieces(text: str, *stop: str) -> list[str]:
-        reader = TextPieces(generator.tokenizer, stop)
+        reader = TextPieces(generator.tokenizer, generator.hidden_ids, stop)
         told = [reader.add(token) for token in generator.tokenizer(text)["input_ids"]]
         return [*told, reader.finish()]
 

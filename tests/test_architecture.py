@@ -21,6 +21,7 @@ LINE: tuple[tuple[str, ...], ...] = (
         "utils/cli.py",
         "utils/intervals.py",
         "utils/packages.py",
+        "utils/notebooks.py",
         "utils/html_report.py",
         "utils/pretrained.py",
     ),

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from utils.checkpoint.settings import DTYPE_NAMES, EncoderSettings
 from utils.compress.latent_cache import LatentCache
-from utils.errors import ConfigError, PromptError
+from utils.errors import ConfigError, DatasetError, PromptError
 from utils.files import decode_text
 from utils.model.markers import Marked, Piece
+from utils.notebooks import SUFFIX as NOTEBOOK
+from utils.notebooks import notebook_text
 
 if TYPE_CHECKING:
     from utils.compress.select import Expansion
@@ -137,16 +139,28 @@ def open_cache(args: argparse.Namespace) -> LatentCache | None:
 def read_memory_files(paths: Sequence[str]) -> Marked:
     """Files as marked spans, in order, a line end after each; empty ones among others are passed over.
 
+    A notebook is its cells, see `utils.notebooks`.
+
     Raises:
-        PromptError: All files are empty, or one is not text.
+        PromptError: All files are empty, or one is not text or no notebook.
     """
-    texts = {path: read_text(path) for path in paths}
+    texts = {path: _memory_text(path) for path in paths}
     if empty := [path for path, text in texts.items() if not text]:
         if len(empty) == len(texts):
             raise PromptError(f"{', '.join(empty)} {'is' if len(empty) == 1 else 'are'} empty: nothing to compress")
         logger.warning("passed over, for there is nothing in it: %s", ", ".join(empty))
     spans = (Piece(texts[path], True) for path in paths if texts[path])
     return Marked(piece for span in spans for piece in (span, Piece("\n", False)))
+
+
+def _memory_text(path: str) -> str:
+    text = read_text(path)
+    if not path.endswith(NOTEBOOK) or not text:
+        return text
+    try:
+        return notebook_text(text)
+    except DatasetError as error:
+        raise PromptError(f"{path}: {error}") from None
 
 
 def read_text(path: str | Path) -> str:

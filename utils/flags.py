@@ -46,7 +46,12 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser, per_span_chunk_size: b
         + "; default: the checkpoint's own",
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>; default auto")
-    group.add_argument("--dtype", default="auto", choices=DTYPE_NAMES, help="default auto: as stored")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=DTYPE_NAMES,
+        help="default auto: as stored, float32 on a CPU without bfloat16",
+    )
     group.add_argument(
         *_spellings("--attn-implementation"), help="transformers name (eager, sdpa, …); default: packed encoding"
     )

@@ -332,7 +332,7 @@ class LocalCausalLm(LocalModel):
     def __init__(self, settings: BackendSettings) -> None:
         from transformers import AutoModelForCausalLM
 
-        from utils.checkpoint.load import check_report, resolve_device
+        from utils.checkpoint.load import check_report, in_fast_dtype, resolve_device
 
         try:
             folder = fetch(str(settings.model))
@@ -341,7 +341,8 @@ class LocalCausalLm(LocalModel):
             check_report(report, folder)
         except CheckpointError as error:
             raise CheckpointError(f"{settings.model} cannot be loaded as a causal language model: {error}") from None
-        super().__init__(settings, model.to(resolve_device(settings.device)).eval(), tokenizer)
+        device = resolve_device(settings.device)
+        super().__init__(settings, in_fast_dtype(model, device).to(device).eval(), tokenizer)
         self._tokenizer = tokenizer
         self._contexts = Contexts(settings)
         self.details = {"model": Path(str(settings.model)).name}

@@ -12,6 +12,7 @@ before use.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from utils.checkpoint.layout import CheckpointFiles, check_size
 from utils.checkpoint.lora import base_or_self, is_peft_folder, merge_lora
-from utils.checkpoint.settings import AUTOMATIC, DTYPE_NAMES, ON_CPU, EncoderSettings
+from utils.checkpoint.settings import AS_STORED, AUTOMATIC, DTYPE_NAMES, EncoderSettings
 from utils.checkpoint.weight_files import weight_files
 from utils.errors import CheckpointError, ConfigError
 from utils.model.adapter import Adapter
@@ -71,7 +72,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """Turn a name such as "float32" into a dtype; None and "auto" mean as stored.
+    """Turn a name such as "float32" into a dtype; None where it depends on the weights: "auto" and "stored".
 
     Raises:
         ConfigError: An unknown name.
@@ -80,13 +81,27 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         return dtype
     if dtype not in DTYPE_NAMES:
         raise ConfigError(f"--dtype {dtype}: expected {', '.join(DTYPE_NAMES)}")
-    return None if dtype == "auto" else getattr(torch, dtype)
+    return None if dtype in ("auto", "stored") else getattr(torch, dtype)
 
 
 def has_native_bfloat16() -> bool:
     """Whether this CPU has instructions for bfloat16; where it has none, float32 is several times as fast."""
     # Not in every build of torch.
     return bool(getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)())
+
+
+def in_fast_dtype(model: Any, device: torch.device) -> Any:
+    """What "auto" makes of a model that was loaded as stored, for the device it goes to."""
+    if device.type != "cpu" or model.dtype not in (torch.bfloat16, torch.float16) or has_native_bfloat16():
+        return model
+    _tell_of_float32()
+    return model.float()
+
+
+@functools.cache
+def _tell_of_float32() -> None:
+    """Once is enough."""
+    logger.info("this CPU has no bfloat16 of its own: float32 is used, which is faster here (--dtype says otherwise)")
 
 
 def load_tokenizers(files: CheckpointFiles) -> PromptTokenizers:
@@ -112,8 +127,8 @@ def load_memory_encoder(
         CheckpointError: A tensor is missing, unknown or of another shape than the configurations say.
         ConfigError: The device is not there, or the dtype unknown.
     """
-    target, wanted = resolve_device(settings.device), resolve_dtype(settings.dtype)
-    encoder = _load_model(AutoModel, files.encoder, wanted, settings.attn_implementation)
+    target = resolve_device(settings.device)
+    encoder = _load_model(AutoModel, files.encoder, settings, target)
     _round_rotary_frequencies(encoder, getattr(torch, files.config.rope_dtype))
     tokenizer = tokenizer or read_tokenizer(files.encoder)
     check_vocabulary(tokenizer, encoder.get_input_embeddings().weight, files.encoder)
@@ -140,9 +155,8 @@ def load_decoder(files: CheckpointFiles, settings: EncoderSettings = AUTOMATIC) 
         CheckpointError: A tensor is missing or of another shape than the configuration says.
         ConfigError: The device is not there, or the dtype unknown.
     """
-    dtype = resolve_dtype(settings.dtype)
-    model = _load_model(AutoModelForCausalLM, files.decoder, dtype, settings.attn_implementation)
     target = resolve_device(settings.device)
+    model = _load_model(AutoModelForCausalLM, files.decoder, settings, target)
     with explain_out_of_memory(f"loading the decoder to {target}", "use another --device"):
         return model.to(target).eval()
 
@@ -158,7 +172,7 @@ def load_embedding_table(files: CheckpointFiles) -> torch.Tensor:
     """
     if is_peft_folder(files.decoder):
         logger.info("%s holds LoRA weights: loading the base model for its embedding table", files.decoder)
-        return load_decoder(files, ON_CPU).get_input_embeddings().weight.detach()
+        return load_decoder(files, AS_STORED).get_input_embeddings().weight.detach()
     config = files.decoder_config
     if str(config.model_type).startswith(_SCALED_EMBEDDINGS):
         raise CheckpointError(
@@ -209,19 +223,21 @@ def resize_table(model: Any, num_tokens: int) -> None:
             layer.weight[old:] = mean.to(layer.weight.dtype)
 
 
-def _load_model(kind: Any, folder: Path, dtype: torch.dtype | None, attn_implementation: str | None) -> Any:
+def _load_model(kind: Any, folder: Path, settings: EncoderSettings, target: torch.device) -> Any:
     peft, base = is_peft_folder(folder), base_or_self(folder)
+    dtype = resolve_dtype(settings.dtype)
+    read = functools.partial(
+        read_model, name=base, dtype=dtype or "auto", attn_implementation=settings.attn_implementation
+    )
     if peft:
         # Those of any other folder were checked when it was found.
         weight_files(base)
     with without_progress_bars():
-        model, report = read_model(kind, base, dtype=dtype or "auto", attn_implementation=attn_implementation)
+        model, report = read(kind)
         lost = [name for name in report["missing_keys"] if name.endswith(_TABLE_NAMES)]
         if kind is AutoModel and lost and getattr(model.config, "tie_word_embeddings", False):
             # A model without a head does not find its table under the head's name.
-            whole, report = read_model(
-                AutoModelForCausalLM, base, dtype=dtype or "auto", attn_implementation=attn_implementation
-            )
+            whole, report = read(AutoModelForCausalLM)
             model = whole.base_model
     check_report(report, base)
     _check_dtype(model.dtype, base)
@@ -229,13 +245,13 @@ def _load_model(kind: Any, folder: Path, dtype: torch.dtype | None, attn_impleme
     if peft:
         resize_table(model, len(read_tokenizer(folder)))
         model = merge_lora(model, folder)
-    return model
+    return in_fast_dtype(model, target) if settings.dtype in (None, "auto") else model
 
 
 def _check_dtype(dtype: torch.dtype, path: Path) -> None:
     # Below two bytes a number torch can store, but not compute with.
     if not dtype.is_floating_point or dtype.itemsize < 2:
-        names = ", ".join(DTYPE_NAMES[1:])
+        names = ", ".join(DTYPE_NAMES[2:])
         raise CheckpointError(f"{path}: its weights are {dtype}: save them as one of {names}, or pass --dtype")
 
 

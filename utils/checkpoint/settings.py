@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-DTYPE_NAMES = ("auto", "bfloat16", "float16", "float32")
+DTYPE_NAMES = ("auto", "stored", "bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +18,8 @@ class EncoderSettings:
 
     Attributes:
         device: "auto", "cpu", "cuda" or "cuda:<number>".
-        dtype: One of `DTYPE_NAMES`; "auto" as stored.
+        dtype: One of `DTYPE_NAMES`; "auto" as stored, but float32 in place of the half on a CPU that has no bfloat16 of
+            its own, where it is several times as fast.
         attn_implementation: A transformers name (`eager`, `sdpa`, …), with which windows of equal length are batched;
             None: packed encoding wherever the encoder can, transformers' choice for a decoder.
         batch_tokens: Tokens of one encoder pass; None: chosen by device.
@@ -34,6 +35,8 @@ class EncoderSettings:
 
 AUTOMATIC = EncoderSettings()
 ON_CPU = EncoderSettings(device="cpu")
+# For weights that are written again, or taken as they are.
+AS_STORED = EncoderSettings(device="cpu", dtype="stored")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,7 +40,7 @@ class ModelArguments:
         auto_memory: Where a context has no markers, its longest part becomes memory if it has so many encoder tokens
             (`utils.harness.context.mark_longest`); None: it stays text.
         device: "auto", "cpu", "cuda" or "cuda:<number>".
-        dtype: "float32", "bfloat16", "float16"; "auto" as stored.
+        dtype: One of `utils.checkpoint.settings.DTYPE_NAMES`.
         batch_size: Prompts of one forward pass.
         max_gen_toks: New tokens where neither the task nor `--gen_kwargs` says.
         too_long: What becomes of a question that the decoder has no positions for: "error" ends the run before anything

@@ -69,7 +69,7 @@ def load_model(
         chunk_size: Encoder tokens per latent; None for the checkpoint's own.
         max_code_length: Most encoder tokens of one memory span; longer is an error.
         attn_implementation: A transformers name for both models; None: packed encoding, sdpa decoding.
-        dtype: "float32", "bfloat16", "float16"; None as stored.
+        dtype: A torch dtype or one of `utils.checkpoint.settings.DTYPE_NAMES`; None for "auto".
         truncate_memory: Cut spans over `max_code_length` at the end, with a warning, where otherwise it is an error.
         batch_tokens: Tokens of one encoder pass; None: chosen by device.
         cache: Latents of earlier encodings; None to encode everything.

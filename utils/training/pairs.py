@@ -12,6 +12,7 @@ from utils.checkpoint.default.assemble import assemble_default_checkpoint
 from utils.checkpoint.load import check_report, resize_table
 from utils.checkpoint.locate import find_checkpoint
 from utils.checkpoint.pair import end_tokens, load_pair
+from utils.checkpoint.settings import AS_STORED
 from utils.model.adapter import Adapter
 from utils.model.code_chunker import CodeChunker
 from utils.model.code_llava_model import CodeLLaVAModel, MemoryEncoder
@@ -41,7 +42,7 @@ def starting_pair(config: PairConfig, seed: int = 0) -> tuple[CodeLLaVAModel, Pr
         return build_toy_pair(seed)
     if config.checkpoint:
         root = assemble_default_checkpoint(trained=False) if config.checkpoint == DEFAULT else config.checkpoint
-        return load_pair(find_checkpoint(root))
+        return load_pair(find_checkpoint(root), AS_STORED)
     return _new_pair(config, seed)
 
 

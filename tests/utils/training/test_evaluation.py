@@ -13,7 +13,6 @@ from utils.checkpoint.save import save_checkpoint
 from utils.model.processor import Processor
 from utils.model.prompt import MemoryPrompt
 from utils.training.data.examples import Example
-from utils.training.evaluate import run
 from utils.training.evaluate.__main__ import main
 from utils.training.evaluate.evaluator import Asked, Evaluator, prompts_that_fit
 from utils.training.evaluate.scores import contains, edit_similarity, is_exact
@@ -54,17 +53,6 @@ def test_a_gpu_takes_as_many_prompts_as_its_memory_holds() -> None:
     assert prompts_that_fit(model.decoder, 1000, 3 * 50 * 1000 * row_bytes) == 50
     assert prompts_that_fit(model.decoder, 1000, 80 << 30) == 128
     assert prompts_that_fit(model.decoder, 1000, 0) == 1
-
-
-@pytest.mark.parametrize(
-    ("native", "wanted", "used"),
-    [(True, "auto", "auto"), (False, "auto", "float32"), (False, "bfloat16", "bfloat16")],
-)
-def test_a_cpu_without_bfloat16_uses_float32(
-    native: bool, wanted: str, used: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "has_native_bfloat16", lambda: native)
-    assert run.fastest_dtype(wanted, "cpu") == used
 
 
 def test_prompts_of_like_length_share_a_batch() -> None:

@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layout", choices=[x.name for x in LAYOUTS], default=LAYOUTS[0].name, help="default: %(default)s"
     )
-    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="auto", help="default auto: as the base is stored")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="stored", help="default: as the base is stored")
     parser.add_argument("--chunk-size", "--chunk_size", type=int, help="encoder tokens per latent; default: its own")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

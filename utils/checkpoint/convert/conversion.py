@@ -26,7 +26,7 @@ from utils.checkpoint.locate import find_checkpoint
 from utils.checkpoint.lora import ADAPTER_WEIGHTS
 from utils.checkpoint.pair import load_pair
 from utils.checkpoint.save import save_checkpoint
-from utils.checkpoint.settings import EncoderSettings, StateOptions
+from utils.checkpoint.settings import AS_STORED, StateOptions
 from utils.errors import CheckpointError
 from utils.files import refuse_overwriting_inputs
 from utils.pretrained import without_progress_bars
@@ -94,9 +94,9 @@ def convert(
     if base is None:
         _check_is_checkpoint(source)
     with _with_safetensors(source if base is None else base, Path(output)) as root:
-        model, tokenizers = load_pair(
-            find_checkpoint(root, chunk_size), EncoderSettings(device="cpu", dtype=dtype or "auto")
-        )
+        # What is fast on this machine is nothing for a file.
+        settings = AS_STORED if dtype in (None, "auto") else dataclasses.replace(AS_STORED, dtype=dtype)
+        model, tokenizers = load_pair(find_checkpoint(root, chunk_size), settings)
         if base is not None:
             options = options or StateOptions()
             found = find_state(source, options.format)

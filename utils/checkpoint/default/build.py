@@ -28,6 +28,7 @@ from utils.checkpoint.layout import open_checkpoint
 from utils.checkpoint.load import resize_table
 from utils.checkpoint.pair import load_pair
 from utils.checkpoint.save import save_adapter, save_checkpoint
+from utils.checkpoint.settings import AS_STORED
 from utils.checkpoint.trained_state import merge_trained_state
 from utils.errors import CheckpointError
 from utils.files import package_version, write_text
@@ -146,7 +147,7 @@ def merge_into_checkpoint(folder: Path, part: TrainedPart) -> None:
     Raises:
         CheckpointError: The part belongs to another pair.
     """
-    model, tokenizers = load_pair(open_checkpoint(folder))
+    model, tokenizers = load_pair(open_checkpoint(folder), AS_STORED)
     markers = tokenizers.markers
     unused = merge_trained_state(model, part.tensors(), part.lora_scales, (markers.start, markers.end))
     if unused:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from utils.checkpoint.settings import DTYPE_NAMES
 from utils.cli import EXIT_OK, make_parser, print_json, run_command
 from utils.compress.arms import ALL
 
@@ -28,8 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", help="folder, run folder or hub id; default: the embedded one")
     parser.add_argument("--reference", help="another checkpoint, answering from full text only; `untrained`: the start")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<number>; default auto")
-    parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32; default auto: as "
-                        "stored, float32 on a CPU without bfloat16")  # fmt: skip
+    parser.add_argument("--dtype", default="auto", help=f"{', '.join(DTYPE_NAMES)}; default auto: as stored, "
+                        "float32 on a CPU without bfloat16")  # fmt: skip
     data = parser.add_argument_group("examples")
     data.add_argument("--tasks", default=TASKS, help=f"default {TASKS}; all are listed in docs/training.md")
     data.add_argument("--num-examples", type=int, default=50, help="of each task, length and seed; default 50")

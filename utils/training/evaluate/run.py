@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from utils.checkpoint.default.assemble import assemble_default_checkpoint
-from utils.checkpoint.load import has_native_bfloat16, resolve_device
 from utils.checkpoint.locate import find_checkpoint
 from utils.compress.arms import FULL, Arm, check_arms, find_arms
 from utils.errors import ConfigError
@@ -26,8 +24,6 @@ from utils.training.evaluate.evaluator import Evaluator
 from utils.training.evaluate.records import RESULT, RecordsFile
 from utils.training.evaluate.report import draw, format_table, summarize
 
-logger = logging.getLogger(__name__)
-
 REFERENCE = "full, reference"
 _NEARLY = 0.9
 
@@ -38,11 +34,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     examples, places = _draw(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.dtype = fastest_dtype(args.dtype, args.device)
     model, _, processor = load_model(args.checkpoint, args.device, dtype=args.dtype)
     check_arms(arms, model.config)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    settings["checkpoint_files"] = _stamp(args.checkpoint)
+    settings |= {"checkpoint_files": _stamp(args.checkpoint), "dtype": str(model.decoder.dtype).removeprefix("torch.")}
     with RecordsFile(args.output, settings) as records:
         evaluated = Evaluator(model, processor, args.batch_size).run(examples, arms, records.done)
         records.take({**record, **places[record["number"]]} for record in evaluated)
@@ -58,14 +53,6 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         if args.output:
             _write(args.output, result, table)
     return result, table
-
-
-def fastest_dtype(dtype: str, device: str) -> str:
-    """What `auto` means here: as stored, but float32 on a CPU that has no bfloat16 of its own, where it is faster."""
-    if dtype == "auto" and resolve_device(device).type == "cpu" and not has_native_bfloat16():
-        logger.info("this CPU has no bfloat16 of its own: float32 is used, which is faster here")
-        return "float32"
-    return dtype
 
 
 def _write(output: Path, result: dict[str, Any], table: str) -> None:

@@ -41,8 +41,9 @@ from utils.compress.arm_prompts import ArmPrompts, expansion_of
 from utils.compress.arms import FULL, NONE, Arm, check_arms
 from utils.compress.latent_cache import LatentCache
 from utils.errors import CheckpointError, ConfigError
+from utils.model.chat import chat_ids
 from utils.model.processor import Processor
-from utils.model.prompt import chat_ids, with_one_beginning
+from utils.model.prompt import with_one_beginning
 from utils.pretrained import fetch, read_model, read_tokenizer
 
 if TYPE_CHECKING:

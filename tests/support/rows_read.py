@@ -8,8 +8,9 @@ import torch
 
 from tests.support.fake_server import rows_of
 from utils.compress.compressor import Compressor
+from utils.model.chat import chat_text
 from utils.model.markers import MEMORY
-from utils.model.prompt import MemoryPrompt, chat_text
+from utils.model.prompt import MemoryPrompt
 
 
 def rows_read(body: dict[str, Any], compressor: Compressor) -> torch.Tensor:

@@ -18,9 +18,10 @@ from typing import Any
 from utils.compress.expander import Expander
 from utils.compress.select import Expansion
 from utils.errors import PromptError
+from utils.model.chat import chat_query, chat_text
 from utils.model.markers import PLACEHOLDER, has_markers, split_spans, wrap
 from utils.model.processor import Processor
-from utils.model.prompt import MemoryPrompt, chat_query, chat_text
+from utils.model.prompt import MemoryPrompt
 
 _BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 # "Answer:" and the like say where the answer goes, not what is asked.

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.errors import PromptError
+from utils.model.chat import chat_query
 from utils.model.markers import MEMORY_END, MEMORY_START, PLACEHOLDER, Piece, has_markers, split_spans
-from utils.model.prompt import chat_query
 from utils.serving.api_error import ApiError, shown
 
 Part = dict[str, Any]

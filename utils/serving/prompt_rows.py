@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from utils.compress.expander import Expander
 from utils.compress.select import Expansion, MemoryText
 from utils.errors import ConfigError
+from utils.model.chat import chat_ids, chat_query
 from utils.model.markers import PLACEHOLDER
-from utils.model.prompt import MemoryPrompt, MemorySpan, chat_ids, chat_query, num_latents, place_spans
+from utils.model.prompt import MemoryPrompt, MemorySpan, num_latents, place_spans
 from utils.serving.api_error import ApiError
 from utils.serving.bounded_tokenizer import first_ids, first_part, ids_within
 from utils.serving.memories import Memory

@@ -117,7 +117,12 @@ class VllmClient:
 
         listing: Any = await self._retrying(lambda error: not error.unreachable)(list_once)
         offered = getattr(listing, "data", None) or []
-        return [ServedModel(name=model.id, max_model_len=getattr(model, "max_model_len", None)) for model in offered]
+        return [
+            ServedModel(name=model.id, max_model_len=getattr(model, "max_model_len", None))
+            for model in offered
+            # A gateway's variants of a model that it lists as well.
+            if not hasattr(model, "code_llava")
+        ]
 
     async def preflight(self, width: int | None = None) -> ServedModel:
         """Find out whether the server can answer, before anything large is sent, and fix the model's name.

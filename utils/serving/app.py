@@ -33,6 +33,7 @@ from utils.serving.encoder_queue import EncoderQueue
 from utils.serving.json_body import read_object
 from utils.serving.memories import Memory, MemoryStore
 from utils.serving.metrics import Metrics
+from utils.serving.model_names import with_variants
 from utils.serving.off_loop import OffLoop
 from utils.serving.read_request import CHAT, COMPLETIONS
 from utils.serving.request_options import EXTENSION
@@ -112,23 +113,28 @@ class Gateway:
         return await self._forward(request, COMPLETIONS)
 
     async def models(self) -> Response:
-        """Show the backend's models."""
-        answer = await self._backend.models()
-        return Response(answer.content, answer.status, media_type=answer.media_type)
+        """Show the backend's models, each with its variants of this gateway."""
+        listing = await self._models()
+        return listing if isinstance(listing, Response) else _json({"object": "list", "data": listing})
 
     async def model(self, model_id: str) -> Response:
         """Show one of the backend's models."""
-        answer = await self._backend.models()
-        if answer.status != 200 or not isinstance(answer.content, bytes):
-            return Response(answer.content, answer.status, media_type=answer.media_type)
-        try:
-            entries = {entry["id"]: entry for entry in orjson.loads(answer.content)["data"]}
-        except (orjson.JSONDecodeError, KeyError, TypeError):
-            raise ApiError(502, "the backend's list of models is none") from None
-        if model_id not in entries:
-            served = ", ".join(shown(name) for name in entries)
+        listing = await self._models()
+        if isinstance(listing, Response):
+            return listing
+        entry = next((entry for entry in listing if entry["id"] == model_id), None)
+        if entry is None:
+            served = ", ".join(shown(entry["id"]) for entry in listing if EXTENSION not in entry)
             raise ApiError(404, f"the model {shown(model_id)} does not exist: this server has {served or 'none'}")
-        return _json(entries[model_id])
+        return _json(entry)
+
+    async def _models(self) -> list[dict[str, Any]] | Response:
+        """The models with their variants; the backend's own answer where that is no list of models."""
+        answer = await self._backend.models()
+        with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
+            if answer.status == 200 and isinstance(answer.content, bytes):
+                return with_variants(orjson.loads(answer.content)["data"], self._requests.chunk_sizes)
+        return Response(answer.content, answer.status, media_type=answer.media_type)
 
     async def compression(self) -> Response:
         """Show the checkpoint and the limits."""

@@ -18,6 +18,7 @@ from utils.serving.api_error import ApiError, shown
 from utils.serving.chat_parts import ChatOutline, Part, SpanSplitter, outline_chat, text_part
 from utils.serving.json_body import read_object
 from utils.serving.memories import Memory, MemoryStore
+from utils.serving.model_names import read_name
 from utils.serving.prompt_rows import PromptRows
 from utils.serving.request_options import EXTENSION, OptionsReader, RequestOptions
 from utils.serving.settings import GatewaySettings
@@ -118,7 +119,7 @@ class RequestReader:
             PromptError: The markers are wrong.
             ApiError: 400, a body of another shape; 404, an unknown memory; 413, too many spans or bytes.
         """
-        body = read_object(raw)
+        body = read_name(read_object(raw), self.options.chunk_sizes)
         chat, prompts = None, []
         if path == CHAT:
             if self.is_local and isinstance(body.get("messages"), list):

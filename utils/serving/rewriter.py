@@ -135,6 +135,11 @@ class Rewriter(abc.ABC):
             return await self._bodies.run_if_long(len(raw), lambda: self._unchanged(read))
         return await self._rewrite(read, owner)
 
+    @property
+    def chunk_sizes(self) -> Sequence[int]:
+        """What requests may choose among; none where there are no latents."""
+        return self._options.chunk_sizes
+
     def settings_report(self) -> Body:
         """What a client may want to know before it asks: the checkpoint, what it may ask for, and the limits."""
         files, settings, default = self._parser.files, self._settings, self._options.default

@@ -235,8 +235,31 @@ def test_roles_and_tool_calls(gateway: httpx.Client) -> None:
     assert ask({"role": 5, "content": "x"}).status_code == 400
 
 
+def test_a_models_name_asks_for_compression(gateway: httpx.Client) -> None:
+    name = gateway.get("/v1/models").json()["data"][0]["id"]
+
+    memory = "".join(f"value_{number} = {number}\n" for number in range(8))
+
+    def told(**fields: Any) -> dict[str, Any]:
+        return gateway.post(CHAT, json=chat_body(f"What is value_3? {wrap(memory)}", **fields)).json()
+
+    plain, latents, mixed = (told(model=f"{name}{variant}") for variant in ("", "@4x", "@4x+expand"))
+    assert latents["choices"] == plain["choices"]
+    assert (latents["code_llava"]["text_rows"], latents["model"]) == (0, name)
+    said = told(model=name, code_llava={"chunk_size": 4, "expand": "1/4"})
+    assert mixed["choices"] == said["choices"]
+    assert mixed["code_llava"]["text_rows"] == said["code_llava"]["text_rows"] > 0
+    # The body's own word on what stays text goes first; two chunk sizes are one too many.
+    assert told(model=f"{name}@4x+expand", code_llava={"expand_tokens": 0})["code_llava"]["text_rows"] == 0
+    assert told(model=f"{name}@5x")["error"]["code"] == 404
+    wrong = told(model=f"{name}@4x", code_llava={"chunk_size": 8})
+    assert "has chunk size 4, code_llava asks for 8" in wrong["error"]["message"]
+
+
 def test_one_model_is_shown_by_its_name(gateway: httpx.Client) -> None:
-    (entry,) = gateway.get("/v1/models").json()["data"]
+    entry, *variants = gateway.get("/v1/models").json()["data"]
+    assert [variant["id"] for variant in variants] == [f"{entry['id']}@4x", f"{entry['id']}@4x+expand"]
+    assert gateway.get(f"/v1/models/{variants[1]['id']}").json() == variants[1]
     assert entry["created"] > 1_700_000_000
     assert gateway.get(f"/v1/models/{entry['id']}").json() == entry
     got = gateway.get("/v1/models/meta/other")

@@ -42,7 +42,7 @@ async function connect() {
     $("budget").min = textOnly ? 1 : 0;
     showBudget();
     fill($("chunk-size"), compression.chunk_sizes, compression.chunk_size);
-    fill($("model"), models.data.map((model) => model.id));
+    fill($("model"), models.data.filter((model) => !model.code_llava).map((model) => model.id));
     $("server").textContent = `checkpoint ${compression.checkpoint}`;
     $("server").classList.remove("bad");
   } catch (error) {

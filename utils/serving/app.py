@@ -39,6 +39,7 @@ from utils.serving.read_request import CHAT, COMPLETIONS
 from utils.serving.request_options import EXTENSION
 from utils.serving.rewriter import CompressedRequest, Rewriter
 from utils.serving.settings import GatewaySettings, owner_of
+from utils.serving.stream_report import stream_with_report, wants_report
 from utils.serving.text_requests import TextRequests, TextSelector
 
 logger = logging.getLogger(__name__)
@@ -196,6 +197,8 @@ class Gateway:
         headers = {**_report_headers(compressed), **answer.headers}
         content = answer.content
         if not isinstance(content, bytes):
+            if answer.status == 200 and wants_report(compressed):
+                content = stream_with_report(content, compressed)
             return StreamingResponse(content, answer.status, headers, media_type=answer.media_type)
         if compressed.is_ours and answer.status == 200:
             with_report = functools.partial(_with_report, content, compressed)

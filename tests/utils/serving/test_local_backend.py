@@ -112,6 +112,10 @@ def test_usage_and_ends(gateway: httpx.Client, compressor: Compressor) -> None:
         )]  # fmt: skip
     assert pieces[-1].usage is not None
     assert pieces[-1].usage.total_tokens == rows + 3
+    told = pieces[-1].model_dump()["code_llava"]
+    assert {**told, "encode_milliseconds": 0, "cached_tokens": 0, "spans": []} == {
+        **whole["code_llava"], "encode_milliseconds": 0, "cached_tokens": 0, "spans": [],
+    }  # fmt: skip
     assert [choice.finish_reason for piece in pieces for choice in piece.choices][-1] == "length"
 
 

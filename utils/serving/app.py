@@ -186,7 +186,7 @@ class Gateway:
 
     async def _forward(self, request: Request, path: str) -> Response:
         raw = await _read_body(request)
-        compressed = await _unless_gone(request, self._requests.compress(path, raw, request.state.owner))
+        compressed = await _unless_gone(request, self._compress(path, raw, request))
         if compressed.loop is not None:
             compressed, answer = await _unless_gone(request, compressed.loop.run(self._backend.ask))
             self._metrics.note_spans(compressed.reports)
@@ -204,6 +204,11 @@ class Gateway:
             with_report = functools.partial(_with_report, content, compressed)
             content = await self._long_work.run_if_long(len(content), with_report)
         return Response(content, answer.status, headers, media_type=answer.media_type)
+
+    async def _compress(self, path: str, raw: bytes, request: Request) -> CompressedRequest:
+        # For proxies that cannot touch bodies.
+        may_mark = request.headers.get(_HEADER + "Auto", "").strip().lower() != "off"
+        return await self._requests.compress(path, raw, request.state.owner, may_mark=may_mark)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:

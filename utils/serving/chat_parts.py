@@ -25,6 +25,21 @@ RESERVED = "<prompt_embeds>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AutoPart:
+    """What became of a part of a chat that nobody marked (`auto_memory.py`).
+
+    Attributes:
+        message: Its message's number.
+        characters: Its length.
+        reason: Why it stays text; None for a part that became memory.
+    """
+
+    message: int
+    characters: int
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChatOutline:
     """Messages in which the memory spans are still to be filled in.
 
@@ -32,11 +47,13 @@ class ChatOutline:
         messages: As they came.
         pieces: Each message's content as pieces of text and foreign parts, in order.
         spans: The spans' texts in order.
+        auto: What became of each part; None where only markers count.
     """
 
     messages: list[dict[str, Any]]
     pieces: list[list[Piece | Part]]
     spans: list[str]
+    auto: Sequence[AutoPart] | None = None
 
     def fill(self, span_parts: Sequence[Sequence[Part]]) -> list[dict[str, Any]]:
         """The messages with content parts in each span's place; neighbouring texts become one."""
@@ -126,8 +143,7 @@ def outline_chat(messages: Any, max_spans: int | None = None) -> ChatOutline:
         pieces = _content_pieces(message.get("content"), number, splitter)
         if memories := _memories(pieces):
             # A message that is written anew must be understood; one that is passed on is the backend's to judge.
-            _check_role(role, number)
-            _check_texts(message["content"], number)
+            check_message(message, number)
         spans += memories
         all_pieces.append(pieces)
     return ChatOutline(messages=messages, pieces=all_pieces, spans=spans)
@@ -203,6 +219,16 @@ def _joined(parts: Sequence[Part]) -> list[Part]:
         elif text := "".join(part["text"] for part in group):
             joined.append(text_part(text))
     return joined
+
+
+def check_message(message: dict[str, Any], number: int) -> None:
+    """Check what a message must have that is written anew.
+
+    Raises:
+        PromptError: A role or a text part that is no text.
+    """
+    _check_role(message.get("role"), number)
+    _check_texts(message.get("content"), number)
 
 
 def _check_role(role: Any, number: int) -> None:

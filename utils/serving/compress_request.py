@@ -60,7 +60,7 @@ class RequestCompressor(Rewriter):
     ) -> None:
         config = compressor.files.config
         sizes = {config.chunk_size, *config.chunk_sizes}
-        options = OptionsReader(sizes, settings.expansion, has_tool=not is_local)
+        options = OptionsReader(sizes, settings.expansion, has_tool=not is_local, auto=settings.auto_memory)
         super().__init__(compressor, options, memories, settings, is_local=is_local)
         self._compressor = compressor
         self._queue = queue

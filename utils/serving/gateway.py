@@ -13,7 +13,7 @@ import sys
 from utils.cli import make_parser, run_command
 from utils.errors import ConfigError
 from utils.flags import add_cache_flags, add_checkpoint_flags, add_expand_flags, add_memory_limit_flags
-from utils.serving.settings import DEFAULT_BACKEND_URL, GatewaySettings, is_loopback, read_keys
+from utils.serving.settings import DEFAULT_AUTO_TOKENS, DEFAULT_BACKEND_URL, GatewaySettings, is_loopback, read_keys
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--on-error", choices=("fail", "plain-text"), default="fail",
         help="when the encoder fails: refuse, or send the memory as text and say so; default fail",
     )  # fmt: skip
+    server.add_argument(
+        "--auto-memory", type=int, nargs="?", const=DEFAULT_AUTO_TOKENS, metavar="TOKENS",
+        help="let long parts of chats without markers become memory, from so many tokens on; never the last user "
+        f"message; default off, {DEFAULT_AUTO_TOKENS} without a number",
+    )  # fmt: skip
     server.add_argument("--max-body-mb", type=int, default=64, help="longest request body in MiB; default 64")
     server.add_argument("--max-spans", type=int, default=1024, help="most memory spans of a request; default 1024")
     server.add_argument("--max-waiting", type=int, default=256, help="requests waiting for the encoder; default 256")
@@ -96,6 +101,8 @@ def _run(args: argparse.Namespace) -> int:
     for flag in ("max_body_mb", "max_spans", "max_waiting", "max_batch_tokens"):
         if getattr(args, flag) < 1:
             raise ConfigError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
+    if args.auto_memory is not None and args.auto_memory < 1:
+        raise ConfigError(f"--auto-memory must be at least 1, got {args.auto_memory}")
     if args.backend == "local" and args.backend_url:
         raise ConfigError("--backend local answers in this process: leave --backend-url out")
     if args.backend == "text" and args.chunk_size is not None:
@@ -108,6 +115,7 @@ def _run(args: argparse.Namespace) -> int:
         allowed_hosts=_each(args.allowed_host),
         allowed_origins=_each(args.allowed_origin),
         on_error=args.on_error,
+        auto_memory=args.auto_memory,
         max_body_bytes=args.max_body_mb << 20,
         max_spans=args.max_spans,
         max_waiting=args.max_waiting,

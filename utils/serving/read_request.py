@@ -15,6 +15,7 @@ from typing import Any
 from utils.errors import PromptError
 from utils.model.markers import has_markers
 from utils.serving.api_error import ApiError, shown
+from utils.serving.auto_memory import mark_long_parts
 from utils.serving.chat_parts import ChatOutline, Part, SpanSplitter, outline_chat, text_part
 from utils.serving.json_body import read_object
 from utils.serving.memories import Memory, MemoryStore
@@ -107,13 +108,14 @@ class RequestReader:
     is_local: bool
     salted: bool
 
-    def read(self, path: str, raw: bytes, owner: str) -> ReadRequest:
+    def read(self, path: str, raw: bytes, owner: str, *, may_mark: bool = True) -> ReadRequest:
         """Read a body.
 
         Args:
             path: The endpoint, `CHAT` or `COMPLETIONS`.
             raw: The body.
             owner: Whose memories it may use, and what it may not share.
+            may_mark: Long parts without markers may become memory, if that is wanted.
 
         Raises:
             PromptError: The markers are wrong.
@@ -121,15 +123,17 @@ class RequestReader:
         """
         body = read_name(read_object(raw), self.options.chunk_sizes)
         chat, prompts = None, []
+        options = self.options.read(body)
         if path == CHAT:
             if self.is_local and isinstance(body.get("messages"), list):
                 self.rows.check_count(len(body["messages"]), "the chat, at one row a message or more")
             chat = outline_chat(body.get("messages"), self.settings.max_spans)
+            if options.auto and may_mark:
+                chat = mark_long_parts(chat, options.auto, self.settings.max_spans)
             spans = chat.spans
         else:
             prompts = self._marked_prompts(body)
             spans = [span for pieces in prompts for span in pieces[1::2]]
-        options = self.options.read(body)
         if options.tool and path != CHAT:
             raise ApiError(400, "the tool expand needs a chat: completions call no tools")
         sources = [self.memories.resolve(span, owner) or span for span in spans]

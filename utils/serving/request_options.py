@@ -15,10 +15,11 @@ from typing import Any
 from utils.compress.policies.registry import WHOLE
 from utils.compress.select import Expansion, read_share
 from utils.serving.api_error import ApiError, shown
+from utils.serving.settings import DEFAULT_AUTO_TOKENS
 
 # A request may say {"code_llava": {"chunk_size": 16}}; the answer tells under the same name what was done.
 EXTENSION = "code_llava"
-FIELDS = ("chunk_size", "expand_tokens", "expand", "expand_query", "expand_policy", "tool")
+FIELDS = ("chunk_size", "expand_tokens", "expand", "expand_query", "expand_policy", "tool", "auto")
 # `answer` knows what only an evaluation knows.
 REQUEST_POLICIES = ("bm25", "latents", "random", "all", "none")
 
@@ -32,12 +33,14 @@ class RequestOptions:
         expansion: How much of the memory stays text; None for nothing.
         asks_to_expand: The request said so itself: what cannot be done is then an error.
         tool: The model gets the tool that shows segments as text.
+        auto: Parts of a chat from so many tokens on become memory without markers; None: markers alone count.
     """
 
     chunk_size: int | None = None
     expansion: Expansion | None = None
     asks_to_expand: bool = False
     tool: bool = False
+    auto: int | None = None
 
 
 class OptionsReader:
@@ -48,6 +51,7 @@ class OptionsReader:
         default: Expansion of requests that say nothing about it.
         policies: What they may choose.
         has_tool: The backend is a server that reads latents, so that its model can be offered the tool.
+        auto: What requests get that say nothing about it.
     """
 
     def __init__(
@@ -57,11 +61,13 @@ class OptionsReader:
         policies: tuple[str, ...] = REQUEST_POLICIES,
         *,
         has_tool: bool = False,
+        auto: int | None = None,
     ) -> None:
         self.chunk_sizes = sorted(chunk_sizes)
         self.default = None if default is None or default.is_off else default
         self.policies = policies
         self._has_tool = has_tool
+        self._auto = auto
 
     def read(self, body: Mapping[str, Any]) -> RequestOptions:
         """The options of a body.
@@ -81,7 +87,19 @@ class OptionsReader:
             expansion=self._expansion(given) if asks else self.default,
             asks_to_expand=asks,
             tool=self._tool(given.get("tool")),
+            auto=self._least_tokens(given.get("auto")),
         )
+
+    def _least_tokens(self, given: Any) -> int | None:
+        if given is None:
+            return self._auto
+        if isinstance(given, bool):
+            return (self._auto or DEFAULT_AUTO_TOKENS) if given else None
+        if not isinstance(given, int) or given < 1:
+            raise ApiError(
+                400, f"auto is {shown(given)}, expected true, false, or the least tokens of a part, 1 or more"
+            )
+        return given
 
     def _tool(self, given: Any) -> bool:
         if given not in (None, "expand"):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import orjson
 
 from utils.model.prompt import MemoryPrompt
+from utils.serving.chat_parts import AutoPart
 from utils.serving.encoder_queue import EncodedSpan
 from utils.serving.expand_tool import ExpandTool
 from utils.serving.json_body import MAX_DEPTH, MAX_VALUES
@@ -44,6 +45,7 @@ class CompressedRequest:
         reports: What became of each span.
         tool: What the model did with the tool `expand`; None where it was not offered.
         loop: Asks on the request's behalf, round by round.
+        auto: What became of each part of a chat without markers; None where only markers count.
         mode: Whether memory becomes latents, or text for a backend that reads nothing else.
     """
 
@@ -57,6 +59,7 @@ class CompressedRequest:
     reports: Sequence[SpanReport] = ()
     tool: Body | None = None
     loop: ExpandTool | None = None
+    auto: Sequence[AutoPart] | None = None
     mode: Mode = "latents"
 
     def report(self) -> Body:
@@ -66,6 +69,7 @@ class CompressedRequest:
             **totals(self.reports),
             "fallback": "plain-text" if self.fallback else None,
             **({} if self.tool is None else {"tool": self.tool}),
+            **({} if self.auto is None else {"auto": [asdict(part) for part in self.auto]}),
             "spans": [span.to_json() for span in self.reports],
         }
 
@@ -117,20 +121,21 @@ class Rewriter(abc.ABC):
         self._tokenizer.close()
         self._bodies.close()
 
-    async def compress(self, path: str, raw: bytes, owner: str = "") -> CompressedRequest:
+    async def compress(self, path: str, raw: bytes, owner: str = "", *, may_mark: bool = True) -> CompressedRequest:
         """Rewrite a body.
 
         Args:
             path: The endpoint, `CHAT` or `COMPLETIONS`.
             raw: The body.
             owner: Whose memories and cache entries it may use, and what it may not share.
+            may_mark: Long parts without markers may become memory, if that is wanted.
 
         Raises:
             PromptError: The markers are wrong, or a span is too long.
             ApiError: 400, a body of another shape; 413, too many spans or rows; also an unknown memory, a full queue,
                 an encoder that failed.
         """
-        read = await self._bodies.run_if_long(len(raw), lambda: self._reader.read(path, raw, owner))
+        read = await self._bodies.run_if_long(len(raw), lambda: self._reader.read(path, raw, owner, may_mark=may_mark))
         if not (read.sources or self._is_local):
             return await self._bodies.run_if_long(len(raw), lambda: self._unchanged(read))
         return await self._rewrite(read, owner)
@@ -178,5 +183,11 @@ class Rewriter(abc.ABC):
 
     def _forward(self, read: ReadRequest, body: Body, content: bytes, **more: Any) -> CompressedRequest:
         return CompressedRequest(
-            path=read.path, body=body, content=content, is_ours=read.is_ours, mode=self.mode, **more
+            path=read.path,
+            body=body,
+            content=content,
+            is_ours=read.is_ours,
+            auto=read.chat.auto if read.chat else None,
+            mode=self.mode,
+            **more,
         )

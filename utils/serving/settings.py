@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 OnError = Literal["fail", "plain-text"]
 DEFAULT_BACKEND_URL = "http://127.0.0.1:8000"
+# From so many tokens on a part of a chat becomes memory without markers, where that is wanted.
+DEFAULT_AUTO_TOKENS = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,8 @@ class GatewaySettings:
         api_keys: Keys of which clients must send one; none lets everyone in.
         on_error: What to do when the encoder fails: refuse the request, or send the memory as plain text and say so.
         expansion: How much of the memory stays text in requests that say nothing about it; None for nothing.
+        auto_memory: Parts of chats from so many tokens on become memory without markers, in requests that say nothing
+            about it; None: markers alone count.
         max_body_bytes: Longest request body.
         max_bodies_bytes: All bodies in work together; None: four of the longest.
         max_spans: Most memory spans in one request.
@@ -81,6 +85,7 @@ class GatewaySettings:
     api_keys: tuple[str, ...] = ()
     on_error: OnError = "fail"
     expansion: Expansion | None = None
+    auto_memory: int | None = None
     max_body_bytes: int = 64 << 20
     max_bodies_bytes: int | None = None
     max_spans: int = 1024

@@ -89,7 +89,7 @@ class TextRequests(Rewriter):
                 "--backend text has no latents: it needs a budget above 0 and one of the policies "
                 f"{', '.join(TEXT_POLICIES)}"
             )
-        options = OptionsReader((), default, TEXT_POLICIES)
+        options = OptionsReader((), default, TEXT_POLICIES, auto=settings.auto_memory)
         # Other servers than vLLM know no salt, and some refuse fields that they do not know.
         super().__init__(selector, options, memories, settings, salted=False)
         self._decoder = selector.processor.tokenizers.decoder

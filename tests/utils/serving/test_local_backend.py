@@ -260,6 +260,31 @@ def test_a_models_name_asks_for_compression(gateway: httpx.Client) -> None:
     assert "has chunk size 4, code_llava asks for 8" in wrong["error"]["message"]
 
 
+def test_long_parts_become_memory_where_that_is_wanted(gateway: httpx.Client) -> None:
+    old = "value = 1\n" * 12
+    messages = [{"role": "tool", "content": old}, {"role": "user", "content": "What is value?"}]
+
+    def told(headers: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
+        body = {"messages": messages, "max_tokens": 1, "temperature": 0, "code_llava": options}
+        return gateway.post(CHAT, json=body, headers=headers).json()["code_llava"]
+
+    report = told(auto=20)
+    assert (report["memory_tokens"], len(report["spans"])) == (len(old), 1)
+    assert report["auto"] == [
+        {"message": 0, "characters": len(old), "reason": None},
+        {"message": 1, "characters": 14, "reason": "the last user message"},
+    ]
+    assert told()["spans"] == told(auto=False)["spans"] == told({"X-Code-Llava-Auto": "off"}, auto=20)["spans"] == []
+    assert told(auto=True)["auto"][0]["reason"] == "shorter than 2000 characters"
+    # The same rows as with markers.
+    marked = [{"role": "tool", "content": wrap(old)}, messages[1]]
+    ours, theirs = (
+        gateway.post(CHAT, json={"messages": chat, "max_tokens": 4, "temperature": 0, "code_llava": options}).json()
+        for chat, options in ((messages, {"auto": 20}), (marked, {}))
+    )
+    assert (ours["choices"], ours["usage"]) == (theirs["choices"], theirs["usage"])
+
+
 def test_one_model_is_shown_by_its_name(gateway: httpx.Client) -> None:
     entry, *variants = gateway.get("/v1/models").json()["data"]
     assert [variant["id"] for variant in variants] == [f"{entry['id']}@4x", f"{entry['id']}@4x+expand"]

@@ -17,8 +17,7 @@ from utils.compress.latent_cache import LatentCache
 from utils.errors import ConfigError, DatasetError, PromptError
 from utils.files import decode_text
 from utils.model.markers import Marked, Piece
-from utils.notebooks import SUFFIX as NOTEBOOK
-from utils.notebooks import notebook_text
+from utils.notebooks import memory_text
 
 if TYPE_CHECKING:
     from utils.compress.select import Expansion
@@ -160,10 +159,8 @@ def read_memory_files(paths: Sequence[str]) -> Marked:
 
 def _memory_text(path: str) -> str:
     text = read_text(path)
-    if not path.endswith(NOTEBOOK) or not text:
-        return text
     try:
-        return notebook_text(text)
+        return memory_text(path, text)
     except DatasetError as error:
         raise PromptError(f"{path}: {error}") from None
 

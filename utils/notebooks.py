@@ -17,7 +17,20 @@ from typing import Any
 from utils.errors import DatasetError
 from utils.files import parse_json
 
-SUFFIX = ".ipynb"
+_SUFFIX = ".ipynb"
+
+
+def memory_text(path: str, text: str) -> str:
+    """What of a file's text is memory: of a notebook the cells, of any other all.
+
+    Args:
+        path: Its name tells what it is.
+        text: All of it; an empty notebook is an empty file.
+
+    Raises:
+        DatasetError: As `notebook_text`.
+    """
+    return notebook_text(text) if path.endswith(_SUFFIX) and text else text
 
 
 def notebook_text(text: str) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ruler.generation.counting import PieceCounter
-from ruler.generation.tasks.base import Sample, SampleFailed, Streams, TaskGenerator, TooShortError
+from ruler.generation.tasks.base import NotFullError, Sample, SampleFailed, Streams, TaskGenerator, TooShortError
 from utils.errors import DatasetError
 
 MIN_FILL = 0.98
@@ -154,7 +154,7 @@ def balanced_row(maker: RowMaker, seed: int, number: int) -> dict[str, Any]:
     sample = maker.flat(sample)
     length = maker.measure(sample)
     if length < MIN_FILL * budget:
-        raise DatasetError(f"{name}: sample {number} fills {length} of {budget} tokens, expected {MIN_FILL:.0%}")
+        raise NotFullError(f"{name}: sample {number} fills {length} of {budget} tokens, expected {MIN_FILL:.0%}")
     maker.check_whole(sample, length)
     return maker.row(sample, number, length)
 

@@ -18,7 +18,7 @@ from ruler.generation.counting import PieceCounter
 from ruler.generation.data_files import RulerData
 from ruler.generation.essay import Essay
 from ruler.generation.fitting import CountMismatchError, RowMaker, balanced_row, compat_rows, derive_seed
-from ruler.generation.tasks.base import Prompt, Streams, TaskGenerator, TooShortError
+from ruler.generation.tasks.base import NotFullError, Prompt, Streams, TaskGenerator, TooShortError
 from ruler.generation.tasks.code import CodeTask
 from ruler.generation.tasks.common_words import CommonWords
 from ruler.generation.tasks.freq_words import FreqWords
@@ -173,14 +173,16 @@ def with_enough_length(recipe: Recipe, error: TooShortError) -> TooShortError:
     enough = recipe.max_seq_length
     for _ in range(_MAX_LENGTHS):
         # A little more than what was missing: other rows miss a little more.
-        enough = max(error.needed or 0, enough) + enough // 100
+        enough = max(error.needed or enough + 1, enough) + enough // 100
         try:
             collections.deque(generate_rows(replace(recipe, max_seq_length=enough)), maxlen=0)
         except TooShortError as longer:
             error = TooShortError(error.fact, longer.needed)
-        except DatasetError:
-            # Too coarse for this length, as a rule.
+        except NotFullError:
             error = TooShortError(error.fact, enough + 1)
+        except DatasetError:
+            # Something else is wrong, which more room does not mend.
+            return error
         else:
             return TooShortError(error.fact, enough, recipe.num_samples)
     return error

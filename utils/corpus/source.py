@@ -25,8 +25,7 @@ from typing import Any, ClassVar, TypeAlias
 from utils.corpus.reading import UnusableTextError, open_regular, read_lines, read_whole, too_long
 from utils.errors import DatasetError, shown_name
 from utils.files import decode_text, parse_json, sha256_bytes
-from utils.notebooks import SUFFIX as NOTEBOOK
-from utils.notebooks import notebook_text
+from utils.notebooks import memory_text
 
 # Of one file, or of one line: its tokens and latents are in memory together (16 MiB of code take some 3 GB).
 MAX_TEXT_BYTES = 16 << 20
@@ -163,12 +162,10 @@ class FolderSource(_Source):
             raise UnusableTextError(f"not {error.encoding.upper()} text (byte {error.start})") from None
         if "\0" in text:
             raise UnusableTextError("binary (it holds a zero byte)")
-        if path.endswith(NOTEBOOK) and text:
-            try:
-                text = notebook_text(text)
-            except DatasetError as error:
-                raise UnusableTextError(str(error)) from None
-        return text
+        try:
+            return memory_text(path, text)
+        except DatasetError as error:
+            raise UnusableTextError(str(error)) from None
 
     def _target(self, path: str) -> Path:
         """The file behind a path, which may be a link."""

@@ -78,7 +78,7 @@ class ContextReader:
         """The same of what `marked` gave, or the beginning of it."""
         key = (type(text), text)
         if key not in self._prompts:
-            prompt = self.processor.parse_raw(text, add_special_tokens=self.lacks_special_tokens(text))
+            prompt = self.processor.parse_raw(text, add_special_tokens=not isinstance(text, ChatContext))
             if not prompt.input_ids:
                 raise PromptError("the context is empty: a decoder continues at least one token")
             if isinstance(text, ChatContext):
@@ -133,11 +133,6 @@ class ContextReader:
         if text not in self._marked:
             self._marked[text] = mark_longest(text, self.least_memory_tokens, self._num_memory_tokens)
         return self._marked[text]
-
-    def lacks_special_tokens(self, text: str) -> bool:
-        """Whether the tokenizer is to add its special tokens; a chat, or a prompt that was one, brings them."""
-        bos = self.processor.tokenizers.decoder.bos_token
-        return not (isinstance(text, ChatContext) or (bos and text.startswith(bos)))
 
     def _num_memory_tokens(self, text: str) -> int:
         return len(self.processor.tokenizers.encoder(text, add_special_tokens=False)["input_ids"])

@@ -15,7 +15,7 @@ from utils.errors import ConfigError, PromptError
 from utils.harness.context import ChatContext, ContextReader
 from utils.harness.likelihood import Scored
 from utils.model.markers import MEMORY_END, PLACEHOLDER, has_markers, split_spans
-from utils.model.prompt import MemoryPrompt
+from utils.model.prompt import MemoryPrompt, with_one_beginning
 
 
 def read_pair(reader: ContextReader, context: str, continuation: str) -> Scored:
@@ -70,7 +70,7 @@ def _split(reader: ContextReader, context: str, continuation: str) -> tuple[str,
     # A placeholder stands for what comes before: no token reaches over it, and tokenizers treat a text's beginning in
     # their own ways.
     before = PLACEHOLDER if memories else ""
-    special = bool(given) and not memories and reader.lacks_special_tokens(given)
+    special = bool(given) and not memories and not isinstance(given, ChatContext)
     num_given = len(_tokens(reader, before + kept, special))
     ids = _tokens(reader, before + last.text + continuation, special)[num_given:]
     if not ids:
@@ -87,4 +87,6 @@ def _beginning(reader: ContextReader) -> MemoryPrompt:
 
 
 def _tokens(reader: ContextReader, text: str, special: bool) -> list[int]:
-    return list(reader.processor.tokenizers.decoder(text, add_special_tokens=special)["input_ids"])
+    decoder = reader.processor.tokenizers.decoder
+    ids = list(decoder(text, add_special_tokens=special)["input_ids"])
+    return with_one_beginning(ids, decoder) if special else ids

@@ -10,12 +10,11 @@ marked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from utils.model.markers import Piece
 from utils.serving.api_error import ApiError
-from utils.serving.chat_parts import AutoPart, ChatOutline, check_message
+from utils.serving.chat_parts import AutoPart, ChatOutline, Part, check_message, memories_in
 
 # Nothing is tokenised before it is known to fit; of code and English a token has about as many.
 CHARACTERS_PER_TOKEN = 4
@@ -38,14 +37,14 @@ def mark_long_parts(outline: ChatOutline, least_tokens: int, max_spans: int) -> 
     roles = [message.get("role") for message in outline.messages]
     asked = max((number for number, role in enumerate(roles) if role == "user"), default=None)
     parts: list[AutoPart] = []
-    all_pieces = []
+    all_pieces: list[list[Piece | Part]] = []
     for number, (message, pieces) in enumerate(zip(outline.messages, outline.pieces, strict=True)):
         reason = None
         if number == asked:
             reason = "the last user message"
         elif number == len(roles) - 1 and roles[number] == "assistant":
             reason = "the model continues it"
-        marked = []
+        marked: list[Piece | Part] = []
         for piece in pieces:
             if isinstance(piece, Piece) and piece.text:
                 own = reason or _too_short(piece.text, least_tokens)
@@ -55,7 +54,7 @@ def mark_long_parts(outline: ChatOutline, least_tokens: int, max_spans: int) -> 
                 piece = Piece(piece.text, own is None)
             marked.append(piece)
         all_pieces.append(marked)
-    spans = _memories(all_pieces)
+    spans = [text for pieces in all_pieces for text in memories_in(pieces)]
     if len(spans) > max_spans:
         raise ApiError(413, f"{len(spans)} long parts would become memory spans, the limit is {max_spans}")
     return replace(outline, pieces=all_pieces, spans=spans, auto=parts)
@@ -64,7 +63,3 @@ def mark_long_parts(outline: ChatOutline, least_tokens: int, max_spans: int) -> 
 def _too_short(text: str, least_tokens: int) -> str | None:
     least = CHARACTERS_PER_TOKEN * least_tokens
     return f"shorter than {least} characters" if len(text) < least else None
-
-
-def _memories(all_pieces: Sequence[Sequence[object]]) -> list[str]:
-    return [piece.text for pieces in all_pieces for piece in pieces if isinstance(piece, Piece) and piece.is_memory]

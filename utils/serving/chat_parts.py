@@ -61,7 +61,7 @@ class ChatOutline:
         filled = []
         for message, pieces in zip(self.messages, self.pieces, strict=True):
             parts: list[Part] = []
-            for piece in pieces if _memories(pieces) else []:
+            for piece in pieces if memories_in(pieces) else []:
                 if isinstance(piece, dict):
                     parts.append(piece)
                 else:
@@ -141,7 +141,7 @@ def outline_chat(messages: Any, max_spans: int | None = None) -> ChatOutline:
         if isinstance(role, str) and len(splitter.split(role, f"the role of message {number}")) > 1:
             raise PromptError(f"message {number}: the role holds memory; memory belongs into the content")
         pieces = _content_pieces(message.get("content"), number, splitter)
-        if memories := _memories(pieces):
+        if memories := memories_in(pieces):
             # A message that is written anew must be understood; one that is passed on is the backend's to judge.
             check_message(message, number)
         spans += memories
@@ -206,7 +206,8 @@ def _content_pieces(content: Any, number: int, splitter: SpanSplitter) -> list[P
     return pieces
 
 
-def _memories(pieces: Sequence[Piece | Part]) -> list[str]:
+def memories_in(pieces: Sequence[Piece | Part]) -> list[str]:
+    """The texts of the pieces that are memory."""
     return [piece.text for piece in pieces if isinstance(piece, Piece) and piece.is_memory]
 
 

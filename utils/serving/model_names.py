@@ -23,7 +23,7 @@ def split_name(model: Any, chunk_sizes: Collection[int]) -> tuple[str, dict[str,
     match = _NAME.fullmatch(model) if isinstance(model, str) else None
     if match is None or (size := int(match[2])) not in chunk_sizes:
         return None
-    return match[1], {"chunk_size": size} | ({"expand": f"1/{size}"} if match[3] else {})
+    return match[1], _asked(size, bool(match[3]))
 
 
 def read_name(body: dict[str, Any], chunk_sizes: Collection[int]) -> dict[str, Any]:
@@ -52,12 +52,18 @@ def read_name(body: dict[str, Any], chunk_sizes: Collection[int]) -> dict[str, A
 
 def with_variants(entries: Iterable[dict[str, Any]], chunk_sizes: Iterable[int]) -> list[dict[str, Any]]:
     """Entries of a list of models, each followed by its variants, which say under `code_llava` what they ask for."""
-    sizes = list(chunk_sizes)
+    variants = [
+        (f"@{size}x{'+expand' if expands else ''}", _asked(size, expands))
+        for size in chunk_sizes
+        for expands in (False, True)
+    ]
     listed = []
     for entry in entries:
         listed.append(entry)
-        for size in sizes:
-            for name in (f"{entry['id']}@{size}x", f"{entry['id']}@{size}x+expand"):
-                (_, asked) = split_name(name, sizes) or ("", {})
-                listed.append({**entry, "id": name, "parent": entry["id"], EXTENSION: asked})
+        for ending, asked in variants:
+            listed.append({**entry, "id": entry["id"] + ending, "parent": entry["id"], EXTENSION: asked})
     return listed
+
+
+def _asked(size: int, expands: bool) -> dict[str, Any]:
+    return {"chunk_size": size} | ({"expand": f"1/{size}"} if expands else {})

@@ -38,6 +38,10 @@ class SampleFailed(Exception):
     """This draw cannot become a sample. The streams have moved on; the caller draws again."""
 
 
+class NotFullError(DatasetError):
+    """No size of sample fills the length well: one is too long, the next smaller one leaves too much room."""
+
+
 class TooShortError(DatasetError):
     """Rows do not fit into the length that was asked for.
 

@@ -169,9 +169,13 @@ def read_text(path: str | Path) -> str:
     """Read a text file, every character as it is (line ends included), without its byte order mark.
 
     Raises:
-        PromptError: It is not UTF-8, has no byte order mark of UTF-16 or -32, or holds a zero byte.
+        PromptError: It is not UTF-8, has no byte order mark of UTF-16 or -32, or holds a zero byte; or is a folder.
     """
-    return decode_bytes(Path(path).read_bytes(), path)
+    try:
+        return decode_bytes(Path(path).read_bytes(), path)
+    except IsADirectoryError:
+        advice = "name its text files, or encode all of them with python -m utils.corpus"
+        raise PromptError(f"{path} is a folder: {advice}") from None
 
 
 def decode_bytes(data: bytes, where: str | Path) -> str:

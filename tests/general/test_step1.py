@@ -188,6 +188,7 @@ def test_bfloat16_survives_in_safetensors(flags: list[str], tmp_path: Path) -> N
         (["--memory", "{tmp}/empty.py", "{tmp}/none.py"], "No such file or directory"),
         (["--memory", "{tmp}/empty.py", "{tmp}/also_empty.py"], "also_empty.py are empty: nothing to compress"),
         (["--memory", "{tmp}/binary"], "binary is not text: it holds a zero (character 1)"),
+        (["--memory", "{tmp}"], "is a folder: name its text files"),
         (["--text", "a \ud83d b"], "the prompt holds half a character (a lone surrogate, '\\ud83d') at character 2"),
     ],
 )

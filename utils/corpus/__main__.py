@@ -79,7 +79,9 @@ def _add_corpus_flags(parser: argparse.ArgumentParser) -> None:
         help="largest file or line of JSONL to take; default 16M",
     )
     group.add_argument(
-        "--skip-unreadable", action="store_true", help="leave out, and list, what cannot be encoded; default: refuse"
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out, and list, what cannot be encoded; default: refuse, except for files that are no text",
     )
 
 

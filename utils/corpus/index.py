@@ -41,7 +41,7 @@ T = TypeVar("T")
 _WORKING_TABLES = """
 PRAGMA journal_mode=OFF;
 CREATE TABLE found (id TEXT PRIMARY KEY, sha256 TEXT, text_bytes INT, offset INT, size INT, line INT);
-CREATE TABLE problems (place TEXT, reason TEXT);
+CREATE TABLE problems (place TEXT, reason TEXT, is_text INT);
 CREATE TABLE stored (
     id TEXT, sha256 TEXT, first_row INT, num_latents INT, num_tokens INT, shard TEXT, PRIMARY KEY (id, sha256)
 ) WITHOUT ROWID;
@@ -109,15 +109,21 @@ class CorpusIndex:
         return int(self._value("SELECT COUNT(*) FROM problems"))
 
     @property
+    def num_texts_with_problems(self) -> int:
+        """How many of these are texts, and not files of another kind."""
+        return int(self._value("SELECT COUNT(*) FROM problems WHERE is_text"))
+
+    @property
     def missing_bytes(self) -> int:
         """Text that no shard holds, as UTF-8."""
         query = "SELECT IFNULL(SUM(text_bytes), 0) FROM found LEFT JOIN stored USING (id, sha256) WHERE shard IS NULL"
         return int(self._value(query))
 
     def problems(self, limit: int = -1) -> Iterator[Problem]:
-        """What cannot be encoded, in the order in which it was met."""
-        for place, reason in self._db.execute("SELECT place, reason FROM problems LIMIT ?", (limit,)):
-            yield Problem(place=place, reason=reason)
+        """What cannot be encoded: texts, then other files, each in the order in which it was met."""
+        query = "SELECT * FROM problems ORDER BY is_text DESC, rowid LIMIT ?"
+        for place, reason, is_text in self._db.execute(query, (limit,)):
+            yield Problem(place=place, reason=reason, is_text=bool(is_text))
 
     def missing_shards(self, shard_bytes: int) -> Iterator[list[Document]]:
         """The documents of each shard that is to be made; see `cut`."""
@@ -171,7 +177,7 @@ class CorpusIndex:
             "num_tokens, num_latents, shard, first_row, first_row + num_latents, ?, sha256 FROM encoded",
             (chunk_size,),
         )
-        self._db.execute("INSERT INTO written.problems SELECT * FROM main.problems")
+        self._db.execute("INSERT INTO written.problems SELECT place, reason FROM main.problems")
         values = self._db.execute(
             "SELECT COUNT(*), IFNULL(SUM(num_tokens = 0), 0), (SELECT COUNT(*) FROM found) - COUNT(*), "
             "IFNULL(SUM(num_tokens), 0), IFNULL(SUM(num_latents), 0), "
@@ -183,7 +189,7 @@ class CorpusIndex:
         return counts
 
     def _add_problem(self, problem: Problem) -> None:
-        self._db.execute("INSERT INTO problems VALUES (?, ?)", astuple(problem))
+        self._db.execute("INSERT INTO problems VALUES (?, ?, ?)", astuple(problem))
 
     def _value(self, query: str, *values: Any) -> Any:
         return self._db.execute(query, values).fetchone()[0]

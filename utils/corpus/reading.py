@@ -26,6 +26,10 @@ class UnusableTextError(DatasetError):
     """One document cannot be encoded; the message is the reason without the place."""
 
 
+class NoTextError(UnusableTextError):
+    """A file is no text."""
+
+
 @contextlib.contextmanager
 def open_regular(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file that is no link.

@@ -13,7 +13,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from typing import Any
 
 from tqdm import tqdm
@@ -44,7 +43,7 @@ def encode_corpus(
     Args:
         job: What to encode, and whereto.
         shard_bytes: Text of one shard.
-        skip_unreadable: Leave out, and list, what cannot be encoded.
+        skip_unreadable: Leave out, and list, what cannot be encoded; without it only a folder's files that are no text.
         prune: Remove shards of which nothing is part of the corpus any more.
         engine: Encodes the documents of shards; `encode_with_ray` is the other one.
 
@@ -90,11 +89,12 @@ def _scan(index: CorpusIndex, job: CorpusJob, skip_unreadable: bool) -> None:
     with tqdm(unit="B", unit_scale=True, desc="reading the corpus", disable=None) as bar:
         index.scan(bar.update)
     if index.num_problems:
-        refused = index.num_duplicates > 0 or not skip_unreadable
+        # A folder of code has pictures, too. They are listed; only what should have been encoded ends the run.
+        refused = index.num_duplicates > 0 or (index.num_texts_with_problems > 0 and not skip_unreadable)
         # Shards have a file that lists them all.
         shown = [str(problem) for problem in index.problems(SHOWN_PROBLEMS if refused or job.output else -1)]
         more = [f"… and {index.num_problems - len(shown)} more"] if index.num_problems > len(shown) else []
-        message = "\n  ".join([f"{index.num_problems} documents cannot be encoded:", *shown, *more])
+        message = "\n  ".join([f"{index.num_problems} files or lines cannot be encoded:", *shown, *more])
         if index.num_duplicates:
             raise DatasetError(f"{message}\ngive each line an id of its own, or number the lines with --line-ids")
         if refused:
@@ -141,7 +141,8 @@ def _in_shards(index: CorpusIndex, output: CorpusOutput, done: Counts, prune: bo
     counts = None if done else index.written_counts(path)
     was_complete = counts is not None
     if counts is None:
-        write_jsonl(output.root / SKIPPED_FILE, (asdict(problem) for problem in index.problems()))
+        skipped = ({"place": problem.place, "reason": problem.reason} for problem in index.problems())
+        write_jsonl(output.root / SKIPPED_FILE, skipped)
         counts = index.write(path, int(output.settings["chunk_size"]))
     unused = index.unused_shards()
     for name in unused if prune else ():

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
-from utils.corpus.reading import UnusableTextError, open_regular, read_lines, read_whole, too_long
+from utils.corpus.reading import NoTextError, UnusableTextError, open_regular, read_lines, read_whole, too_long
 from utils.errors import DatasetError, shown_name
 from utils.files import decode_text, parse_json, sha256_bytes
 from utils.notebooks import memory_text
@@ -56,10 +56,15 @@ class Document:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What cannot be encoded: where it is, and why not; ready to be shown."""
+    """What cannot be encoded: where it is, and why not; ready to be shown.
+
+    Attributes:
+        is_text: False for a file of a folder that is no text, such as a picture: nobody expects it to be encoded.
+    """
 
     place: str
     reason: str
+    is_text: bool = True
 
     def __str__(self) -> str:
         return f"{self.place}: {self.reason}"
@@ -145,7 +150,7 @@ class FolderSource(_Source):
         except UnicodeEncodeError:
             return Problem(place=shown_name(path), reason="its name is not UTF-8")
         except UnusableTextError as error:
-            return Problem(place=shown_name(path), reason=str(error))
+            return Problem(place=shown_name(path), reason=str(error), is_text=not isinstance(error, NoTextError))
         return Document(id=path, sha256=sha256_bytes(data), text_bytes=len(data))
 
     def _load(self, document: Document) -> tuple[str, str]:
@@ -158,10 +163,10 @@ class FolderSource(_Source):
             text = decode_text(data)
         except UnicodeDecodeError as error:
             if b"\0" in data:
-                raise UnusableTextError("binary (it holds a zero byte)") from None
-            raise UnusableTextError(f"not {error.encoding.upper()} text (byte {error.start})") from None
+                raise NoTextError("binary (it holds a zero byte)") from None
+            raise NoTextError(f"not {error.encoding.upper()} text (byte {error.start})") from None
         if "\0" in text:
-            raise UnusableTextError("binary (it holds a zero byte)")
+            raise NoTextError("binary (it holds a zero byte)")
         try:
             return memory_text(path, text)
         except DatasetError as error:

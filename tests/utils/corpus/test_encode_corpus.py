@@ -268,24 +268,38 @@ def test_another_run_is_refused(flags: list[str], message: str, encode: Encode, 
 
 def test_unusable_corpora_are_refused_before_any_work(encode: Encode, tmp_path: Path) -> None:
     corpus = write(tmp_path / "corpus", {"good.py": "x = 1\n"})
-    (corpus / "bad.bin").write_bytes(b"\xff\xfe\0")
+    (corpus / "link.py").symlink_to("nowhere.py")
+    (corpus / "a picture.png").write_bytes(b"\xff\xfe\0")
     error = encode(corpus, code=1)["error"]
-    assert "1 documents cannot be encoded:\n  bad.bin: binary (it holds a zero byte)" in error
+    assert "2 files or lines cannot be encoded:\n  link.py: cannot be read" in error
     assert "--skip-unreadable" in error
     assert not (tmp_path / "out" / "corpus.json").exists()
     summary = encode(corpus, "--skip-unreadable")
-    assert summary.items() >= {"documents": 1, "problems": 1}.items()
-    skipped = json.loads((tmp_path / "out" / "skipped.jsonl").read_text())
-    assert skipped == {"place": "bad.bin", "reason": "binary (it holds a zero byte)"}
+    assert summary.items() >= {"documents": 1, "problems": 2}.items()
+    skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert skipped[1] == {"place": "a picture.png", "reason": "binary (it holds a zero byte)"}
     with sqlite3.connect(tmp_path / "out" / "index.sqlite") as db:
-        assert db.execute("SELECT place FROM problems").fetchall() == [("bad.bin",)]
-    assert encode(corpus, "--exclude", "*.bin")["problems"] == 0
+        assert db.execute("SELECT place FROM problems").fetchall() == [("link.py",), ("a picture.png",)]
+    assert encode(corpus, "--exclude", "link.py", "--exclude", "*.png")["problems"] == 0
     (tmp_path / "nothing").mkdir()
     assert "the corpus is empty" in encode(tmp_path / "nothing", "--output", str(tmp_path / "n"), code=1)["error"]
     assert "does not exist" in encode(tmp_path / "nowhere", code=1)["error"]
     assert "neither a folder nor a .jsonl file" in encode(corpus / "good.py", code=1)["error"]
     assert "the corpus itself" in encode(corpus, "--output", str(corpus), code=1)["error"]
     assert "--shard-size must be at least 1" in encode(corpus, "--shard-size", "0", code=1)["error"]
+
+
+def test_what_is_no_text_is_listed_and_left_out(
+    encode: Encode, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus = write(tmp_path / "corpus", {"good.py": "x = 1\n"})
+    (corpus / "a picture.png").write_bytes(b"\x89PNG\0")
+    (corpus / "latin1.py").write_bytes("# Größe".encode("latin-1"))
+    assert encode(corpus).items() >= {"documents": 1, "problems": 2}.items()
+    assert "a picture.png: binary" in caplog.text
+    assert "latin1.py: not UTF-8 text (byte 4)" in caplog.text
+    (corpus / "good.py").unlink()
+    assert "the corpus is empty" in encode(corpus, code=1)["error"]
 
 
 def test_lines(encode: Encode, tmp_path: Path) -> None:

@@ -214,6 +214,25 @@ def silence(seconds: float, then: Action = drop) -> Action:
     return act
 
 
+def drip(seconds: float) -> Action:
+    """Begin to answer, and send one byte after the other for so long."""
+
+    def act(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", "1000000")
+        handler.end_headers()
+        end = time.monotonic() + seconds
+        with contextlib.suppress(OSError):
+            while time.monotonic() < end:
+                handler.wfile.write(b" ")
+                handler.wfile.flush()
+                time.sleep(0.02)
+        handler.close_connection = True
+
+    return act
+
+
 def event(value: Any) -> Action:
     """One more event of a stream, and its end."""
     return lambda handler: handler.wfile.write(f"data: {json.dumps(value)}\n\n".encode()) and None
@@ -232,6 +251,7 @@ FAULTS: dict[str, Action] = {
     "html": refuse(200, b"<html>bad gateway</html>", **{"Content-Type": "text/html"}),
     "other_json": lambda handler: handler.reply(200, next(_NO_ANSWERS)),
     "hang": silence(0.3),
+    "drip": drip(5.0),
 }
 
 

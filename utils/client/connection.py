@@ -97,7 +97,7 @@ def request_errors(where: str, timeout_s: float) -> Iterator[None]:
             transient=status in _TRANSIENT_STATUS or status >= 500,
             retry_after_s=_seconds(error.response.headers.get("retry-after")),
         ) from None
-    except openai.APITimeoutError:
+    except (openai.APITimeoutError, TimeoutError):
         raise RequestError(f"{where} did not answer within {timeout_s:g} s: raise --timeout") from None
     except openai.APIConnectionError as error:
         raise _connection_lost(where, error.__cause__ or error) from None

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class VllmClient:
         server_url: Address, with or without `/v1`.
         model: Served name; None for the server's only one.
         api_key: Key; None looks into the environment.
-        timeout_s: Longest silence of the server.
+        timeout_s: Longest time until a whole answer, or until a streamed one begins; then the longest silence.
         retry: When to ask again. A streamed answer that has begun is not asked for again.
         dtype: The server's dtype, for rows on the wire; None sends them as they are.
 
@@ -113,7 +114,8 @@ class VllmClient:
 
         async def list_once() -> Any:
             with request_errors(self.base_url, self._timeout_s):
-                return await self._openai.models.list()
+                async with asyncio.timeout(self._timeout_s):
+                    return await self._openai.models.list()
 
         listing: Any = await self._retrying(lambda error: not error.unreachable)(list_once)
         offered = getattr(listing, "data", None) or []
@@ -218,7 +220,8 @@ class VllmClient:
         url = self.base_url.removesuffix("/v1") + "/tokenize"
         body = {"model": self.model, "messages": [{"role": "user", "content": content}]}
         with request_errors(url, self._timeout_s):
-            reply = await self._openai.post(url, cast_to=object, body=body)
+            async with asyncio.timeout(self._timeout_s):
+                reply = await self._openai.post(url, cast_to=object, body=body)
         return reply.get("tokens") if isinstance(reply, dict) else None
 
     async def _check_embeds(self, width: int) -> None:
@@ -300,12 +303,16 @@ class VllmClient:
         with request_errors(where, self._timeout_s):
             if on_text is None:
                 whole: Any = ChatCompletion if chat else TextCompletion
-                reader.read(await self._openai.post(path, cast_to=whole, content=content, options=options))
+                # The package's own limit begins anew with each byte: a server that drips would hold us for ever.
+                async with asyncio.timeout(self._timeout_s):
+                    reader.read(await self._openai.post(path, cast_to=whole, content=content, options=options))
                 return reader.completion(streamed=False)
             piece: Any = ChatCompletionChunk if chat else TextCompletion
-            stream: openai.AsyncStream[Any] = await self._openai.post(
-                path, cast_to=piece, content=content, options=options, stream=True, stream_cls=openai.AsyncStream[piece]
-            )
+            kind = openai.AsyncStream[piece]
+            async with asyncio.timeout(self._timeout_s):
+                stream: openai.AsyncStream[Any] = await self._openai.post(
+                    path, cast_to=piece, content=content, options=options, stream=True, stream_cls=kind
+                )
             async with stream:
                 async for reply in stream:
                     if text := reader.read(reply):

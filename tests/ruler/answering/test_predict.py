@@ -88,7 +88,7 @@ def test_concurrency_is_bounded(make_dataset, tmp_path):
 def test_a_bad_server_costs_retries_never_rows(make_dataset, tmp_path, fault):
     job = PredictJob(data_dir=make_dataset(count=12), output_dir=tmp_path / "run")
     with running(faulty(fault)) as server:
-        outcomes = predict(job, settings(server, timeout_s=0.15 if fault == "hang" else 5.0), FAST)
+        outcomes = predict(job, settings(server, timeout_s=0.15 if fault in ("hang", "drip") else 5.0), FAST)
     assert outcomes[0].answered == 12
     assert len(server.prompts) > 12
     rows = read(job.output_dir / "1024/niah_single_1.jsonl")

@@ -16,7 +16,7 @@ pytest.importorskip("openai")
 pytest.importorskip("orjson")
 
 from tests.support import fake_server
-from tests.support.fake_server import FakeServer, Handler, answer, drop, event, refuse, rows_of, silence, stream
+from tests.support.fake_server import FakeServer, Handler, answer, drip, drop, event, refuse, rows_of, silence, stream
 from utils.client.completion import Completion, RetryPolicy
 from utils.client.connection import RequestError
 from utils.client.server_client import VllmClient
@@ -172,6 +172,15 @@ def test_a_silent_server_times_out_and_is_not_asked_again(server: FakeServer, st
     with pytest.raises(RequestError, match=r"0\.3 s: raise --timeout"):
         use(server, lambda client: client.complete("x", on_text=on_text), timeout_s=0.3)
     assert len(server.requests) == 1
+
+
+def test_a_server_that_drips_times_out(server: FakeServer) -> None:
+    server.default_action = server.models_action = drip(5.0)
+    for asked in (VllmClient.models, lambda client: client.complete("x")):
+        began = time.monotonic()
+        with pytest.raises(RequestError, match=r"0\.3 s: raise --timeout"):
+            use(server, asked, timeout_s=0.3, model="tiny")
+        assert time.monotonic() - began < 4
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -25,6 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import ConfigError, DatasetError
+
+try:
+    import fcntl
+except ImportError:  # Windows: what killed writers leave stays there
+    fcntl = None  # type: ignore[assignment]
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,8 +49,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` that replaces it when the block succeeds and vanishes when it fails.
 
     Parent folders are made. The content is flushed to disk before the rename, so a crash leaves the old file or the
-    new one, never a part. A link stays and its target is replaced; a replaced file's mode is kept. A pipe or a
-    character device is never replaced: what the block wrote is copied into it.
+    new one, never a part; what a killed writer of the same file left beside it is removed. A link stays and its target
+    is replaced; a replaced file's mode is kept. A pipe or a character device is never replaced: what the block wrote
+    is copied into it.
 
     Raises:
         OSError: Something else than a file has the name, the file is read-only, nobody reads the pipe, ….
@@ -55,16 +62,16 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             yield temporary
         return
     target = _replaceable(path, state, folder=False)
-    temporary = _make_temporary(target, tempfile.mkstemp)
-    try:
-        yield temporary
-        # mkstemp makes private files; a new result is as readable as any other new file.
-        temporary.chmod(_mode(state, 0o666))
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _temporary(target, tempfile.mkstemp) as temporary:
+        try:
+            yield temporary
+            # mkstemp makes private files; a new result is as readable as any other new file.
+            temporary.chmod(_mode(state, 0o666))
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -72,7 +79,7 @@ def atomic_folder(path: str | Path, holds: Iterable[str] | None = None) -> Itera
     """Yield a temporary sibling folder that takes the place of `path` when the block succeeds.
 
     An existing folder at `path` is replaced; a link to it stays. If another process puts one there first, theirs is
-    kept.
+    kept. What a killed writer of the same folder left beside it is removed, or goes back to its place.
 
     Args:
         path: The folder.
@@ -86,24 +93,26 @@ def atomic_folder(path: str | Path, holds: Iterable[str] | None = None) -> Itera
     target = _replaceable(path, state, folder=True)
     if state is not None and holds is not None:
         _check_holds_only(target, tuple(holds))
-    temporary = _make_temporary(target, tempfile.mkdtemp)
-    old = temporary.with_suffix(".old")
-    try:
-        yield temporary
-        temporary.chmod(_mode(state, 0o777))
-        with contextlib.suppress(FileNotFoundError):
-            target.rename(old)
+    with contextlib.ExitStack() as stack:
+        temporary = stack.enter_context(_temporary(target, tempfile.mkdtemp))
+        old = temporary.with_suffix(".old")
         try:
-            temporary.rename(target)
-        except OSError:
-            if not target.is_dir():
-                # Nothing took its place: what was there goes back.
-                with contextlib.suppress(FileNotFoundError):
-                    old.rename(target)
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+            yield temporary
+            temporary.chmod(_mode(state, 0o777))
+            with contextlib.suppress(FileNotFoundError):
+                stack.enter_context(_held(target))
+                target.rename(old)
+            try:
+                temporary.rename(target)
+            except OSError:
+                if not target.is_dir():
+                    # Nothing took its place: what was there goes back.
+                    with contextlib.suppress(FileNotFoundError):
+                        old.rename(target)
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def is_stream(path: str | Path) -> bool:
@@ -186,18 +195,63 @@ def _check_holds_only(folder: Path, patterns: tuple[str, ...]) -> None:
             raise OSError(errno.ENOTEMPTY, lost, str(folder))
 
 
-def _make_temporary(target: Path, make: Callable[..., Any]) -> Path:
-    """A temporary file or folder beside its target, whose name an error then has."""
+@contextlib.contextmanager
+def _temporary(target: Path, make: Callable[..., Any]) -> Iterator[Path]:
+    """A temporary file or folder beside its target, locked so that it is known as used; errors name the target."""
+    prefix = f".{target.name[:50]}."  # a name may have 255 bytes
+    with contextlib.ExitStack() as stack:
+        made = None
+        # Before it is locked, another writer of the target may take it for a leftover: then there is a next one.
+        while made is None or not made.exists():
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _remove_leftovers(target, prefix)
+                new = make(prefix=prefix, suffix=".tmp", dir=target.parent)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(target)) from None
+            if not isinstance(new, str):
+                os.close(new[0])
+                new = new[1]
+            made = Path(new)
+            with contextlib.suppress(FileNotFoundError):
+                stack.enter_context(_held(made, wait=True))
+        yield made
+
+
+def _remove_leftovers(target: Path, prefix: str) -> None:
+    """Remove what killed writers of a file or folder left; a whole folder that was put aside goes back to its place."""
+    for path in target.parent.iterdir():
+        # As tempfile names them.
+        kind = re.fullmatch(re.escape(prefix) + r"[a-z0-9_]{8}\.(tmp|old)", path.name, re.DOTALL)
+        with contextlib.suppress(OSError):
+            if kind is None or path.is_symlink():
+                continue
+            with _held(path) as is_ours:
+                if not is_ours:
+                    continue
+                if kind[1] == "old" and not target.exists():
+                    path.rename(target)
+                elif path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+
+
+@contextlib.contextmanager
+def _held(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Lock what lies at a path until the block or the process ends; yields whether that could be done."""
+    if fcntl is None:
+        yield False
+        return
+    handle = os.open(path, os.O_RDONLY)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # A name may have 255 bytes.
-        made = make(prefix=f".{target.name[:50]}.", suffix=".tmp", dir=target.parent)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(target)) from None
-    if isinstance(made, str):
-        return Path(made)
-    os.close(made[0])
-    return Path(made[1])
+        locked = False
+        with contextlib.suppress(OSError):  # another process has it, or the file system has no locks
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            locked = True
+        yield locked
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -86,6 +86,35 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(
     assert (names(tmp_path), names(target)) == (["folder"], ["precious"])
 
 
+def test_what_killed_writers_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    kept = [".file.abcd1234.bak", ".other.abcd1234.tmp", ".file.ABCD.tmp"]
+    for name in (".file.abcd1234.tmp", *kept):
+        (tmp_path / name).touch()
+    (tmp_path / ".file.linked12.tmp").symlink_to(".other.abcd1234.tmp")
+    write_text(tmp_path / "file", "x")
+    assert names(tmp_path) == sorted([*kept, ".file.linked12.tmp", "file"])
+    # A folder may have been put aside for a new one that did not come.
+    for name in (".folder.abcd1234.tmp", ".folder.abcd1234.old"):
+        (tmp_path / "two" / name).mkdir(parents=True)
+        (tmp_path / "two" / name / "content").write_text(name)
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "two" / "folder") as temporary:
+        write_half(temporary / "b")
+    assert names(tmp_path / "two") == ["folder"]
+    assert (tmp_path / "two" / "folder" / "content").read_text() == ".folder.abcd1234.old"
+
+
+def test_what_others_are_writing_is_left_alone(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "file") as one, atomic_path(tmp_path / "file") as other:
+        one.write_text("one")
+        other.write_text("other")
+        write_text(tmp_path / "file", "third")
+        assert (one.read_text(), other.read_text()) == ("one", "other")
+    assert (names(tmp_path), (tmp_path / "file").read_text()) == (["file"], "one")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: write_text(tmp_path / "file", str(number)), range(200)))
+    assert names(tmp_path) == ["file"]
+
+
 def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
     real, link, further = tmp_path / "real", tmp_path / "link", tmp_path / "further"
     link.symlink_to("real/made/file")  # to nothing yet, in a folder that is not there either

@@ -8,7 +8,9 @@ Shape legend: T prompt rows, D decoder width. This module knows no model and no 
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import stat
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -20,7 +22,7 @@ import safetensors.torch
 import torch
 
 from utils.errors import ConfigError, DatasetError, first_line
-from utils.files import atomic_path, is_stream, read_json, sha256_bytes, sha256_file, write_json
+from utils.files import atomic_path, is_stream, read_json, sha256_bytes, sha256_file
 
 TENSOR_NAME = "prompt_embeds"
 SIDECAR_VERSION = 1
@@ -106,9 +108,10 @@ def sidecar_path(path: str | Path) -> Path:
 
 
 def save_prompt_embeds(path: str | Path, embeds: PromptEmbeds, *, format: str | None = None) -> None:
-    """Write an array file and its JSON sidecar, each atomically; into a pipe or device the array alone.
+    """Write an array file and its JSON sidecar, both or neither; into a pipe or device the array alone.
 
-    The sidecar holds the array file's sha256, so that a reader can never take an old sidecar for a new array.
+    The sidecar holds the array file's sha256, so that a reader can never take an old sidecar for a new array: what is
+    killed between the two that it replaces leaves a pair that is refused.
 
     Args:
         path: The array file, for example `artifacts/prompt_embeddings.npy`.
@@ -131,10 +134,6 @@ def save_prompt_embeds(path: str | Path, embeds: PromptEmbeds, *, format: str | 
         data = buffer.getvalue()
     else:
         data = safetensors.torch.save({TENSOR_NAME: values_TD.contiguous()})
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)
-    if is_stream(path):
-        return
     sidecar = {
         "version": SIDECAR_VERSION,
         "array": {
@@ -149,7 +148,12 @@ def save_prompt_embeds(path: str | Path, embeds: PromptEmbeds, *, format: str | 
     }
     if embeds.expanded:
         sidecar["expanded"] = [asdict(text) for text in embeds.expanded]
-    write_json(sidecar_path(path), sidecar)
+    # Both are written before either is put in place: the sidecar first, so that no array is ever without it.
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(atomic_path(path)).write_bytes(data)
+        if not is_stream(path):
+            text = json.dumps(sidecar, ensure_ascii=False, indent=2) + "\n"
+            stack.enter_context(atomic_path(sidecar_path(path))).write_text(text, encoding="utf-8")
 
 
 def load_prompt_embeds(path: str | Path) -> PromptEmbeds:

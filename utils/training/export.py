@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from utils.checkpoint.default.trained_part import CARD, MANIFEST
 from utils.checkpoint.save import save_checkpoint
 from utils.errors import CheckpointError
 from utils.files import atomic_folder, provenance, sha256_file, write_json, write_text
-from utils.locks import LOCK_FILE, remove_leftovers, sole_writer
+from utils.locks import LOCK_FILE, sole_writer
 from utils.training.checkpoints import Progress, load_trained, whole_checkpoint
 from utils.training.config import TrainConfig
 from utils.training.pairs import starting_pair
@@ -75,31 +74,29 @@ def pack_run(config: TrainConfig, target: Path, card: str = "") -> dict[str, Any
         )
     card = card or ((target / CARD).read_text(encoding="utf-8") if (target / CARD).is_file() else "")
     # The lock lies beside the folder, which is replaced whole.
-    with sole_writer(target, lock=target.parent / f".{target.name}{LOCK_FILE}") as held:
-        if held:
-            remove_leftovers(target.parent, glob.escape(target.name))
-        with atomic_folder(target, holds=(MANIFEST, CARD, "part-*.safetensors")) as folder:
-            files = {}
-            for number, shard in enumerate(_shards(state)):
-                name = f"part-{number:02d}.safetensors"
-                save_file(shard, folder / name)
-                files[name] = sha256_file(folder / name)
-            # `started_from`: what the run went on from, so that no hour is forgotten.
-            run = {
-                key: getattr(progress, key) for key in ("global_step", "labels", "seconds", "skipped", "started_from")
-            }
-            manifest = {
-                "files": files,
-                "size_bytes": total,
-                "lora_scales": lora_scales(config),
-                "chunk_sizes": list(config.trained_chunk_sizes),
-                "run": run,
-                "config": config.what_is_trained(),
-                "provenance": provenance(),
-            }
-            write_json(folder / MANIFEST, manifest)
-            if card:
-                write_text(folder / CARD, card)
+    with (
+        sole_writer(target, lock=target.parent / f".{target.name}{LOCK_FILE}"),
+        atomic_folder(target, holds=(MANIFEST, CARD, "part-*.safetensors")) as folder,
+    ):
+        files = {}
+        for number, shard in enumerate(_shards(state)):
+            name = f"part-{number:02d}.safetensors"
+            save_file(shard, folder / name)
+            files[name] = sha256_file(folder / name)
+        # `started_from`: what the run went on from, so that no hour is forgotten.
+        run = {key: getattr(progress, key) for key in ("global_step", "labels", "seconds", "skipped", "started_from")}
+        manifest = {
+            "files": files,
+            "size_bytes": total,
+            "lora_scales": lora_scales(config),
+            "chunk_sizes": list(config.trained_chunk_sizes),
+            "run": run,
+            "config": config.what_is_trained(),
+            "provenance": provenance(),
+        }
+        write_json(folder / MANIFEST, manifest)
+        if card:
+            write_text(folder / CARD, card)
     return manifest
 
 

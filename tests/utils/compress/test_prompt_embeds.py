@@ -7,6 +7,8 @@ import io
 import json
 import os
 import pickle
+import resource
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -148,6 +150,20 @@ def test_bad_values_write_nothing(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="span 0 is rows 1 to 3 of 2"):
         save_prompt_embeds(tmp_path / "rows.npy", outside)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_array_never_appears_without_its_sidecar(tmp_path: Path) -> None:
+    save_prompt_embeds(tmp_path / "rows.npy", make_embeds())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    large = replace(make_embeds(), values_TD=torch.ones(7, 5), provenance={"note": "x" * 100_000})
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, old[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_prompt_embeds(tmp_path / "rows.npy", large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_format_and_name_must_agree(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from utils.corpus.reader import EncodedCorpus
 from utils.errors import DatasetError
 from utils.files import sha256_file
 from utils.model.markers import wrap
+from utils.training.checkpoints import load_trained, newest_checkpoint
 
 # Finished things: digests of their bytes, or tensors.
 Finished = dict[str, Any]
@@ -55,6 +56,7 @@ class Job:
         finished: What is finished in a folder, at any time, by name. After a kill all of it must be the
             undisturbed run's.
         outputs: Shell patterns of the files that the command makes and reads again, to be damaged.
+        unchecked: Patterns of those in a published format without a checksum, in which another letter is another answer.
         read: Reads the outputs as their user would: damage must not change that without an error.
     """
 
@@ -63,6 +65,7 @@ class Job:
     arguments: Callable[[Path, Tools], list[str]]
     finished: Callable[[Path], Finished]
     outputs: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
     read: Callable[[Path], Any] | None = None
 
     def environment(self, folder: Path) -> dict[str, str]:
@@ -83,6 +86,8 @@ def files_of(folder: Path) -> set[str]:
 
 def is_same(one: Any, other: Any) -> bool:
     """Whether two finished things are the same; latents may round otherwise in another batch."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(is_same, one, other))
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.shape == other.shape and torch.allclose(one, other, atol=1e-5)
     return bool(one == other) and type(one) is type(other)
@@ -204,6 +209,13 @@ def _trained(folder: Path) -> Finished:
     return done | {f"data/{name}": digest for name, digest in _files(folder / "data", "*.jsonl").items()}
 
 
+def _read_checkpoint(folder: Path) -> list[torch.Tensor]:
+    newest = newest_checkpoint(folder / "run")
+    if newest is None:
+        raise DatasetError("no checkpoint")
+    return [tensor for _, tensor in sorted(load_trained(newest).items())]
+
+
 # RULER: datasets in units, answers row by row.
 
 
@@ -315,7 +327,9 @@ JOBS: dict[str, Job] = {
         begin=_begin_training,
         arguments=_training_arguments,
         finished=_trained,
-        outputs=("run/checkpoints/**/*", "run/*.json*", "data/*.tokens/**/*", "data/*.json"),
+        # The last checkpoint: others are not read again.
+        outputs=("run/checkpoints/step_00000012/*", "run/*.json*", "data/*.tokens/**/*", "data/*.json"),
+        read=_read_checkpoint,
     ),
     "ruler prepare": Job(
         module="ruler.__main__",
@@ -330,6 +344,7 @@ JOBS: dict[str, Job] = {
         arguments=_answer_arguments,
         finished=_answers,
         outputs=("run/**/*", "data/**/*"),
+        unchecked=("run/**/*.jsonl",),
     ),
     "convert": Job(
         module="utils.checkpoint.convert.__main__",

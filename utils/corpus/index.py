@@ -34,8 +34,8 @@ MAX_DOCUMENTS = 4096
 # encoder tokens, latents, and the shards that hold them.
 COUNTS = ("documents", "empty", "missing", "memory_tokens", "num_latents", "shards")
 
-# (id, sha256, first row, rows, tokens) of a document in a shard
-Record: TypeAlias = tuple[str, str, int, int, int]
+# (id, sha256, first row, rows, tokens, checksum) of a document in a shard
+Record: TypeAlias = tuple[str, str, int, int, int, int]
 T = TypeVar("T")
 
 _WORKING_TABLES = """
@@ -43,12 +43,13 @@ PRAGMA journal_mode=OFF;
 CREATE TABLE found (id TEXT PRIMARY KEY, sha256 TEXT, text_bytes INT, offset INT, size INT, line INT);
 CREATE TABLE problems (place TEXT, reason TEXT, is_text INT);
 CREATE TABLE stored (
-    id TEXT, sha256 TEXT, first_row INT, num_latents INT, num_tokens INT, shard TEXT, PRIMARY KEY (id, sha256)
+    id TEXT, sha256 TEXT, first_row INT, num_latents INT, num_tokens INT, checksum INT, shard TEXT,
+    PRIMARY KEY (id, sha256)
 ) WITHOUT ROWID;
 -- An empty text has no latents and needs no shard.
 CREATE VIEW encoded AS
     SELECT id, line, sha256, IFNULL(num_tokens, 0) AS num_tokens, IFNULL(num_latents, 0) AS num_latents,
-        IFNULL(shard, '') AS shard, IFNULL(first_row, 0) AS first_row
+        IFNULL(shard, '') AS shard, IFNULL(first_row, 0) AS first_row, IFNULL(checksum, 0) AS checksum
     FROM found LEFT JOIN stored USING (id, sha256) WHERE shard IS NOT NULL OR text_bytes = 0;
 """
 _INDEX_TABLES = """
@@ -56,7 +57,7 @@ PRAGMA written.journal_mode=OFF;
 PRAGMA written.synchronous=OFF;
 CREATE TABLE written.documents (
     position INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, num_tokens INT, num_latents INT, shard TEXT, first_row INT,
-    stop_row INT, chunk_size INT, sha256 TEXT
+    stop_row INT, chunk_size INT, sha256 TEXT, checksum INT
 );
 CREATE INDEX written.texts ON documents (sha256);
 CREATE TABLE written.problems (place TEXT, reason TEXT);
@@ -96,7 +97,7 @@ class CorpusIndex:
         """Note the documents of shards on disk; of one that two hold, the first counts."""
         rows = ((*record, name) for name, records in shards for record in records)
         with self._transaction():
-            self._db.executemany("INSERT OR IGNORE INTO stored VALUES (?, ?, ?, ?, ?, ?)", rows)
+            self._db.executemany("INSERT OR IGNORE INTO stored VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
     @property
     def num_documents(self) -> int:
@@ -174,7 +175,7 @@ class CorpusIndex:
     def _fill(self, chunk_size: int) -> dict[str, int]:
         self._db.execute(
             f"INSERT INTO written.documents SELECT ROW_NUMBER() OVER (ORDER BY {self._source.ordered_by}) - 1, id, "
-            "num_tokens, num_latents, shard, first_row, first_row + num_latents, ?, sha256 FROM encoded",
+            "num_tokens, num_latents, shard, first_row, first_row + num_latents, ?, sha256, checksum FROM encoded",
             (chunk_size,),
         )
         self._db.execute("INSERT INTO written.problems SELECT place, reason FROM main.problems")

@@ -21,12 +21,12 @@ from safetensors import SafetensorError, safe_open
 
 from utils.checkpoint.layout import CheckpointFiles
 from utils.corpus.index import INDEX_FILE, explain_database, open_read_only
-from utils.corpus.shards import ABOUT_FILE, TENSOR_NAME
+from utils.corpus.shards import ABOUT_FILE, TENSOR_NAME, VERSION, checksum
 from utils.errors import ConfigError, DatasetError, shown_name
 from utils.files import read_json, sha256_bytes
 from utils.model.prompt import MemorySpan
 
-_COLUMNS = ("id", "num_tokens", "num_latents", "shard", "first_row", "stop_row", "chunk_size", "sha256")
+_COLUMNS = ("id", "num_tokens", "num_latents", "shard", "first_row", "stop_row", "chunk_size", "sha256", "checksum")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,7 @@ class EncodedDocument:
         stop_row: One past its last row.
         chunk_size: Encoder tokens per latent.
         sha256: Hex sha256 of its text as UTF-8.
+        checksum: CRC-32 of its rows and counts; 0 for an empty text.
     """
 
     id: str
@@ -52,6 +53,7 @@ class EncodedDocument:
     stop_row: int
     chunk_size: int
     sha256: str
+    checksum: int
 
 
 class EncodedCorpus:
@@ -77,7 +79,9 @@ class EncodedCorpus:
         if not (root / INDEX_FILE).is_file():
             raise DatasetError(f"{root} has no {INDEX_FILE} yet: run its command again to finish it")
         about = read_json(root / ABOUT_FILE)
-        settings = about.get("settings") if isinstance(about, dict) else None
+        if isinstance(about, dict) and about.get("version") == 1:
+            raise DatasetError(f"{root / ABOUT_FILE} is an older version's, without checksums: encode the corpus again")
+        settings = about.get("settings") if isinstance(about, dict) and about.get("version") == VERSION else None
         if not isinstance(settings, dict) or not isinstance(settings.get("fingerprint"), str):
             raise DatasetError(f"{root / ABOUT_FILE} is damaged: encode the corpus again, into another folder")
         return cls(root, settings)
@@ -140,18 +144,26 @@ class EncodedCorpus:
             )
 
     def _rows(self, document: EncodedDocument) -> torch.Tensor:
-        if not document.num_latents:
+        if not document.shard:
             return torch.empty(0, 0)
         # A folder from elsewhere must not name files outside of it.
         path = self.root / Path(document.shard).name
         try:
             if self._shard[0] != document.shard:
                 self._shard = (document.shard, safe_open(path, framework="pt"))
-            return self._shard[1].get_slice(TENSOR_NAME)[document.first_row : document.stop_row]
+            rows_ND = None
+            if document.num_latents:
+                rows_ND = self._shard[1].get_slice(TENSOR_NAME)[document.first_row : document.stop_row]
         except (OSError, SafetensorError, TypeError, IndexError) as error:
             raise DatasetError(
                 f"{path} cannot be read ({error}): run the corpus's command again, it makes missing shards anew"
             ) from None
+        if checksum(document.id, document.sha256, document.num_tokens, rows_ND) != document.checksum:
+            raise DatasetError(
+                f"the latents of {shown_name(document.id)} in {path} are damaged: remove that file and run the "
+                "corpus's command again"
+            )
+        return torch.empty(0, 0) if rows_ND is None else rows_ND
 
     def close(self) -> None:
         """Close index and shard."""

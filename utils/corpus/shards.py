@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from utils.files import atomic_path, provenance, read_json, sha256_bytes, write_
 from utils.locks import remove_leftovers, sole_writer
 
 ABOUT_FILE = "corpus.json"
-VERSION = 1
+VERSION = 2
 _SHARDS = "latents-*.safetensors"
 TENSOR_NAME = "latents"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -136,7 +137,7 @@ class Shard:
         self._about = dict(about)
         self._dtype, self._width, self._num_rows = torch.bfloat16, 0, 0
         self.records: list[Record] = []
-        longest = [(x.id, x.sha256, _ANY_NUMBER, _ANY_NUMBER, _ANY_NUMBER) for x in documents]
+        longest = [(x.id, x.sha256, *[_ANY_NUMBER] * 4) for x in documents]
         # The rows begin on a multiple of 8 bytes, as readers that map the file want it.
         self._header_bytes = -(-len(self._header(longest, _ANY_NUMBER, _ANY_NUMBER)) // 8) * 8
         stream.seek(8 + self._header_bytes)
@@ -153,8 +154,9 @@ class Shard:
         if latents_ND is not None:
             count = len(latents_ND)
             self._dtype, self._width = latents_ND.dtype, latents_ND.shape[1]
-            self._stream.write(latents_ND.contiguous().view(torch.uint8).numpy().data)
-        self.records.append((document.id, document.sha256, self._num_rows, count, num_tokens))
+            self._stream.write(_bytes_of(latents_ND))
+        check = checksum(document.id, document.sha256, num_tokens, latents_ND)
+        self.records.append((document.id, document.sha256, self._num_rows, count, num_tokens, check))
         self._num_rows += count
 
     def finish(self) -> None:
@@ -173,6 +175,16 @@ class Shard:
         }
         metadata = {**self._about, "documents": json.dumps(records, ensure_ascii=False)}
         return json.dumps({"__metadata__": metadata, TENSOR_NAME: tensor}, ensure_ascii=False).encode()
+
+
+def checksum(id: str, sha256: str, num_tokens: int, latents_ND: torch.Tensor | None) -> int:
+    """CRC-32 of a document's rows (None for no rows) and of what is noted about it: a disk's error is no latent."""
+    about = zlib.crc32(f"{id}\0{sha256}\0{num_tokens}".encode())
+    return about if latents_ND is None else zlib.crc32(_bytes_of(latents_ND), about)
+
+
+def _bytes_of(latents_ND: torch.Tensor) -> memoryview:
+    return latents_ND.contiguous().view(torch.uint8).numpy().data
 
 
 def shard_name(documents: Sequence[Document]) -> str:
@@ -234,13 +246,13 @@ def read_records(path: Path, about: Mapping[str, str]) -> list[Record]:
 
 def _record(values: Any, num_rows: int) -> Record:
     """One entry of a header, checked."""
-    id, sha256, first_row, rows, num_tokens = values
-    texts, numbers = (id, sha256), (first_row, rows, num_tokens)
+    id, sha256, first_row, rows, num_tokens, check = values
+    texts, numbers = (id, sha256), (first_row, rows, num_tokens, check)
     if not all(type(text) is str for text in texts) or not all(type(number) is int for number in numbers):
         raise ValueError("an entry of its list of documents has other values")
     if not (0 <= first_row <= first_row + rows <= num_rows and 0 <= num_tokens <= _ANY_NUMBER):
         raise ValueError(f"it has {num_rows} rows, an entry names others")
-    return id, sha256, first_row, rows, num_tokens
+    return id, sha256, first_row, rows, num_tokens, check
 
 
 class _NothingToWrite(Exception):

@@ -3,7 +3,7 @@
     <output>/checkpoints/step_00000120/
         trained.safetensors     every parameter that some stage trains, float32
         optimizer.safetensors   AdamW's state, by parameter name
-        progress.json           stage, step, data cursor, counters, the run's settings
+        progress.json           stage, step, data cursor, counters, the run's settings, checksums of all this
 
 No pickle anywhere. Learning rates are a function of the step and need no state.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import re
 import shutil
@@ -25,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from utils.errors import CheckpointError, ConfigError, DatasetError, first_line
-from utils.files import atomic_folder, read_json, write_json
+from utils.files import atomic_folder, read_json, sha256_bytes, sha256_file, write_json
 from utils.training.config import UNPACKER, TrainConfig
 from utils.training.plain import from_plain
 from utils.training.sharding import full, part_of
@@ -109,7 +110,9 @@ def save_checkpoint(
         with atomic_folder(target) as folder:
             save_file(tensors, folder / TRAINED)
             save_file({_RNG: torch.get_rng_state(), **moments}, folder / OPTIMIZER)
-            write_json(folder / PROGRESS, {**dataclasses.asdict(progress), "config": config.what_is_trained()})
+            values = {**dataclasses.asdict(progress), "config": config.what_is_trained()}
+            values["files"] = {name: sha256_file(folder / name) for name in (TRAINED, OPTIMIZER)}
+            write_json(folder / PROGRESS, {**values, "sha256": _digest(values)})
     except (OSError, SafetensorError) as error:
         kept = newest_checkpoint(config.output)
         raise CheckpointError(
@@ -170,6 +173,10 @@ def _read_progress(folder: Path, config: TrainConfig) -> Progress:
         values = read_json(path)
         if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
             raise CheckpointError(f"{path} is damaged (it has no settings)")
+        # Checkpoints of older runs have no checksums.
+        if (known := values.pop("sha256", None)) is not None and known != _digest(values):
+            raise CheckpointError(f"{path} is damaged (its checksum is another)")
+        files = dict(values.pop("files", {}))
         saved, now = _flat(values.pop("config")), _flat(config.what_is_trained())
         progress: Progress = from_plain(Progress, values)
     except (ConfigError, OSError, RecursionError, DatasetError) as error:
@@ -183,7 +190,16 @@ def _read_progress(folder: Path, config: TrainConfig) -> Progress:
                 f"{folder} was written with {key} = {saved.get(key)!r}, the configuration says {now.get(key)!r}: go "
                 "back to the old value, or choose another output folder for a new run"
             )
+    for name, known in files.items():
+        with _explained(folder / name):
+            if sha256_file(folder / name) != known:
+                raise CheckpointError(f"{folder / name} is damaged (its checksum is another)")
     return progress
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """Hex sha256 of JSON values, the same before they are written and after."""
+    return sha256_bytes(json.dumps(json.loads(json.dumps(values)), sort_keys=True).encode())
 
 
 def load_trained(folder: Path) -> dict[str, torch.Tensor]:

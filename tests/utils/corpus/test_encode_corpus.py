@@ -26,7 +26,7 @@ from utils.corpus import encode as corpus_encode
 from utils.corpus import run as corpus_run
 from utils.corpus.encode import CorpusJob, CorpusWorker
 from utils.corpus.reader import EncodedCorpus
-from utils.corpus.shards import CorpusOutput, new_shard
+from utils.corpus.shards import CorpusOutput, checksum, new_shard
 from utils.corpus.source import Document
 from utils.errors import ConfigError, DatasetError
 
@@ -133,7 +133,8 @@ def test_a_shard_of_texts_without_tokens(tmp_path: Path) -> None:
     with new_shard(tmp_path, [document], output.about) as shard:
         shard.add(document, None, 0)
     (path,) = tmp_path.iterdir()
-    assert list(output.shards()) == [(path.name, [(document.id, document.sha256, 0, 0, 0)])]
+    check = checksum(document.id, document.sha256, 0, None)
+    assert list(output.shards()) == [(path.name, [(document.id, document.sha256, 0, 0, 0, check)])]
     with pytest.raises(DatasetError, match="is of another run"):
         list(CorpusOutput(root=tmp_path, settings={"chunk_size": 8}).shards())
     path.unlink()
@@ -362,6 +363,19 @@ def test_a_damaged_output_is_one_error_or_made_anew(
         assert str(path) in error
         assert error.startswith("error: ")
         assert error.count("\n") == 1
+
+
+def test_damaged_rows_are_an_error_whose_advice_works(encode: Encode, corpus: Path, tmp_path: Path) -> None:
+    encode(corpus)
+    path = min((tmp_path / "out").glob("latents-*"))
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DatasetError, match=rf"{re.escape(str(path))} are damaged: remove that file"):
+        read_all(tmp_path / "out")
+    path.unlink()
+    encode(corpus)
+    read_all(tmp_path / "out")
 
 
 def test_another_writer_of_an_output_is_named(encode: Encode, corpus: Path, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ class Outcome:
         """What is wrong with this as the end of a command that was let run: done, or one error line."""
         if "Traceback" in self.output or self.code not in (0, 1):
             return f"ended with {self.code}: {self.output[-1500:]}"
-        if self.code == 1 and self.output.count("error: ") != 1:
+        if self.code == 1 and sum(line.startswith("error: ") for line in self.output.splitlines()) != 1:
             return f"expected one error line: {self.output[-1500:]}"
         return None
 
@@ -121,8 +121,10 @@ def _child(
     module: str, arguments: list[str], environment: dict[str, str], file_limit: int | None, writer: Connection
 ) -> None:
     os.setsid()
-    for stream in (1, 2):
-        os.dup2(writer.fileno(), stream)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(writer.fileno(), number)
+        # The server's own was made for what stood there before, such as a file.
+        setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
     writer.close()
     os.environ |= environment
     tempfile.tempdir = None  # read TMPDIR again

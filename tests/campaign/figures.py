@@ -15,11 +15,13 @@ class Figures:
         part: Its name.
         counts: Label → how often it came out so.
         failures: What must not be.
+        notes: What else was measured.
     """
 
     part: str
     counts: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def tried(self) -> int:
@@ -34,9 +36,15 @@ class Figures:
 
     def line(self) -> str:
         """One line of the campaign's table."""
-        said = ", ".join(f"{number} {label}" for label, number in sorted(self.counts.items()))
+        said = ", ".join([*(f"{number} {label}" for label, number in sorted(self.counts.items())), *self.notes])
         return f"{self.part:<28} {self.tried:>6} tried: {said}; {len(self.failures)} failed"
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON values."""
-        return {"part": self.part, "tried": self.tried, "counts": dict(self.counts), "failures": self.failures}
+        return {
+            "part": self.part,
+            "tried": self.tried,
+            "counts": dict(self.counts),
+            "notes": self.notes,
+            "failures": self.failures,
+        }

@@ -8,6 +8,7 @@ job.finished(folder)                           # name -> digest of each finished
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sqlite3
@@ -20,11 +21,15 @@ import torch
 import yaml
 
 from ruler.layout import write_dataset
+from tests.support import fake_server
+from tests.support.tiny import write_checkpoint
+from utils.checkpoint.layout import LCLM
 from utils.compress.latent_cache import LatentCache
 from utils.compress.prompt_embeds import load_prompt_embeds
 from utils.corpus.reader import EncodedCorpus
 from utils.errors import DatasetError
 from utils.files import sha256_file
+from utils.model.config import CompressionConfig
 from utils.model.markers import wrap
 from utils.training.checkpoints import load_trained, newest_checkpoint
 
@@ -45,6 +50,15 @@ class Tools:
     server_url: str
 
 
+@contextlib.contextmanager
+def running_tools(folder: Path) -> Iterator[Tools]:
+    """Write the checkpoint, and serve until the block ends."""
+    checkpoint = write_checkpoint(folder / "tiny", CompressionConfig(chunk_size=4, window=32), layout=LCLM)
+    with fake_server.running(fake_server.by_prompt) as server:
+        server.keeps_requests = False
+        yield Tools(checkpoint=checkpoint, server_url=server.url)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """A command with one folder of work.
@@ -56,7 +70,7 @@ class Job:
         finished: What is finished in a folder, at any time, by name. After a kill all of it must be the
             undisturbed run's.
         outputs: Shell patterns of the files that the command makes and reads again, to be damaged.
-        unchecked: Patterns of those in a published format without a checksum, in which another letter is another answer.
+        unchecked: Patterns of those in a published format without a checksum: another letter is another answer.
         read: Reads the outputs as their user would: damage must not change that without an error.
     """
 
@@ -234,7 +248,7 @@ def _prepare_arguments(folder: Path, tools: Tools) -> list[str]:
         "--workers",
         "1",
     ]
-    tokenizer = ["--tokenizer-path", str(tools.checkpoint / "llm")]
+    tokenizer = ["--tokenizer-path", str(tools.checkpoint / "decoder")]
     return ["prepare", "--output", str(folder / "data"), *tokenizer, "--mode", "balanced", *what]
 
 
@@ -278,7 +292,7 @@ def _answers(folder: Path) -> Finished:
 
 
 def _convert_arguments(folder: Path, tools: Tools) -> list[str]:
-    return [str(tools.checkpoint), str(folder / "converted"), "--layout", "lclm", "--overwrite"]
+    return [str(tools.checkpoint), str(folder / "converted"), "--layout", "code-llava", "--overwrite"]
 
 
 def _converted(folder: Path) -> Finished:

@@ -261,10 +261,10 @@ FAULTS: dict[str, Action] = {
 }
 
 
-def faulty(*names: str, rate: float = 0.4, seed: int = 0) -> Action:
-    """Answer by prompt, but let a share of the requests end in one of these `FAULTS`."""
+def faulty(*names: str, rate: float = 0.4, seed: int = 0, otherwise: Action = by_prompt) -> Action:
+    """Answer by prompt, or as told, but let a share of the requests end in one of these `FAULTS`."""
     rng, faults = random.Random(seed), [FAULTS[name] for name in names]
-    return lambda handler: (rng.choice(faults) if rng.random() < rate else by_prompt)(handler)
+    return lambda handler: (rng.choice(faults) if rng.random() < rate else otherwise)(handler)
 
 
 if __name__ == "__main__":

@@ -137,9 +137,10 @@ class Shard:
         self._about = dict(about)
         self._dtype, self._width, self._num_rows = torch.bfloat16, 0, 0
         self.records: list[Record] = []
-        longest = [(x.id, x.sha256, *[_ANY_NUMBER] * 4) for x in documents]
+        number = _ANY_NUMBER
+        longest = [(x.id, x.sha256, number, number, number, number) for x in documents]
         # The rows begin on a multiple of 8 bytes, as readers that map the file want it.
-        self._header_bytes = -(-len(self._header(longest, _ANY_NUMBER, _ANY_NUMBER)) // 8) * 8
+        self._header_bytes = -(-len(self._header(longest, number, number)) // 8) * 8
         stream.seek(8 + self._header_bytes)
 
     def add(self, document: Document, latents_ND: torch.Tensor | None, num_tokens: int) -> None:

@@ -275,7 +275,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, PromptError):
         error = ApiError(400, str(error))
     elif isinstance(error, HTTPException):
-        message = f"{request.method} {request.url.path}: {error.detail}"
+        message = f"{request.method[:20]} {request.url.path[:200]}: {error.detail}"
         error = ApiError(error.status_code, message, headers=error.headers)
     elif not isinstance(error, ApiError):
         logger.error("a request failed", exc_info=error)

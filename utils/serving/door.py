@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from utils.errors import ConfigError
-from utils.serving.api_error import ApiError
+from utils.serving.api_error import ApiError, shown
 from utils.serving.settings import is_loopback
 
 # On every answer. Nothing from elsewhere, nothing inline: a text that is shown can never become a script.
@@ -35,6 +35,7 @@ SECURITY_HEADERS = {
 _METHODS = "GET, POST, DELETE"
 _REQUEST_HEADERS = "Authorization, Content-Type"
 _PREFLIGHT_AGE_S = "600"
+_LONGEST_NAME = 253  # of a host, by RFC 1035
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_-]+(?:\.[a-z0-9_-]+)*)\.?)(?::([0-9]{1,5}))?")
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([^\s/?#@\\]+)")
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9-]+(?:\s*,\s*[A-Za-z0-9-]+)*")
@@ -149,7 +150,9 @@ def _check_media_type(scope: Scope, headers: Headers) -> None:
         return
     kinds = [value.partition(";")[0].strip().lower() for value in headers.getlist("content-type")]
     if kinds != ["application/json"]:
-        raise ApiError(415, f"expected Content-Type: application/json, got {', '.join(kinds) or 'none'}")
+        raise ApiError(
+            415, f"expected Content-Type: application/json, got {shown(', '.join(kinds)) if kinds else 'none'}"
+        )
 
 
 def _follows_link(scope: Scope, headers: Headers) -> bool:
@@ -180,7 +183,7 @@ def _host_name(text: str) -> str | None:
         return None
     address, name, _ = match.groups()
     if name is not None:
-        return str(name)
+        return str(name) if len(name) <= _LONGEST_NAME else None
     try:
         return f"[{ipaddress.IPv6Address(address)}]"
     except ValueError:

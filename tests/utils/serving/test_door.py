@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
 from tests.support import gateway_server
@@ -80,6 +81,18 @@ def test_a_foreign_host_is_refused_everywhere(url: str, method: str, path: str) 
 )
 def test_loopback_names_are_answered(url: str, host: str) -> None:
     assert ask(url, "GET", "/page.css", {"Host": host})[0] == 200
+
+
+def test_messages_are_short_whatever_they_cite(gateway: httpx.Client) -> None:
+    long = "x" * 5000
+    answers = [
+        gateway.get("/healthz", headers={"Host": long}),
+        gateway.get("/healthz", headers={"Host": long[:250]}),
+        gateway.post("/v1/memories", content=b"{}", headers={"Content-Type": long}),
+        gateway.get("/v1/" + long),
+    ]
+    assert [got.status_code for got in answers] == [403, 403, 415, 404]
+    assert max(len(got.json()["error"]["message"]) for got in answers) < 1000
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ class PromptRows:
         self._tokenizers = processor.tokenizers
         # As `memory_ids` reads memories.
         self._encoder = partial(processor.tokenizers.encoder, split_special_tokens=True)
+        self._characters = partial(processor.tokenizers.decoder, split_special_tokens=True)
         self._expander = Expander(processor.tokenizers)
         self._has_positions = parser.max_positions is not None
         # More tokens than this are in no prompt, whatever its chunk size.
@@ -133,6 +134,17 @@ class PromptRows:
             if all(type(token) is int and token >= 0 for token in prompt):
                 return MemoryPrompt(input_ids=prompt, spans=())
         raise ApiError(400, ONE_PROMPT)
+
+    def characters(self, text: str) -> list[int]:
+        """A text in the decoder's ids, control tokens as the characters that they are written with.
+
+        Raises:
+            ApiError: 413, it has more rows than the decoder has positions.
+        """
+        ids = ids_within(self._characters, text, self.max_prompt_rows)
+        if ids is None:
+            raise self._too_long("a text outside the memory")
+        return ids
 
     def question(self, prompt: MemoryPrompt, expansion: Expansion) -> MemorySpan | None:
         """What a prompt's memory is selected by, as a span that can be encoded; None where nothing is asked.

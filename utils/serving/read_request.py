@@ -16,7 +16,7 @@ from utils.errors import PromptError
 from utils.model.markers import has_markers
 from utils.serving.api_error import ApiError, shown
 from utils.serving.auto_memory import mark_long_parts
-from utils.serving.chat_parts import ChatOutline, Part, SpanSplitter, outline_chat, text_part
+from utils.serving.chat_parts import ChatOutline, Part, SpanSplitter, outline_chat
 from utils.serving.json_body import read_object
 from utils.serving.memories import Memory, MemoryStore
 from utils.serving.model_names import read_name
@@ -71,12 +71,6 @@ class ReadRequest:
             remaining = iter(span_parts)
             span_parts = [[*chain(*islice(remaining, count))] for count in self.num_segments]
         return {**self.body, "messages": self.chat.fill(span_parts)}
-
-    def with_plain_text(self, texts: Sequence[str]) -> Body:
-        """The body with a text for each span."""
-        if self.chat is not None:
-            return self.with_parts([[text_part(text)] for text in texts])
-        return self.with_prompts(texts)
 
     def with_prompts(self, texts: Sequence[str]) -> Body:
         """A completion's body with a text for each span."""

@@ -81,6 +81,11 @@ class ChatOutline:
             for old, new in zip(self.messages, filled, strict=True)
         ]
 
+    def texts(self) -> list[str]:
+        """What is outside the memory."""
+        plain = (piece for pieces in self.pieces for piece in pieces if isinstance(piece, Piece))
+        return [piece.text for piece in plain if not piece.is_memory]
+
     def query(self) -> str:
         """What the chat asks, see `chat_query`; parts that are no text are passed over."""
         texts = [

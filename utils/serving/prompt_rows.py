@@ -192,6 +192,18 @@ class PromptRows:
         except ConfigError as error:
             raise ApiError(400, str(error)) from None
 
+    def num_rows(self, texts: Sequence[str]) -> int:
+        """Rows of texts outside the memory.
+
+        Raises:
+            ApiError: 413, more than the decoder has positions.
+        """
+        num_rows = 0
+        for text in texts:
+            num_rows += len(self._text_ids(text))
+            self.check_count(num_rows, "the text outside the memory")
+        return num_rows
+
     def check_count(self, num_rows: int, what: str = "the prompt") -> None:
         """Refuse a prompt of too many rows."""
         if num_rows > self.max_prompt_rows:

@@ -115,7 +115,11 @@ class RequestReader:
             PromptError: The markers are wrong.
             ApiError: 400, a body of another shape; 404, an unknown memory; 413, too many spans or bytes.
         """
-        body = read_name(read_object(raw), self.options.chunk_sizes)
+        return self.read_parsed(path, raw, read_object(raw), owner, may_mark=may_mark)
+
+    def read_parsed(self, path: str, raw: bytes, body: Body, owner: str, *, may_mark: bool = True) -> ReadRequest:
+        """`read` of a body that was parsed, and may have been changed since."""
+        body = read_name(body, self.options.chunk_sizes)
         chat, prompts = None, []
         options = self.options.read(body)
         if path == CHAT:

@@ -20,14 +20,14 @@ from utils.serving.chat_parts import AutoPart
 from utils.serving.encoder_queue import EncodedSpan
 from utils.serving.expand_tool import ExpandTool
 from utils.serving.json_body import MAX_DEPTH, MAX_VALUES
-from utils.serving.memories import MemoryStore
+from utils.serving.memories import Memory, MemoryStore
 from utils.serving.message_call import Kind, MessageCall
 from utils.serving.off_loop import OffLoop
 from utils.serving.prompt_rows import PromptParser, PromptRows
 from utils.serving.read_request import Body, ReadRequest, RequestReader
 from utils.serving.report import SpanReport, totals
 from utils.serving.request_options import OptionsReader
-from utils.serving.selected_text import DEFAULT, TEXT_POLICIES, SelectedPart, SelectedText, TextSelector
+from utils.serving.selected_text import DEFAULT, TEXT_POLICIES, SelectedText, TextSelector
 from utils.serving.settings import GatewaySettings
 
 Mode = Literal["latents", "text"]
@@ -192,20 +192,20 @@ class Rewriter(abc.ABC):
             )  # fmt: skip
         selected = self._selected
         parts = selected.choose(selected.rows.spans_alone(read.sources, 1, call.chat.query()), expansion)
-        kept = iter(
-            self._memories.keep(
-                [text for part, text in zip(parts, read.texts, strict=True) if part.num_left_out], owner
-            )
-        )
-
-        def written(part: SelectedPart) -> tuple[str, str | None]:
-            retrieve_id = next(kept).id if part.num_left_out else None
-            return part.text(retrieve_id), retrieve_id
-
-        texts, ids = zip(*map(written, parts), strict=True)
+        left_out = [
+            (number, source)
+            for number, (part, source) in enumerate(zip(parts, read.sources, strict=True))
+            if part.num_left_out
+        ]
+        # What is stored already has an id.
+        new = [(number, source) for number, source in left_out if isinstance(source, str)]
+        kept = self._memories.keep([text for _, text in new], owner)
+        ids = {number: source.id for number, source in left_out if isinstance(source, Memory)}
+        ids |= {number: memory.id for (number, _), memory in zip(new, kept, strict=True)}
+        texts = [part.text(ids.get(number)) for number, part in enumerate(parts)]
         reports = [selected.report(part, text) for part, text in zip(parts, texts, strict=True)]
         body = {**read.body, "messages": call.chat.fill_texts(texts)}
-        return self._forward(read, body, b"", reports=reports), [*filter(None, ids)]
+        return self._forward(read, body, b"", reports=reports), [*ids.values()]
 
     @property
     def chunk_sizes(self) -> Sequence[int]:

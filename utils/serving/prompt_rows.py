@@ -59,9 +59,10 @@ class PromptRows:
     Args:
         parser: Tokenizers, limits and the decoder's positions.
         max_request_rows: Most rows of all prompts of one request; None: four times the positions.
+        remembers: A stored text is tokenised once. Not for a second reader with other limits, which go into the ids.
     """
 
-    def __init__(self, parser: PromptParser, max_request_rows: int | None = None) -> None:
+    def __init__(self, parser: PromptParser, max_request_rows: int | None = None, *, remembers: bool = True) -> None:
         processor = parser.processor
         config = parser.files.config
         self.max_prompt_rows = parser.max_positions or _NO_LIMIT
@@ -73,6 +74,7 @@ class PromptRows:
         self._encoder = partial(processor.tokenizers.encoder, split_special_tokens=True)
         self._characters = partial(processor.tokenizers.decoder, split_special_tokens=True)
         self._expander = Expander(processor.tokenizers)
+        self._remembers = remembers
         self._has_positions = parser.max_positions is not None
         # More tokens than this are in no prompt, whatever its chunk size.
         largest = max(config.chunk_size, *config.chunk_sizes, 1) if self._has_positions else 1
@@ -268,9 +270,11 @@ class PromptRows:
         return replace(placed, query=query)
 
     def _tokens(self, source: str | Memory, most: int) -> array[int] | None:
-        """A span's encoder tokens; of one of more than `most` perhaps None. A stored text is tokenised once."""
+        """A span's encoder tokens; of one of more than `most` perhaps None."""
         if not isinstance(source, Memory):
             return self._encoder_ids(source, most)
+        if not self._remembers:
+            return self._encoder_ids(source.text, most)
         if source.token_ids is None and not source.is_too_long:
             source.token_ids = self._encoder_ids(source.text, self._most_tokens)
             source.is_too_long = source.token_ids is None

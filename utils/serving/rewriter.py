@@ -115,10 +115,12 @@ class Rewriter(abc.ABC):
             is_local=is_local,
             salted=salted and not is_local,
         )
-        # Whoever reads text only judges by itself what it can read; nothing is encoded, and nothing cut off unseen.
-        unlimited = replace(parser.processor, limit=None)
-        selector = parser if isinstance(parser, TextSelector) else TextSelector(parser.files, unlimited)
-        self._selected = SelectedText(selector, settings.max_request_rows)
+        rows = self._rows
+        if not isinstance(parser, TextSelector):
+            # Whoever reads text only judges by itself what it can read; nothing is encoded, and nothing cut off unseen.
+            unlimited = TextSelector(parser.files, replace(parser.processor, limit=None))
+            rows = PromptRows(unlimited, settings.max_request_rows, remembers=False)
+        self._selected = SelectedText(rows, parser.processor.tokenizers.decoder)
         # A tokenizer must not be used by two threads at once, and its work must not wait for long bodies.
         self._tokenizer = OffLoop("tokenizer")
         self._bodies = OffLoop("bodies")

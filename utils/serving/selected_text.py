@@ -1,6 +1,6 @@
 """Of a memory the text that a question needs, for whoever reads text only; no latents, no weights.
 
-    selected = SelectedText(TextSelector.load(None))
+    selected = SelectedText(rows, decoder_tokenizer)
     for part in selected.choose(prompt, Expansion(tokens=256)):
         part.text()                                        # "…", [… 412 tokens left out …], "…"
 
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -98,13 +99,13 @@ class SelectedText:
     """Selects with one checkpoint's tokenizers, in the thread that they are used in.
 
     Args:
-        selector: Counts tokens.
-        max_request_rows: Most tokens of all prompts of one request.
+        rows: Of a `TextSelector`: a token is a row.
+        decoder: The decoder's tokenizer, which counts what stays.
     """
 
-    def __init__(self, selector: TextSelector, max_request_rows: int | None = None) -> None:
-        self.rows = PromptRows(selector, max_request_rows)
-        self._decoder = selector.processor.tokenizers.decoder
+    def __init__(self, rows: PromptRows, decoder: Any) -> None:
+        self.rows = rows
+        self._decoder = decoder
 
     def choose(self, prompt: MemoryPrompt, expansion: Expansion) -> list[SelectedPart]:
         """What stays of each span of a prompt.

@@ -101,6 +101,15 @@ def test_memories_and_markers_are_as_in_other_requests(gateway: httpx.Client) ->
     assert gateway.get(f"/v1/retrieve/{name}").json()["original_content"] == LONG
 
 
+def test_a_memory_that_no_prompt_can_hold_can_be_selected_from(gateway: httpx.Client) -> None:
+    name = gateway.post("/v1/memories", json={"text": LONG * 6}).json()["id"]
+    messages = [{"role": "user", "content": f"{wrap('@' + name)} {QUESTION['content']}"}]
+    for _ in range(2):
+        assert gateway.post(CHAT, json={"messages": messages}).status_code == 413
+        answer = told(gateway, messages, **{"as": "text"})
+        assert answer["code_llava"]["memory_tokens"] == len(LONG) * 6
+
+
 @pytest.mark.parametrize(
     ("fields", "status", "message"),
     [

@@ -28,6 +28,7 @@ COMMANDS = (
     ("-m utils.checkpoint.describe", "check and describe a checkpoint"),
     ("-m utils.checkpoint.convert", "trainers' states and LCLM's layout into checkpoints, and back"),
     ("-m utils.serving.gateway", "OpenAI-compatible server that compresses, with a page"),
+    ("-m utils.serving.mcp", "a gateway's memories as tools for coding agents"),
     ("-m utils.training.train", "train a pair in stages, resumably"),
     ("-m utils.training.data", "make training data from Python sources"),
     ("-m utils.training.evaluate", "measure what a checkpoint answers from compressed memory"),

@@ -51,9 +51,14 @@ def framing_tokens(decoder: Any, tokenizer: Any) -> frozenset[int]:
 
     A model may say other special tokens, such as `<filename>`: they are part of its text.
     """
+    return tokenizer_framing(tokenizer).union(end_tokens(decoder, tokenizer))
+
+
+def tokenizer_framing(tokenizer: Any) -> frozenset[int]:
+    """`framing_tokens` as far as the tokenizer alone tells."""
     template = str(getattr(tokenizer, "chat_template", None) or "")
     special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     framing = {i for i, text in special.items() if text in template or text in MARKERS}
     roles = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
     named = {i for role in roles if (i := getattr(tokenizer, f"{role}_token_id", None)) is not None}
-    return frozenset(framing.union(named, end_tokens(decoder, tokenizer)))
+    return frozenset(framing | named)

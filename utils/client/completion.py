@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+# Below it the largest logit is drawn anyway, and others may pass what a float can hold; vLLM's bound, too.
+_LEAST_TEMPERATURE = 1e-5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -17,6 +20,8 @@ class Sampling:
         top_k: Most likely tokens that are drawn from; 0 for all.
         min_p: Least probability, as a share of the likeliest token's.
         repetition_penalty: Of tokens that the answer already has; None: what the decoder's settings say.
+        frequency_penalty: Taken from a token's logit for each time that the answer already has it.
+        presence_penalty: Taken once from the logits of tokens that the answer already has.
         seed: Of the drawing; None: a server takes another one each time, a decoder here goes on drawing.
         stop: Strings that end the answer and do not belong to it.
     """
@@ -27,8 +32,15 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int | None = 0
     stop: tuple[str, ...] = ()
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether nothing is drawn: each answer to a prompt is the same."""
+        return self.temperature < _LEAST_TEMPERATURE
 
     def request_fields(self) -> dict[str, Any]:
         """The fields of an OpenAI-compatible request; what is not OpenAI's own is left out where it says nothing."""
@@ -41,6 +53,8 @@ class Sampling:
             "top_k": self.top_k or None,
             "min_p": self.min_p or None,
             "repetition_penalty": self.repetition_penalty,
+            "frequency_penalty": self.frequency_penalty or None,
+            "presence_penalty": self.presence_penalty or None,
         }
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
 from utils.checkpoint.locate import find_checkpoint
 from utils.checkpoint.pair import end_tokens, framing_tokens, load_pair
@@ -24,15 +23,14 @@ from utils.client.completion import Completion, Sampling
 from utils.compress.latent_cache import LatentCache
 from utils.compress.span_encoder import SpanEncoder
 from utils.errors import PromptError
+from utils.inference.answer_watch import AnswerPiece, AnswerWatch
 from utils.inference.text_pieces import TextPieces, decode_answer
+from utils.inference.token_scores import TokenScores
 from utils.model.code_llava_model import CodeLLaVAModel
 from utils.model.generate import continue_rows
 from utils.model.limits import check_prompt_fits
 from utils.model.processor import Processor
 from utils.model.prompt import MemoryLimit
-
-# Below it the largest logit is drawn anyway, and others may pass what a float can hold; vLLM's bound, too.
-_LEAST_TEMPERATURE = 1e-5
 
 
 def open_pair(
@@ -93,8 +91,9 @@ class Generator:
         rows: Sequence[torch.Tensor],
         sampling: Sampling,
         *,
-        on_text: Callable[[str], None] | None = None,
+        on_piece: Callable[[AnswerPiece], None] | None = None,
         cancelled: threading.Event | None = None,
+        logprobs: int | None = None,
         **arguments: Any,
     ) -> list[Completion]:
         """Continue prompts as one batch.
@@ -102,8 +101,9 @@ class Generator:
         Args:
             rows: One [T, D] tensor a prompt.
             sampling: How; its `max_tokens` may be None for a single prompt alone.
-            on_text: Called with each piece of a single prompt's text as it comes to be.
+            on_piece: Called with each piece of an answer as it comes to be.
             cancelled: Ends the work at the next token.
+            logprobs: Pieces tell of each token its log-probability, and so many of the likeliest in its place.
             arguments: Further ones of Hugging Face's `generate`.
 
         Raises:
@@ -116,8 +116,9 @@ class Generator:
             self.check_room(len(row), sampling, f"prompt {number}" if len(rows) > 1 else "the prompt")
         max_tokens = sampling.max_tokens or (self.max_rows or 1 << 20) - max(map(len, rows))
         pieces = [TextPieces(self.tokenizer, self.hidden_ids, sampling.stop) for _ in rows]
-        watch = _Watch(pieces, self.end_ids, on_text, cancelled)
-        if sampling.temperature >= _LEAST_TEMPERATURE:
+        scores = None if logprobs is None else TokenScores(self.tokenizer, logprobs, self.hidden_ids)
+        watch = AnswerWatch(pieces, self.end_ids, on_piece, cancelled, scores)
+        if not sampling.is_greedy:
             arguments |= {
                 "do_sample": True,
                 "temperature": sampling.temperature,
@@ -127,7 +128,7 @@ class Generator:
             }
             if sampling.seed is not None:
                 torch.manual_seed(sampling.seed)
-        if sampling.stop or on_text or cancelled:
+        if sampling.stop or on_piece or cancelled:
             arguments |= {"streamer": watch, "stopping_criteria": [watch.has_ended]}
         generated = continue_rows(
             self.decoder,
@@ -136,6 +137,9 @@ class Generator:
             end_ids=self.end_ids,
             pad_id=self.tokenizer.pad_token_id or 0,
             repetition_penalty=sampling.repetition_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            presence_penalty=sampling.presence_penalty,
+            before_penalties=[scores] if scores else (),
             **arguments,
         )
         return [self._completion(*one) for one in zip(rows, generated, pieces, strict=True)]
@@ -149,48 +153,6 @@ class Generator:
             prompt_tokens=len(row),
             completion_tokens=count,
         )
-
-
-class _Watch(BaseStreamer):
-    """Sees each token as it is drawn: passes text on, and says which answers have ended."""
-
-    def __init__(
-        self,
-        pieces: Sequence[TextPieces],
-        end_ids: Sequence[int],
-        on_text: Callable[[str], None] | None,
-        cancelled: threading.Event | None,
-    ) -> None:
-        self._pieces = pieces
-        self._open = list(range(len(pieces)))
-        self._end_ids = end_ids
-        self._on_text = on_text or (lambda text: None)
-        self._cancelled = cancelled or threading.Event()
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take the next id of each answer; the first call brings the prompts', of which there are none beside rows."""
-        if value.ndim > 1:
-            return
-        tokens = value.tolist()
-        for number in [*self._open]:
-            is_end = tokens[number] in self._end_ids
-            self._tell(self._pieces[number].add(tokens[number], is_end=is_end))
-            if is_end or self._pieces[number].stopped:
-                self._open.remove(number)
-
-    def end(self) -> None:
-        """Pass on what was held back."""
-        for pieces in self._pieces:
-            self._tell(pieces.finish())
-
-    def has_ended(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """The stopping criterion [B] for stop strings and for a client that has gone."""
-        stopped = [pieces.stopped or self._cancelled.is_set() for pieces in self._pieces]
-        return torch.tensor(stopped, dtype=torch.bool, device=ids.device)
-
-    def _tell(self, text: str) -> None:
-        if text:
-            self._on_text(text)
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int, window: int = 8) -> list[list[int]]:

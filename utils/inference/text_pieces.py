@@ -39,6 +39,11 @@ class TextPieces:
         self._context = self._shown = 0
         self._held = ""
 
+    @property
+    def num_characters(self) -> int:
+        """Characters so far, those that are held back included."""
+        return len(self.text) + len(self._held)
+
     def add(self, token: int, *, is_end: bool = False) -> str:
         """Take a token; returns the text that became certain with it. That of an end token is none."""
         self.num_tokens += 1

@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import hmac
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,10 +19,10 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from utils.compress.compressor import Compressor
 from utils.errors import PromptError
+from utils.serving.admission import PAGE_FILES, Admission
 from utils.serving.api_error import ApiError, shown
 from utils.serving.backend import Backend
 from utils.serving.bodies import BodyLimits
@@ -38,9 +37,10 @@ from utils.serving.off_loop import OffLoop
 from utils.serving.read_request import CHAT, COMPLETIONS
 from utils.serving.request_options import EXTENSION
 from utils.serving.rewriter import CompressedRequest, Rewriter
-from utils.serving.settings import GatewaySettings, owner_of
+from utils.serving.selected_text import TextSelector
+from utils.serving.settings import GatewaySettings
 from utils.serving.stream_report import stream_with_report, wants_report
-from utils.serving.text_requests import TextRequests, TextSelector
+from utils.serving.text_requests import TextRequests
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -48,13 +48,6 @@ Result = TypeVar("Result")
 _HEADER = "X-Code-Llava-"
 # Lists in a header stay below what servers and proxies take; the totals are always there.
 _MAX_HEADER_BYTES = 4096
-# Address → file in `page/`, media type: served to everyone; what they ask the API for needs the API's key.
-PAGE_FILES = {
-    "/": ("index.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
-}
-_OPEN_PATHS = ("/healthz", *PAGE_FILES)
 
 
 class Gateway:
@@ -96,6 +89,8 @@ class Gateway:
             ("GET", "/v1/models", self.models),
             ("GET", "/v1/models/{model_id:path}", self.model),
             ("GET", "/v1/compression", self.compression),
+            ("POST", "/v1/compress", self.compress),
+            ("GET", "/v1/retrieve/{memory_id}", self.retrieve),
             ("POST", "/v1/memories", self.add_memory),
             ("GET", "/v1/memories", self.list_memories),
             ("DELETE", "/v1/memories/{memory_id}", self.delete_memory),
@@ -140,6 +135,20 @@ class Gateway:
     async def compression(self) -> Response:
         """Show the checkpoint and the limits."""
         return _json(self._requests.settings_report())
+
+    async def compress(self, request: Request) -> Response:
+        """Compress a chat's messages, and give them back."""
+        raw = await _read_body(request)
+        work = self._requests.compress_messages(raw, request.state.owner, may_mark=_may_mark(request))
+        answer, compressed = await _unless_gone(request, work)
+        self._metrics.note_spans(compressed.reports)
+        self._metrics.fallbacks.inc(compressed.fallback)
+        return await self._long_work.run_if_long(len(raw), lambda: _json(answer))
+
+    async def retrieve(self, memory_id: str, request: Request) -> Response:
+        """Show the whole text of what was compressed, or was stored."""
+        memory = self._memories.get(memory_id, request.state.owner)
+        return _json({**memory.summary(), "original_content": memory.text})
 
     async def add_memory(self, request: Request) -> Response:
         """Store a text."""
@@ -206,9 +215,7 @@ class Gateway:
         return Response(content, answer.status, headers, media_type=answer.media_type)
 
     async def _compress(self, path: str, raw: bytes, request: Request) -> CompressedRequest:
-        # For proxies that cannot touch bodies.
-        may_mark = request.headers.get(_HEADER + "Auto", "").strip().lower() != "off"
-        return await self._requests.compress(path, raw, request.state.owner, may_mark=may_mark)
+        return await self._requests.compress(path, raw, request.state.owner, may_mark=_may_mark(request))
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -216,48 +223,6 @@ class Gateway:
         self._requests.close()
         self._long_work.close()
         await self._backend.close()
-
-
-class Admission:
-    """Checks the key, counts requests and answers; plain ASGI, so that streams and disconnects pass untouched.
-
-    Routes find under `request.state.owner` whose request it is; "" where there are no keys.
-    """
-
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str], metrics: Metrics) -> None:
-        self._app = app
-        self._owners = [owner_of(key.encode()) for key in api_keys]
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def counting_send(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                endpoint = getattr(scope.get("route"), "path", "other")
-                self._metrics.requests.labels(endpoint, message["status"]).inc()
-            await send(message)
-
-        with self._metrics.active.track_inprogress():
-            owner = self._owner(scope)
-            if owner is not None:
-                scope.setdefault("state", {})["owner"] = owner
-                await self._app(scope, receive, counting_send)
-            else:
-                error = ApiError(401, "wrong or missing API key", headers={"WWW-Authenticate": "Bearer"})
-                await error.response()(scope, receive, counting_send)
-
-    def _owner(self, scope: Scope) -> str | None:
-        """Whose request this is; None for one that may not enter."""
-        if not self._owners or scope["path"] in _OPEN_PATHS:
-            return ""
-        given = owner_of(dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer "))
-        # Constant time: the answer's delay must tell neither how much of a guess is right nor whose key it is.
-        matches = [owner for owner in self._owners if hmac.compare_digest(given, owner)]
-        return matches[0] if matches else None
 
 
 def _page_file(path: str) -> Callable[[], Coroutine[Any, Any, Response]]:
@@ -281,6 +246,11 @@ async def _refuse(request: Request, error: Exception) -> Response:
         logger.error("a request failed", exc_info=error)
         error = ApiError(500, "the gateway failed; its log says why", headers=SECURITY_HEADERS)
     return error.response()
+
+
+def _may_mark(request: Request) -> bool:
+    """What proxies can say that cannot touch bodies."""
+    return request.headers.get(_HEADER + "Auto", "").strip().lower() != "off"
 
 
 async def _read_body(request: Request) -> bytes:

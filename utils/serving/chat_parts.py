@@ -22,6 +22,8 @@ from utils.serving.api_error import ApiError, shown
 Part = dict[str, Any]
 # vLLM refuses texts that hold it: where embeddings stand, it reads this token.
 RESERVED = "<prompt_embeds>"
+# The kind of a content part that holds them.
+EMBEDS = "prompt_embeds"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +63,7 @@ class ChatOutline:
         filled = []
         for message, pieces in zip(self.messages, self.pieces, strict=True):
             parts: list[Part] = []
-            for piece in pieces if memories_in(pieces) else []:
+            for piece in pieces if any(map(_is_new, pieces)) else []:
                 if isinstance(piece, dict):
                     parts.append(piece)
                 else:
@@ -78,6 +80,11 @@ class ChatOutline:
             else new
             for old, new in zip(self.messages, filled, strict=True)
         ]
+
+    def texts(self) -> list[str]:
+        """What is outside the memory."""
+        plain = (piece for pieces in self.pieces for piece in pieces if isinstance(piece, Piece))
+        return [piece.text for piece in plain if not piece.is_memory]
 
     def query(self) -> str:
         """What the chat asks, see `chat_query`; parts that are no text are passed over."""
@@ -196,7 +203,7 @@ def _content_pieces(content: Any, number: int, splitter: SpanSplitter) -> list[P
     for part in content if isinstance(content, list) else []:
         if not isinstance(part, dict):
             raise PromptError(f"message {number}: a content part must be an object, got {type(part).__name__}")
-        if part.get("type") == "prompt_embeds":
+        if part.get("type") == EMBEDS:
             # They are pickles for the backend to open; what this gateway forwards, it has made.
             raise PromptError(f"message {number}: prompt_embeds parts are not taken from clients: send text")
         if part.get("type") == "text" and isinstance(part.get("text"), str):
@@ -209,6 +216,11 @@ def _content_pieces(content: Any, number: int, splitter: SpanSplitter) -> list[P
 def memories_in(pieces: Sequence[Piece | Part]) -> list[str]:
     """The texts of the pieces that are memory."""
     return [piece.text for piece in pieces if isinstance(piece, Piece) and piece.is_memory]
+
+
+def _is_new(piece: Piece | Part) -> bool:
+    """Whether a message must be written anew for a piece: memory, or rows, which clients do not send."""
+    return piece.get("type") == EMBEDS if isinstance(piece, dict) else piece.is_memory
 
 
 def _joined(parts: Sequence[Part]) -> list[Part]:

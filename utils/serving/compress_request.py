@@ -22,11 +22,12 @@ from utils.compress.prompt_embeds import encode_wire
 from utils.errors import CodeLlavaError
 from utils.model.markers import PLACEHOLDER
 from utils.model.prompt import MemoryPrompt, MemorySpan
-from utils.serving.api_error import ApiError
-from utils.serving.chat_parts import RESERVED, Part, between_markers, text_part
+from utils.serving.api_error import ApiError, shown
+from utils.serving.chat_parts import EMBEDS, RESERVED, Part, between_markers, text_part
 from utils.serving.encoder_queue import EncodedSpan, EncoderQueue
 from utils.serving.expand_tool import ExpandTool, Segment, check_request, label, segment_ranges
 from utils.serving.memories import MemoryStore
+from utils.serving.plain_text import PlainText
 from utils.serving.prompt_rows import ONE_PROMPT
 from utils.serving.read_request import Body, ReadRequest
 from utils.serving.report import span_reports
@@ -64,6 +65,7 @@ class RequestCompressor(Rewriter):
         super().__init__(compressor, options, memories, settings, is_local=is_local)
         self._compressor = compressor
         self._queue = queue
+        self._plain = PlainText(compressor.processor.tokenizers.decoder, self._rows, self._ids_part)
 
     def close(self) -> None:
         """End the threads."""
@@ -78,8 +80,9 @@ class RequestCompressor(Rewriter):
         prompts, questions = await self._tokenizer.run(lambda: self._parse(read))
         if not read.sources:
             return await self._tokenizer.run(lambda: self._write(read, prompts, []))
+        sent = await self._tokenizer.run(lambda: self._as_sent(read))
         spans = await self._encode([*questions, *(span for prompt in prompts for span in prompt.spans)], owner)
-        return await self._tokenizer.run(lambda: self._select_and_write(read, prompts, questions, spans))
+        return await self._tokenizer.run(lambda: self._select_and_write(sent, prompts, questions, spans))
 
     def _parse(self, read: ReadRequest) -> tuple[list[MemoryPrompt], list[MemorySpan]]:
         """What the backend will read, and, where latents select, the questions of the prompts with memory.
@@ -103,6 +106,12 @@ class RequestCompressor(Rewriter):
         if expansion.policy == "latents":
             return prompts, asked
         return self._rows.expand(prompts, expansion), []
+
+    def _as_sent(self, read: ReadRequest) -> ReadRequest:
+        """The request with rows in the places of texts that a server would obey."""
+        if read.chat is None or self._is_local:
+            return read
+        return replace(read, chat=self._plain.outline(read.chat, read.body))
 
     def _in_segments(self, read: ReadRequest) -> ReadRequest:
         """The request with a source for each segment that the tool can show."""
@@ -171,7 +180,7 @@ class RequestCompressor(Rewriter):
         if spans is not None:
             body = read.body if self._is_local else self._with_latents(read, prompts, spans)
         else:
-            body = read.with_plain_text(read.texts)
+            body = self._without_spans(read)
             if self._is_local and read.chat is not None:
                 prompts = [self._rows.chat(read.chat.flat(read.texts), [], None)]
             elif self._is_local:
@@ -185,6 +194,18 @@ class RequestCompressor(Rewriter):
             fallback=spans is None,
             reports=span_reports(prompts, spans) if spans else (),
         )
+
+    def _without_spans(self, read: ReadRequest) -> Body:
+        """The body with the memory as plain text."""
+        if read.chat is not None:
+            texts = map(text_part, read.texts) if self._is_local else self._plain.parts(read.texts)
+            return read.with_parts([[part] for part in texts])
+        if token := next(filter(None, map(self._plain.find, read.texts)), None):
+            raise ApiError(
+                500,
+                f"the encoder failed, and as plain text the memory's {shown(token)} would be obeyed: nothing was sent",
+            )
+        return read.with_prompts(read.texts)
 
     def _with_tool(
         self, read: ReadRequest, prompts: Sequence[MemoryPrompt], spans: Sequence[EncodedSpan]
@@ -205,6 +226,7 @@ class RequestCompressor(Rewriter):
             segments,
             self._rows.max_prompt_rows,
             self._tokenizer,
+            self._plain,
             decoder,
         )
         return self._forward(read, read.body, b"", loop=loop)
@@ -234,11 +256,13 @@ class RequestCompressor(Rewriter):
         for segment in span.segments:
             text = "".join(span.text[begin:end] for begin, end in segment.chars)
             if RESERVED in text:
-                alone = MemoryPrompt(input_ids=prompt.input_ids[slice(*segment.rows)], spans=())
-                parts.append((segment.rows[0], self._rows_part(self._compressor.embed(alone, []).values_TD)))
+                parts.append((segment.rows[0], self._ids_part(prompt.input_ids[slice(*segment.rows)])))
             else:
                 parts.append((segment.rows[0], text_part(text)))
         return between_markers([part for _, part in sorted(parts, key=lambda placed: placed[0])])
 
+    def _ids_part(self, ids: list[int]) -> Part:
+        return self._rows_part(self._compressor.embed(MemoryPrompt(input_ids=ids, spans=()), []).values_TD)
+
     def _rows_part(self, rows_TD: torch.Tensor) -> Part:
-        return {"type": "prompt_embeds", "data": encode_wire(rows_TD, self._compressor.dtype)}
+        return {"type": EMBEDS, "data": encode_wire(rows_TD, self._compressor.dtype)}

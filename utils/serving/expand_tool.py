@@ -21,11 +21,11 @@ import orjson
 
 from utils.compress.select import MemoryText
 from utils.model.expand import CharRange
-from utils.model.markers import control_pattern
 from utils.serving.api_error import ApiError
 from utils.serving.backend import Answer
-from utils.serving.chat_parts import RESERVED, Part, text_part
+from utils.serving.chat_parts import Part, text_part
 from utils.serving.off_loop import OffLoop
+from utils.serving.plain_text import PlainText
 from utils.serving.read_request import Body, ReadRequest
 from utils.serving.report import MARKER_ROWS, SpanReport, merged
 
@@ -123,7 +123,8 @@ class ExpandTool:
         segments: Of all spans, in order.
         max_rows: Rows that the memory may take in a prompt.
         tokenizer: The thread in which the decoder's tokenizer is used.
-        decoder: It, which counts rows and knows the control tokens.
+        plain: Knows what the server would obey; used in that thread, too.
+        decoder: The tokenizer, which counts rows.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class ExpandTool:
         segments: Sequence[Segment],
         max_rows: int,
         tokenizer: OffLoop,
+        plain: PlainText,
         decoder: Any,
     ) -> None:
         self._read = read
@@ -142,8 +144,7 @@ class ExpandTool:
         self._room = max_rows - sum(segment.report.rows for segment in segments)
         self._tokenizer = tokenizer
         self._decoder = decoder
-        # As text they would be obeyed; in latents they are data.
-        self._controls = control_pattern(decoder, RESERVED)
+        self._plain = plain
         self._turns: list[Body] = []
         self._rounds = 0
 
@@ -171,7 +172,7 @@ class ExpandTool:
                 return request, _without(answer, own)
             self._rounds += 1
             said = message.get("content") if message else None
-            self._turns.append({"role": "assistant", "content": said, "tool_calls": own})
+            self._turns.append(await self._tokenizer.run(functools.partial(self._turn, said, own)))
             for call in own:
                 result = await self._tokenizer.run(functools.partial(self._expand, call))
                 self._turns.append({"role": "tool", "tool_call_id": call.get("id"), "content": result})
@@ -195,6 +196,14 @@ class ExpandTool:
             tool={"rounds": self._rounds, "segments": len(self._segments), "expanded": [*self._expanded]},
         )
 
+    def _turn(self, said: Any, calls: Sequence[Body]) -> Body:
+        """The model's own turn, of which the server must obey nothing, either."""
+        text = said if isinstance(said, str) else None
+        content = self._plain.parts([text]) if text and self._plain.find(text) else text
+        empty = {"function": {"name": NAME, "arguments": "{}"}}
+        kept = [{**call, **empty} if self._plain.find(str(call.get("function"))) else call for call in calls]
+        return {"role": "assistant", "content": content, "tool_calls": kept}
+
     def _expand(self, call: Body) -> str:
         """What a call is answered; where it names a segment that is still latents, that one is text from now on."""
         wanted = _segment_id(call)
@@ -202,7 +211,8 @@ class ExpandTool:
             left = ", ".join(id for id in self._segments if id not in self._expanded)
             return f'expected {{"segment_id": …}} with a segment that is not text yet: {left or "none is left"}'
         segment = self._segments[wanted]
-        if self._controls and self._controls.search(segment.text):
+        # As text they would be obeyed; in latents they are data.
+        if self._plain.find(segment.text):
             return f"{wanted} holds control tokens and cannot be shown as text: answer from what is there"
         shown = segment.as_text(self._num_rows(segment.text))
         if shown.rows - segment.report.rows > self._room:

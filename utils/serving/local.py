@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -24,10 +24,11 @@ import torch
 from utils.checkpoint.layout import CheckpointFiles
 from utils.checkpoint.load import load_decoder, load_tokenizers
 from utils.checkpoint.settings import AUTOMATIC, EncoderSettings
-from utils.client.completion import Completion
 from utils.errors import CodeLlavaError, PromptError
+from utils.inference.answer_watch import AnswerPiece
 from utils.inference.generation import Generator
 from utils.model.splice import splice_spans
+from utils.serving.answer_shape import AnswerShape
 from utils.serving.api_error import ApiError, error_body
 from utils.serving.backend import EVENT_STREAM, Answer
 from utils.serving.local_request import LocalRequest
@@ -85,7 +86,8 @@ class LocalBackend:
 
         Raises:
             PromptError: The prompt has no room for an answer, or ids that the decoder does not have.
-            ApiError: 400 or 404, fields that are not honoured; 429, too many requests wait; 500, the decoder failed.
+            ApiError: 400 or 404, fields that are not honoured; 413, too many choices for their length; 429, too many
+                requests wait; 500, the decoder failed.
         """
         wanted = LocalRequest.read(request.body, request.path == CHAT, self._name)
         if len(self._running) > self._max_waiting:
@@ -96,13 +98,14 @@ class LocalBackend:
             lambda _: run.call_soon(self._running.discard, run)
         )
         try:
-            shape = _Shape(wanted, self._name, prompt_tokens=await run.next_event())
+            cached_rows = sum(report.cached_rows for report in request.reports)
+            shape = AnswerShape(wanted, self._name, await run.next_event(), cached_rows)
             if wanted.stream:
-                return Answer(content=_events(run, shape), media_type=EVENT_STREAM)
-            texts = []
-            while isinstance(event := await run.next_event(), str):
-                texts.append(event)
-            return Answer(content=orjson.dumps(shape.whole("".join(texts), event)))
+                return Answer(content=_events(run, shape, wanted.n), media_type=EVENT_STREAM)
+            pieces = []
+            while isinstance(event := await run.next_event(), AnswerPiece):
+                pieces.append(event)
+            return Answer(content=orjson.dumps(shape.whole(pieces, event)))
         except BaseException:
             # The client has gone, or the prompt was refused.
             run.cancelled.set()
@@ -118,14 +121,15 @@ class LocalBackend:
 class _Run:
     """One answer in work: the decoder's thread writes events, the event loop reads them.
 
-    The events are the number of prompt rows, pieces of text, and the `Completion`; an exception in place of any.
+    The events are the number of prompt rows, pieces of the choices, and the list of their completions; an exception in
+    place of any.
     """
 
     def __init__(self, request: CompressedRequest, wanted: LocalRequest) -> None:
         self.cancelled = threading.Event()
         (self._prompt,) = request.prompts
         self._latents = [span.latents_ND for span in request.spans]
-        self._sampling = wanted.sampling
+        self._wanted = wanted
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Any] = asyncio.Queue()
 
@@ -138,17 +142,24 @@ class _Run:
                 rows_TD = generator.embed(self._prompt.input_ids)
                 rows_TD = splice_spans(rows_TD, self._latents, self._prompt.spans)
             # Before a stream has begun, while a refusal still has a status.
-            generator.check_room(len(rows_TD), self._sampling)
+            wanted, sampling = self._wanted, self._wanted.sampling
+            generator.check_room(len(rows_TD), sampling)
+            wanted.check_together(len(rows_TD), generator.max_rows)
             self._tell(len(rows_TD))
-            (answer,) = generator.complete([rows_TD], self._sampling, on_text=self._tell, cancelled=self.cancelled)
-            self._tell(answer)
+            # Choices among which nothing is drawn are the same.
+            num_drawn = 1 if sampling.is_greedy else wanted.n
+            answers = generator.complete(
+                [rows_TD] * num_drawn, sampling, on_piece=self._tell_piece, cancelled=self.cancelled,
+                logprobs=wanted.logprobs,
+            )  # fmt: skip
+            self._tell(answers * (wanted.n // num_drawn))
         except Exception as error:  # whatever it is, it belongs to this request and not to the thread
             self._tell(error)
 
     async def next_event(self) -> Any:
         """The next event; exceptions of the thread are raised here, in the API's words."""
         event = await self._events.get()
-        if isinstance(event, PromptError):
+        if isinstance(event, PromptError | ApiError):
             raise event
         if isinstance(event, CodeLlavaError):
             raise ApiError(500, str(event))
@@ -162,15 +173,21 @@ class _Run:
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(action, *arguments)
 
+    def _tell_piece(self, piece: AnswerPiece) -> None:
+        same = range(self._wanted.n) if self._wanted.sampling.is_greedy else [piece.number]
+        for number in same:
+            self._tell(replace(piece, number=number))
+
     def _tell(self, event: Any) -> None:
         self.call_soon(self._events.put_nowait, event)
 
 
-async def _events(run: _Run, shape: _Shape) -> AsyncIterator[bytes]:
+async def _events(run: _Run, shape: AnswerShape, num_choices: int) -> AsyncIterator[bytes]:
     """A streamed answer as server-sent events; leaving early cancels the run."""
     try:
-        yield _event(shape.piece("", first=True))
-        while isinstance(event := await run.next_event(), str):
+        for number in range(num_choices):
+            yield _event(shape.beginning(number))
+        while isinstance(event := await run.next_event(), AnswerPiece):
             yield _event(shape.piece(event))
         for piece in shape.ending(event):
             yield _event(piece)
@@ -183,44 +200,3 @@ async def _events(run: _Run, shape: _Shape) -> AsyncIterator[bytes]:
 
 def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(value) + b"\n\n"
-
-
-class _Shape:
-    """The JSON of one answer, whole or in pieces, in the chat's or the completion's shape."""
-
-    def __init__(self, wanted: LocalRequest, model: str, prompt_tokens: int) -> None:
-        self._wanted = wanted
-        self._prompt_tokens = prompt_tokens
-        kind = "chat.completion" if wanted.chat else "text_completion"
-        prefix = "chatcmpl" if wanted.chat else "cmpl"
-        self._object = kind + (".chunk" if wanted.chat and wanted.stream else "")
-        self._common = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
-
-    def whole(self, text: str, answer: Completion) -> dict[str, Any]:
-        """An answer that is not streamed."""
-        said: dict[str, Any] = {"text": text}
-        if self._wanted.chat:
-            said = {"message": {"role": "assistant", "content": text}}
-        return self._body([self._choice(said, answer.finish_reason)], usage=self._usage(answer))
-
-    def piece(self, text: str, first: bool = False) -> dict[str, Any]:
-        """One piece of a stream."""
-        role = {"role": "assistant"} if first else {}
-        return self._body([self._choice({"delta": role | {"content": text}} if self._wanted.chat else {"text": text})])
-
-    def ending(self, answer: Completion) -> list[dict[str, Any]]:
-        """The last pieces: why it ended, and the usage where it was asked for."""
-        last = self._choice({"delta": {}} if self._wanted.chat else {"text": ""}, answer.finish_reason)
-        usage = [self._body([], usage=self._usage(answer))] if self._wanted.include_usage else []
-        return [self._body([last]), *usage]
-
-    def _choice(self, said: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        return {"index": 0, "finish_reason": finish_reason, "logprobs": None, **said}
-
-    def _body(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return {**self._common, "object": self._object, "choices": choices, **more}
-
-    def _usage(self, answer: Completion) -> dict[str, int]:
-        new = answer.completion_tokens or 0
-        total = self._prompt_tokens + new
-        return {"prompt_tokens": self._prompt_tokens, "completion_tokens": new, "total_tokens": total}

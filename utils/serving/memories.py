@@ -1,19 +1,21 @@
 """Texts that were sent once and are named later: `<|memory_start|>@mem-…<|memory_end|>`.
 
-A text belongs to the key that stored it: for other keys it does not exist. Ids are random, so that they cannot be
-guessed; texts live in memory and end with the process, with their time, or where their owner's room is needed for newer
-ones, the least recently used first.
+A text belongs to the key that stored it: for other keys it does not exist. Ids cannot be guessed; texts live in memory
+and end with the process, with their time, or where their owner's room is needed for newer ones, the least recently used
+first.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import re
 import secrets
 import threading
 import time
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from utils.serving.api_error import ApiError, shown
@@ -26,7 +28,7 @@ class Memory:
     """One stored text.
 
     Attributes:
-        id: What prompts call it.
+        id: What it is called; a random one, or one that follows from the text and a secret.
         text: The text.
         created: Seconds since the epoch.
         size_bytes: Bytes of the text in UTF-8.
@@ -78,6 +80,7 @@ class MemoryStore:
         self.ttl_s = ttl_s
         self._clock = clock
         self._lock = threading.Lock()
+        self._secret = secrets.token_bytes(32)
         # Each owner's, the least recently used first: so they also expire in this order.
         self._memories: dict[str, OrderedDict[str, Memory]] = {}
 
@@ -96,11 +99,37 @@ class MemoryStore:
         )
         with self._lock:
             own = self._living(owner)
-            taken = sum(other.size_bytes for other in own.values())
-            while own and (len(own) >= self.max_count or taken + size > self.max_bytes):
-                taken -= own.popitem(last=False)[1].size_bytes
+            self._make_room(own, size)
             own[memory.id] = memory
         return memory
+
+    def keep(self, texts: Sequence[str], owner: str = "") -> Sequence[Memory]:
+        """Store texts under ids that follow from them: one that is here already is used, and stays once.
+
+        So a chat that is compressed again has the same ids in it. Who does not know the process's secret can neither
+        guess one nor tell from it what it stands for.
+
+        Raises:
+            ApiError: 413, they are more than one owner has room for.
+        """
+        wanted = {self._name_of(text, owner): text for text in texts}
+        sizes = {memory_id: len(text.encode()) for memory_id, text in wanted.items()}
+        if len(wanted) > self.max_count or sum(sizes.values()) > self.max_bytes:
+            raise ApiError(
+                413, f"{len(wanted)} texts of {sum(sizes.values())} bytes are to be kept, a key has room for "
+                f"{self.max_count} of {self.max_bytes} bytes",
+            )  # fmt: skip
+        now = self._clock()
+        with self._lock:
+            own = self._living(owner)
+            for memory_id, text in wanted.items():
+                memory = own.pop(memory_id, None) or Memory(
+                    id=memory_id, text=text, created=int(now), size_bytes=sizes[memory_id], expires=0
+                )
+                memory.expires = now + self.ttl_s
+                self._make_room(own, memory.size_bytes)
+                own[memory_id] = memory
+            return [own[self._name_of(text, owner)] for text in texts]
 
     def list(self, owner: str = "") -> list[Memory]:
         """All of one owner, the least recently used first."""
@@ -137,6 +166,15 @@ class MemoryStore:
         """
         match = _REFERENCE.fullmatch(span_text.strip())
         return self.get(match[1], owner) if match else None
+
+    def _make_room(self, own: OrderedDict[str, Memory], size_bytes: int) -> None:
+        taken = sum(other.size_bytes for other in own.values())
+        while own and (len(own) >= self.max_count or taken + size_bytes > self.max_bytes):
+            taken -= own.popitem(last=False)[1].size_bytes
+
+    def _name_of(self, text: str, owner: str) -> str:
+        # As long as what guardrails take for such an id.
+        return hmac.new(self._secret, f"{owner} {text}".encode(), hashlib.sha256).hexdigest()[:24]
 
     def _find(self, memory_id: str, owner: str) -> Memory:
         memory = self._living(owner).get(memory_id)

@@ -59,9 +59,10 @@ class PromptRows:
     Args:
         parser: Tokenizers, limits and the decoder's positions.
         max_request_rows: Most rows of all prompts of one request; None: four times the positions.
+        remembers: A stored text is tokenised once. Not for a second reader with other limits, which go into the ids.
     """
 
-    def __init__(self, parser: PromptParser, max_request_rows: int | None = None) -> None:
+    def __init__(self, parser: PromptParser, max_request_rows: int | None = None, *, remembers: bool = True) -> None:
         processor = parser.processor
         config = parser.files.config
         self.max_prompt_rows = parser.max_positions or _NO_LIMIT
@@ -71,7 +72,9 @@ class PromptRows:
         self._tokenizers = processor.tokenizers
         # As `memory_ids` reads memories.
         self._encoder = partial(processor.tokenizers.encoder, split_special_tokens=True)
+        self._characters = partial(processor.tokenizers.decoder, split_special_tokens=True)
         self._expander = Expander(processor.tokenizers)
+        self._remembers = remembers
         self._has_positions = parser.max_positions is not None
         # More tokens than this are in no prompt, whatever its chunk size.
         largest = max(config.chunk_size, *config.chunk_sizes, 1) if self._has_positions else 1
@@ -134,6 +137,17 @@ class PromptRows:
                 return MemoryPrompt(input_ids=prompt, spans=())
         raise ApiError(400, ONE_PROMPT)
 
+    def characters(self, text: str) -> list[int]:
+        """A text in the decoder's ids, control tokens as the characters that they are written with.
+
+        Raises:
+            ApiError: 413, it has more rows than the decoder has positions.
+        """
+        ids = ids_within(self._characters, text, self.max_prompt_rows)
+        if ids is None:
+            raise self._too_long("a text outside the memory")
+        return ids
+
     def question(self, prompt: MemoryPrompt, expansion: Expansion) -> MemorySpan | None:
         """What a prompt's memory is selected by, as a span that can be encoded; None where nothing is asked.
 
@@ -179,6 +193,18 @@ class PromptRows:
             return [MemoryText.of(span, self._tokenizers.encoder) for span in self._as_encoded(prompt).spans]
         except ConfigError as error:
             raise ApiError(400, str(error)) from None
+
+    def num_rows(self, texts: Sequence[str]) -> int:
+        """Rows of texts outside the memory.
+
+        Raises:
+            ApiError: 413, more than the decoder has positions.
+        """
+        num_rows = 0
+        for text in texts:
+            num_rows += len(self._text_ids(text))
+            self.check_count(num_rows, "the text outside the memory")
+        return num_rows
 
     def check_count(self, num_rows: int, what: str = "the prompt") -> None:
         """Refuse a prompt of too many rows."""
@@ -244,9 +270,11 @@ class PromptRows:
         return replace(placed, query=query)
 
     def _tokens(self, source: str | Memory, most: int) -> array[int] | None:
-        """A span's encoder tokens; of one of more than `most` perhaps None. A stored text is tokenised once."""
+        """A span's encoder tokens; of one of more than `most` perhaps None."""
         if not isinstance(source, Memory):
             return self._encoder_ids(source, most)
+        if not self._remembers:
+            return self._encoder_ids(source.text, most)
         if source.token_ids is None and not source.is_too_long:
             source.token_ids = self._encoder_ids(source.text, self._most_tokens)
             source.is_too_long = source.token_ids is None

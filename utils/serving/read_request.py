@@ -16,7 +16,7 @@ from utils.errors import PromptError
 from utils.model.markers import has_markers
 from utils.serving.api_error import ApiError, shown
 from utils.serving.auto_memory import mark_long_parts
-from utils.serving.chat_parts import ChatOutline, Part, SpanSplitter, outline_chat, text_part
+from utils.serving.chat_parts import ChatOutline, Part, SpanSplitter, outline_chat
 from utils.serving.json_body import read_object
 from utils.serving.memories import Memory, MemoryStore
 from utils.serving.model_names import read_name
@@ -72,12 +72,6 @@ class ReadRequest:
             span_parts = [[*chain(*islice(remaining, count))] for count in self.num_segments]
         return {**self.body, "messages": self.chat.fill(span_parts)}
 
-    def with_plain_text(self, texts: Sequence[str]) -> Body:
-        """The body with a text for each span."""
-        if self.chat is not None:
-            return self.with_parts([[text_part(text)] for text in texts])
-        return self.with_prompts(texts)
-
     def with_prompts(self, texts: Sequence[str]) -> Body:
         """A completion's body with a text for each span."""
         remaining = iter(texts)
@@ -121,7 +115,11 @@ class RequestReader:
             PromptError: The markers are wrong.
             ApiError: 400, a body of another shape; 404, an unknown memory; 413, too many spans or bytes.
         """
-        body = read_name(read_object(raw), self.options.chunk_sizes)
+        return self.read_parsed(path, raw, read_object(raw), owner, may_mark=may_mark)
+
+    def read_parsed(self, path: str, raw: bytes, body: Body, owner: str, *, may_mark: bool = True) -> ReadRequest:
+        """`read` of a body that was parsed, and may have been changed since."""
+        body = read_name(body, self.options.chunk_sizes)
         chat, prompts = None, []
         options = self.options.read(body)
         if path == CHAT:

@@ -46,6 +46,11 @@ class SpanReport:
         """All that the decoder reads of it."""
         return self.latents + self.text_rows + self.frame_rows
 
+    @property
+    def cached_rows(self) -> int:
+        """Rows of latents that came from the cache; their share of the latents is that of their tokens."""
+        return self.latents * self.cached_tokens // self.tokens if self.tokens else 0
+
     @classmethod
     def of(cls, span: MemorySpan, encoded: EncodedSpan) -> SpanReport:
         """Of a span as the decoder reads it."""

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import orjson
 
 from utils.model.prompt import MemoryPrompt
+from utils.serving.api_error import ApiError, shown
 from utils.serving.chat_parts import AutoPart
 from utils.serving.encoder_queue import EncodedSpan
 from utils.serving.expand_tool import ExpandTool
 from utils.serving.json_body import MAX_DEPTH, MAX_VALUES
-from utils.serving.memories import MemoryStore
+from utils.serving.memories import Memory, MemoryStore
+from utils.serving.message_call import Kind, MessageCall
 from utils.serving.off_loop import OffLoop
 from utils.serving.prompt_rows import PromptParser, PromptRows
 from utils.serving.read_request import Body, ReadRequest, RequestReader
 from utils.serving.report import SpanReport, totals
 from utils.serving.request_options import OptionsReader
+from utils.serving.selected_text import DEFAULT, TEXT_POLICIES, SelectedText, TextSelector
 from utils.serving.settings import GatewaySettings
 
 Mode = Literal["latents", "text"]
@@ -112,6 +115,12 @@ class Rewriter(abc.ABC):
             is_local=is_local,
             salted=salted and not is_local,
         )
+        rows = self._rows
+        if not isinstance(parser, TextSelector):
+            # Whoever reads text only judges by itself what it can read; nothing is encoded, and nothing cut off unseen.
+            unlimited = TextSelector(parser.files, replace(parser.processor, limit=None))
+            rows = PromptRows(unlimited, settings.max_request_rows, remembers=False)
+        self._selected = SelectedText(rows, parser.processor.tokenizers.decoder)
         # A tokenizer must not be used by two threads at once, and its work must not wait for long bodies.
         self._tokenizer = OffLoop("tokenizer")
         self._bodies = OffLoop("bodies")
@@ -139,6 +148,66 @@ class Rewriter(abc.ABC):
         if not (read.sources or self._is_local):
             return await self._bodies.run_if_long(len(raw), lambda: self._unchanged(read))
         return await self._rewrite(read, owner)
+
+    async def compress_messages(
+        self, raw: bytes, owner: str = "", *, may_mark: bool = True
+    ) -> tuple[Body, CompressedRequest]:
+        """Compress a chat's messages for a caller that sends them itself.
+
+        Args:
+            raw: The body of `POST /v1/compress`.
+            owner: Whose memories and cache entries it may use, and who can have the originals again.
+            may_mark: See `compress`.
+
+        Returns:
+            The answer, and what else is known of the request.
+
+        Raises:
+            PromptError, ApiError: As `compress`.
+        """
+        kinds: Sequence[Kind] = ("text",) if self._is_local or self.mode == "text" else ("latents", "text")
+        call = await self._bodies.run_if_long(
+            len(raw), lambda: MessageCall.read_from(raw, self._reader, owner, kinds, may_mark=may_mark)
+        )
+        rows = self._selected.rows if call.kind == "text" else self._rows
+        num_outside = await self._tokenizer.run(lambda: rows.num_rows(call.chat.texts()))
+        ids: Sequence[str] = ()
+        if not call.read.sources:
+            done = self._unchanged(call.read)
+        elif call.kind == "text":
+            done, ids = await self._tokenizer.run(lambda: self._as_text(call, owner))
+        else:
+            done = await self._rewrite(call.read, owner)
+        return call.answer(done.body["messages"], done.report(), done.reports, num_outside, ids), done
+
+    def _as_text(self, call: MessageCall, owner: str) -> tuple[CompressedRequest, Sequence[str]]:
+        """The call with selected text in its spans' places, and the ids of what was left out."""
+        read = call.read
+        expansion = read.options.expansion
+        if not read.options.asks_to_expand and (expansion is None or expansion.policy not in TEXT_POLICIES):
+            # What the gateway was started with speaks of latents.
+            expansion = DEFAULT
+        if expansion is None or expansion.policy not in TEXT_POLICIES:
+            raise ApiError(
+                400, f"as text needs a budget above 0 and one of the policies {', '.join(TEXT_POLICIES)}, got "
+                f"{shown(expansion.policy) if expansion else 'none'}",
+            )  # fmt: skip
+        selected = self._selected
+        parts = selected.choose(selected.rows.spans_alone(read.sources, 1, call.chat.query()), expansion)
+        left_out = [
+            (number, source)
+            for number, (part, source) in enumerate(zip(parts, read.sources, strict=True))
+            if part.num_left_out
+        ]
+        # What is stored already has an id.
+        new = [(number, source) for number, source in left_out if isinstance(source, str)]
+        kept = self._memories.keep([text for _, text in new], owner)
+        ids = {number: source.id for number, source in left_out if isinstance(source, Memory)}
+        ids |= {number: memory.id for (number, _), memory in zip(new, kept, strict=True)}
+        texts = [part.text(ids.get(number)) for number, part in enumerate(parts)]
+        reports = [selected.report(part, text) for part, text in zip(parts, texts, strict=True)]
+        body = {**read.body, "messages": call.chat.fill_texts(texts)}
+        return self._forward(read, body, b"", reports=reports), [*ids.values()]
 
     @property
     def chunk_sizes(self) -> Sequence[int]:

@@ -19,9 +19,9 @@ from utils.serving.app import Gateway
 from utils.serving.door import DoorPolicy
 from utils.serving.local import LocalBackend
 from utils.serving.request_options import REQUEST_POLICIES
+from utils.serving.selected_text import TextSelector
 from utils.serving.server import GatewayServer
 from utils.serving.settings import GatewaySettings
-from utils.serving.text_requests import TextSelector
 from utils.serving.upstream import Upstream
 
 logger = logging.getLogger(__name__)

@@ -69,11 +69,13 @@ def test_stop_strings_end_each_answer_of_a_batch(generator: Generator, rows: lis
 
 def test_pieces_make_the_text_and_a_cancelled_answer_ends(generator: Generator, rows: list[torch.Tensor]) -> None:
     pieces: list[str] = []
-    completion = generator.complete(rows[:1], Sampling(max_tokens=12), on_text=pieces.append)[0]
+    completion = generator.complete(
+        rows[:1], Sampling(max_tokens=12), on_piece=lambda piece: pieces.append(piece.text)
+    )[0]
     assert completion.text == "".join(pieces) == generator.complete(rows[:1], Sampling(max_tokens=12))[0].text
     cancelled = threading.Event()
     early = generator.complete(
-        rows[:1], Sampling(max_tokens=12), on_text=lambda text: cancelled.set(), cancelled=cancelled
+        rows[:1], Sampling(max_tokens=12), on_piece=lambda piece: cancelled.set(), cancelled=cancelled
     )[0]
     assert early.completion_tokens < 12
 

@@ -20,7 +20,7 @@ from utils.compress.select import MemoryText
 from utils.model.markers import MEMORY_END, MEMORY_START, wrap
 from utils.model.prompt import parse_raw_prompt
 from utils.serving.expand_tool import segment_ranges
-from utils.serving.text_requests import TextSelector
+from utils.serving.selected_text import TextSelector
 
 # Segments of up to 256 bytes, which are tokens here.
 LINES = [f"value_{number:03d} = {number * 37:05d}\n" for number in range(36)]

@@ -22,6 +22,7 @@ from tests.support.prompts import CHAT, CODE, COMPLETIONS
 from utils.checkpoint.settings import ON_CPU
 from utils.client.completion import Completion, Sampling
 from utils.compress.compressor import Compressor
+from utils.inference.answer_watch import AnswerPiece
 from utils.inference.inference import load_model
 from utils.model.markers import wrap
 from utils.model.prompt import MemoryPrompt
@@ -102,7 +103,9 @@ def test_usage_and_ends(gateway: httpx.Client, compressor: Compressor) -> None:
     text = PROMPTS[1]
     rows = len(compressor.parse_chat([{"role": "user", "content": text}]).input_ids)
     whole = gateway.post(CHAT, json=chat_body(text, max_tokens=3, temperature=0)).json()
-    assert whole["usage"] == {"prompt_tokens": rows, "completion_tokens": 3, "total_tokens": rows + 3}
+    assert {**whole["usage"], "prompt_tokens_details": None} == {
+        "prompt_tokens": rows, "completion_tokens": 3, "total_tokens": rows + 3, "prompt_tokens_details": None,
+    }  # fmt: skip
     assert whole["choices"][0]["finish_reason"] == "length"
     assert whole["code_llava"]["latents"] > 0
     with openai.OpenAI(base_url=f"{gateway.base_url}/v1", api_key="x", max_retries=0) as client:
@@ -149,7 +152,14 @@ def test_seeds_repeat_a_drawing(gateway: httpx.Client) -> None:
         (CHAT, {"model": "other"}, 404, "'other' does not exist"),
         (CHAT, {"use_beam_search": True}, 400, "no 'use_beam_search'"),
         (CHAT, {"top_k": -2}, 400, "top_k is -2"),
-        (CHAT, {"n": 2}, 400, "no 'n'"),
+        (CHAT, {"n": 0}, 400, "n is 0"),
+        (CHAT, {"n": 128}, 413, "the limit is 2048: lower n or max_tokens"),
+        (CHAT, {"logprobs": 3}, 400, "logprobs is 3"),
+        (CHAT, {"top_logprobs": 3}, 400, "logprobs true"),
+        (CHAT, {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs is 21"),
+        (COMPLETIONS, {"prompt": "x", "logprobs": True}, 400, "logprobs is True"),
+        (COMPLETIONS, {"prompt": "x", "top_logprobs": 1}, 400, "no 'top_logprobs'"),
+        (CHAT, {"presence_penalty": 2.5}, 400, "presence_penalty is 2.5"),
         (CHAT, {"tools": [{"type": "function"}]}, 400, "no 'tools'"),
         (CHAT, {"temperature": -1}, 400, "temperature is -1"),
         (CHAT, {"top_p": 0}, 400, "top_p is 0"),
@@ -186,7 +196,13 @@ def test_fields_without_effect_are_let_through(gateway: httpx.Client) -> None:
 
 
 def test_fields_that_are_not_honoured_are_named_at_once(gateway: httpx.Client) -> None:
-    fields = {"n": 2, "tools": [{}], "logprobs": True, "response_format": {"type": "json_object"}, "best_of": True}
+    fields = {
+        "logit_bias": {"5": 1},
+        "tools": [{}],
+        "echo": True,
+        "response_format": {"type": "json_object"},
+        "best_of": True,
+    }
     got = gateway.post(CHAT, json=chat_body("x", **fields))
     assert got.status_code == 400
     names = ", ".join(repr(name) for name in sorted(fields))
@@ -338,9 +354,11 @@ class Stuck:
     def check_room(self, num_rows: int, sampling: Sampling) -> None:
         assert num_rows > 1
 
-    def complete(self, rows: Any, sampling: Sampling, on_text: Any, cancelled: threading.Event) -> Any:
+    def complete(
+        self, rows: Any, sampling: Sampling, on_piece: Any, cancelled: threading.Event, logprobs: int | None
+    ) -> Any:
         self.started.set()
-        on_text("begin")
+        on_piece(AnswerPiece(number=0, text="begin"))
         while not self.released.wait(0.01):
             if cancelled.is_set():
                 self.cancelled.set()

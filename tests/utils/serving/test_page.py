@@ -12,8 +12,8 @@ import pytest
 from tests.support import chromium, fake_server, gateway_server, local_gateway
 from tests.support.prompts import CODE
 from utils.compress.compressor import Compressor
-from utils.serving.app import PAGE_FILES
-from utils.serving.text_requests import TextSelector
+from utils.serving.admission import PAGE_FILES
+from utils.serving.selected_text import TextSelector
 
 DONE = "document.querySelector('#status').innerText == 'Done.'"
 KEY = "front door"

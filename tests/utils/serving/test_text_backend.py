@@ -23,7 +23,7 @@ from utils.errors import CheckpointError, ConfigError
 from utils.model.markers import MEMORY_END, MEMORY_START, wrap
 from utils.model.prompt import MemoryLimit
 from utils.serving import gateway as command
-from utils.serving.text_requests import TextSelector
+from utils.serving.selected_text import TextSelector
 
 LINES = [f"{name}_setting = {number}  # é\n" for number, name in enumerate(("red", "green", "blue", "grey", "black"))]
 MEMORY = "".join(LINES)

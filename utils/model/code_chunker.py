@@ -211,16 +211,19 @@ class CodeChunker(nn.Module):
         return to_device(values, self.device)
 
     def _pool(self, windows: Sequence[Window], hidden_TH: torch.Tensor) -> torch.Tensor:
-        """Pool a micro-batch, [N, E]; the windows are sorted by chunk size, and those of one size share a gather."""
+        """Pool a micro-batch, [N, E], its windows end to end; all chunks of one size share a gather."""
         counts = np.array([w.num_latents for w in windows])
         offsets = np.cumsum([0, *(w.num_tokens + (w.num_latents if self.pooling.reads_marks else 0) for w in windows)])
         if self.pooling.reads_marks:
             # Markers stand last in their window, in the order of their latents.
             first = np.repeat(offsets[1:] - counts, counts) + _ranges(counts)
             return self._pool_chunks(hidden_TH, first, np.ones_like(first), 1)
-        cores = np.array([len(w.core) for w in windows])
-        begins = offsets[:-1] + [len(w.left) for w in windows]
-        sizes = np.array([w.chunk_size for w in windows])
+        # From here on a row for each window and chunk size at which it is pooled.
+        owners = np.repeat(np.arange(len(windows)), [len(w.chunk_sizes) for w in windows])
+        sizes = np.array([size for w in windows for size in w.chunk_sizes])
+        counts = np.array([count for w in windows for count in w.latents_by_size])
+        cores = np.array([len(w.core) for w in windows])[owners]
+        begins = (offsets[:-1] + [len(w.left) for w in windows])[owners]
         pooled = []
         for size in np.unique(sizes):
             chosen = sizes == size
@@ -229,7 +232,13 @@ class CodeChunker(nn.Module):
             first = np.repeat(begins[chosen], counts[chosen]) + chunk
             real = np.minimum(np.repeat(cores[chosen], counts[chosen]) - chunk, size)
             pooled.append(self._pool_chunks(hidden_TH, first, real, int(size)))
-        return torch.cat(pooled)
+        # Sorted by size now, as the windows of a micro-batch are; not so where one is pooled at several sizes.
+        order = np.argsort(sizes, kind="stable")
+        whole = torch.cat(pooled)
+        if (np.diff(order) == 1).all():
+            return whole
+        parts = whole.split(counts[order].tolist())
+        return torch.cat([parts[i] for i in np.argsort(order)])
 
     def _pool_chunks(self, hidden_TH: torch.Tensor, first: np.ndarray, real: np.ndarray, size: int) -> torch.Tensor:
         """Pool chunks of `real` ≤ `size` states that begin at `first`."""

@@ -145,6 +145,8 @@ class StageConfig:
             (InternVL 2.5's square averaging, arXiv 2412.05271).
         expanded: Share of the examples in which some segments of the memory are text and the rest latents, as selective
             expansion shows it: what the selector chooses, or one to three others.
+        ratios: How many different chunk sizes each example is read at: it is encoded once, its states are pooled at
+            each of them, and each reading is a sequence of its own in the packed row.
         unpack_weight: Weight of the unpack loss (`unpacking.py`) beside the next-token loss; with it, and only then,
             the part `unpacker` learns.
         warmup_steps: Linear rise of the learning rate; then a cosine.
@@ -163,6 +165,7 @@ class StageConfig:
     rows: int = 1
     length_discount: float = 0.0
     expanded: float = 0.0
+    ratios: int = 1
     unpack_weight: float = 0.0
     warmup_steps: int = 20
     final_rate: float = 0.1
@@ -176,6 +179,7 @@ class StageConfig:
         _check_range("expanded", self.expanded, 0, 1)
         _check_weights("chunk_sizes", self.chunk_sizes)
         _check_weights("mixture", self.mixture)
+        _check_range("ratios", self.ratios, 1, sum(weight > 0 for weight in self.chunk_sizes.values()))
         if not self.learning_rates:
             raise ConfigError("learning_rates: name at least one part that learns")
         if self.unpack_weight < 0 or (self.unpack_weight > 0) != (UNPACKER in self.learning_rates):

@@ -15,7 +15,7 @@ from utils.model.prompt import num_latents
 from utils.training.config import StageConfig, TrainConfig
 from utils.training.flops import PairCost, layer_matrices
 from utils.training.loop import Trainer
-from utils.training.packing import PackedRow
+from utils.training.rows import PackedRow
 
 _PROBED_STEPS = 2
 # Bytes that AdamW keeps beside a float32 weight: gradient and two moments.
@@ -111,7 +111,8 @@ def step_flops(trainer: Trainer, stage: StageConfig, rows: list[PackedRow]) -> i
     align = stage.preset == "align"
     # Aligning gives each memory token a latent of its own.
     sizes = [(len(span.token_ids), 1 if align else span.chunk_size) for span in spans]
-    windows = [rows for length, size in sizes for rows in cost.window_lengths([length], size)]
+    encoded = [(len(span.token_ids), 1 if align else span.chunk_size) for row in rows for span in row.encoded]
+    windows = [rows for length, size in encoded for rows in cost.window_lengths([length], size)]
     latents = [num_latents(length, size) for length, size in sizes]
     again, causal = trainer.config.gradient_checkpointing, cost.config.causal
     total = cost.adapter.training_flops(latents, causal=False, learning_weights=cost.adapter.matrix_weights)

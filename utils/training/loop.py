@@ -31,7 +31,7 @@ from utils.training.data.cache import TokenCache
 from utils.training.data.folder import open_caches
 from utils.training.losses import TrainedPair, check_alignable
 from utils.training.metrics import MetricsFile, StepResults, check_trackers
-from utils.training.packing import ExampleStream, PackedRow, RowPacker, packed_ahead
+from utils.training.packing import ExampleStream, RowPacker, packed_ahead
 from utils.training.pairs import starting_pair
 from utils.training.parts import (
     add_lora,
@@ -41,6 +41,7 @@ from utils.training.parts import (
     start_from,
     trained_names,
 )
+from utils.training.rows import PackedRow
 from utils.training.run_folder import RUN_FILE, from_main, held_run
 from utils.training.schedule import Schedule, rate_factor
 from utils.training.sharding import check_shares, shard, wants_sharding
@@ -82,6 +83,8 @@ class Trainer:
         )
         check_shares(config, self.accelerator.num_processes)
         model, self.tokenizers = starting_pair(config.pair, config.seed)
+        if any(stage.ratios > 1 for stage in config.stages):
+            model.memory_encoder.check_several_sizes()
         # Which chunk sizes the weights know is settled when the pair is exported.
         model.code_chunker.config = dataclasses.replace(model.config, chunk_sizes=())
         if any(stage.preset == "align" for stage in config.stages):
@@ -180,6 +183,7 @@ class Trainer:
             stage.chunk_sizes,
             seed=f"{self.config.seed} stage {stage_number}",
             expanded=stage.expanded,
+            ratios=stage.ratios,
         )
         return RowPacker(stream, stage.row_tokens, self.tokenizers.markers, stage.memory_tokens, stage.length_discount)
 

@@ -23,7 +23,7 @@ from utils.model.packed_attention import supports_packed_attention, use_packed_a
 from utils.model.splice import splice_spans
 from utils.model.transfer import to_device
 from utils.model.windows import plan_windows
-from utils.training.packing import PackedRow
+from utils.training.rows import PackedRow
 from utils.training.unpacking import Unpacker
 
 # Room for the float32 logits that exist at the same time; a vocabulary is large. What does not fit is computed in
@@ -103,12 +103,23 @@ class TrainedPair(nn.Module):
         row = row.to(self.decoder.get_input_embeddings().weight.device)
         if align:
             return self._align_loss(row)
-        latents = self.memory_encoder(row.spans)
+        latents = self._latents(row)
         loss = self._next_token_loss(row, latents)
         if not unpack:
             return loss
         assert self.unpacker is not None
         return torch.stack([loss, self.unpacker(latents, row.spans, self._encoder_table())])
+
+    def _latents(self, row: PackedRow) -> list[torch.Tensor]:
+        """Of each span; those that share an encoding are encoded together."""
+        if not row.shared:
+            return self.memory_encoder(row.spans)
+        latents: list[torch.Tensor] = [torch.empty(0)] * len(row.spans)
+        together = self.memory_encoder.at_several_sizes([[row.spans[n] for n in group] for group in row.shared])
+        for group, of_group in zip(row.shared, together, strict=True):
+            for number, latent in zip(group, of_group, strict=True):
+                latents[number] = latent
+        return latents
 
     def _encoder_table(self) -> torch.Tensor:
         return self.memory_encoder.chunker.encoder.get_input_embeddings().weight

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from utils.model.transfer import to_device
 from utils.training.config import StageConfig
 from utils.training.losses import loss_units
-from utils.training.packing import PackedRow
+from utils.training.rows import PackedRow
 from utils.training.schedule import rate_factor
 from utils.training.sharding import full, without_sync
 from utils.training.unpacking import unpacked_tokens

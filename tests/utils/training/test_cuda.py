@@ -17,7 +17,7 @@ from tests.support.stopping import StopAfter
 from utils.files import read_jsonl
 from utils.training.config import TrainConfig
 from utils.training.loop import Trainer
-from utils.training.packing import PackedRow
+from utils.training.rows import PackedRow
 
 Config = Callable[..., TrainConfig]
 

@@ -203,6 +203,27 @@ def test_a_conversation_asks_what_its_memory_still_says(files: list[SourceFile])
     assert kinds == {"line", "file", "note"}
 
 
+def test_strings_are_asked_for_where_only_the_memory_tells_them(files: list[SourceFile]) -> None:
+    kinds: dict[str, set[int]] = {}
+    for example in itertools.islice(draw_examples("strings", files, data_of(seed=5)), 300):
+        turns = [(example.question, example.answer), *example.more]
+        kinds.setdefault(example.kind, set()).add(len(example.answer))
+        lines = example.memory.splitlines()
+        added = [line for line in lines if any(value in line for _, value in turns)]
+        assert len(added) == len(turns)
+        assert not any(value in question for question, _ in turns for _, value in turns)
+        for question, value in turns:
+            assert 8 <= len(value) <= 36
+            [line] = [line for line in lines if value in line]
+            about = question.split("`")[1] if "`" in question else question.split(" of the ")[1].split("?")[0]
+            # No other line is about the same.
+            assert [other for other in lines if about in other] == [line]
+    assert set(kinds) == {"uuid", "hex", "identifier", "path"}
+    assert kinds["uuid"] == {36}
+    assert min(kinds["identifier"] | kinds["path"]) < 12
+    assert max(kinds["identifier"] | kinds["path"]) > 30
+
+
 def test_training_never_sees_what_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def files_of(*paths: str) -> list[SourceFile]:
         return [SourceFile(path=x, text=f"# {x[-4:]}\n" * 30, package="python", licence="PSF-2.0") for x in paths]

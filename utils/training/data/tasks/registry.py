@@ -26,6 +26,7 @@ from utils.training.data.tasks import (
     next_lines,
     reconstruct,
     shuffled,
+    strings,
     variables,
     which_file,
 )
@@ -57,6 +58,7 @@ TASKS = {
     "next_lines": Task(next_lines.draw),
     "which_file": Task(which_file.draw),
     "needle": Task(needle.draw),
+    "strings": Task(strings.draw),
     "list_notes": Task(list_notes.draw),
     "conversation": Task(conversation.draw),
     "variables": Task(variables.draw),

@@ -96,7 +96,11 @@ class DataConfig:
     Attributes:
         folder: Where the JSONL files and their tokenised caches live.
         tasks: Examples of each builder task; empty where the folder's own JSONL files are to be used as they are.
-        memory_tokens: Shortest and longest memory, in tokens (roughly: builders count characters).
+        memory_tokens: Shortest and longest memory, in tokens (roughly: builders count characters). A length is drawn
+            evenly over the logarithm.
+        lengths: What becomes of it. "up_to": a memory is at most as long, and the end of a file cuts it short, so that
+            long ones are rarer than drawn. "log_uniform": an example is drawn again and again until its memory has at
+            least two thirds of the length, so that memories are as long as drawn.
         source: "installed" (packages and standard library of this machine), "symbols" (toy texts) or a code folder.
         max_files: Draw from a random choice of so many files; from all by default.
         package_weights: Package → how many times as often as others its files are drawn; `python` is the standard
@@ -109,6 +113,7 @@ class DataConfig:
     folder: str
     tasks: dict[str, int] = field(default_factory=dict)
     memory_tokens: tuple[int, int] = (64, 256)
+    lengths: Literal["up_to", "log_uniform"] = "up_to"
     source: str = "installed"
     max_files: int | None = None
     package_weights: dict[str, int] = field(default_factory=dict)

@@ -65,15 +65,19 @@ class TaskSources:
         files: Source files.
         data: How long memories are.
         answers: Ordinary question → what the decoder answers to it untrained (`chat.py`).
+        num_chars: How long all memories are, in characters; None: each length is drawn.
     """
 
     random: Random
     files: Sequence[SourceFile]
     data: DataConfig
     answers: Mapping[str, str] = field(default_factory=dict)
+    num_chars: int | None = None
 
     def draw_chars(self) -> int:
         """A memory's length in characters, drawn evenly over the logarithm, so that short ones are not rare."""
+        if self.num_chars is not None:
+            return self.num_chars
         shortest, longest = self.data.memory_tokens
         tokens = shortest * (longest / shortest) ** self.random.random()
         return max(1, round(tokens * self.data.chars_per_token))

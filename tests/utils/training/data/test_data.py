@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -340,6 +341,39 @@ def test_what_the_end_of_a_file_cut_short_can_be_left_out(files: list[SourceFile
     assert kept == [example for example in drawn if len(example.memory) >= 160][:20]
     with pytest.raises(DatasetError, match="ask for fewer"):
         next(draw_examples("reconstruct", files, data, least_chars=10_000))
+
+
+@pytest.mark.parametrize("task", ["lookup", "needle", "shuffled", "conversation"])
+def test_memories_are_as_long_as_drawn_where_that_is_asked_for(task: str) -> None:
+    # One file of ten is long; the others end before most memories would.
+    long, short = (100, 4)
+    files = [
+        SourceFile(
+            path=f"part_{i}.py",
+            text="".join(CODE.replace("42", f"{i}{n}").replace("area", f"area_{i}_{n}") for n in range(times)),
+            package="shapes",
+            licence="MIT",
+        )
+        for i, times in enumerate([long, *[short] * 9] * 3)
+    ]
+    plain = data_of(memory_tokens=(64, 4000), chars_per_token=3.2, seed=2)
+
+    def lengths(data: DataConfig) -> np.ndarray:
+        """Where between the shortest and the longest the memories are, on a logarithmic scale."""
+        drawn = itertools.islice(draw_examples(task, files, data), 150)
+        return np.log([len(example.memory) / 3.2 / 64 for example in drawn]) / np.log(4000 / 64)
+
+    cut, kept = lengths(plain), lengths(dataclasses.replace(plain, lengths="log_uniform"))
+    assert np.mean(cut > 0.75) < 0.1
+    # Evenly, but for the third by which memories may be short.
+    assert np.mean(kept > 0.75) > 0.15
+    assert np.quantile(kept, [0.25, 0.5, 0.75]) == pytest.approx([0.25, 0.5, 0.75], abs=0.14)
+
+
+def test_a_length_that_no_file_has_is_an_error(files: list[SourceFile]) -> None:
+    data = data_of(memory_tokens=(4000, 4000), lengths="log_uniform")
+    with pytest.raises(DatasetError, match="of 8533 characters or more"):
+        next(draw_examples("reconstruct", files, data))
 
 
 def test_requests_that_cannot_be_met_are_errors(tmp_path: Path, files: list[SourceFile]) -> None:

@@ -43,11 +43,13 @@ class Task:
         draw: Makes one example; None where what it drew does not suit, and the builder draws again.
         metrics: What evaluation judges it by; the first is drawn as a picture.
         needs_files: Whether it draws from source files.
+        fills_length: Whether its memories have the length that is drawn, where the files are long enough.
     """
 
     draw: Callable[[TaskSources], Example | None]
     metrics: tuple[str, ...] = _ANSWERED
     needs_files: bool = True
+    fills_length: bool = True
 
 
 TASKS = {
@@ -63,7 +65,7 @@ TASKS = {
     "conversation": Task(conversation.draw),
     "variables": Task(variables.draw),
     "count": Task(count.draw, needs_files=False),
-    chat.CHAT: Task(chat.draw),
+    chat.CHAT: Task(chat.draw, fills_length=False),
     "copy_symbols": Task(copy_symbols.draw, _REPEATED, needs_files=False),
-    "find_symbol": Task(find_symbol.draw, needs_files=False),
+    "find_symbol": Task(find_symbol.draw, needs_files=False, fills_length=False),
 }

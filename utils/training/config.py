@@ -107,6 +107,8 @@ class DataConfig:
             library.
         chars_per_token: What the builders reckon with.
         question_first: Part of the examples in which the question stands before the memory.
+        scattered: Part of the examples in which the memory is dealt out over the prompt: one to a few spans, some of
+            its lines as plain text before, between and after them, the question anywhere among these.
         seed: Of the builders.
     """
 
@@ -119,6 +121,7 @@ class DataConfig:
     package_weights: dict[str, int] = field(default_factory=dict)
     chars_per_token: float = 3.2
     question_first: float = 0.0
+    scattered: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -129,6 +132,7 @@ class DataConfig:
             for key, number in getattr(self, name).items():
                 _check_range(f"{name}.{key}", number, 1)
         _check_range("question_first", self.question_first, 0, 1)
+        _check_range("scattered", self.scattered, 0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,12 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--question-first", type=float, default=0.0, help="part of the examples that ask before the memory; default 0"
     )
+    build.add_argument(
+        "--scattered",
+        type=float,
+        default=0.0,
+        help="part of the examples with several spans and text around; default 0",
+    )
     build.add_argument("--seed", type=int, default=0, help="default 0")
     build.add_argument("--checkpoint", help="whose decoder answers for the task chat; default: the embedded, untrained")
 

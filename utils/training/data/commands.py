@@ -35,6 +35,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         package_weights=_numbers("--package-weights", args.package_weights) if args.package_weights else {},
         chars_per_token=args.chars_per_token,
         question_first=args.question_first,
+        scattered=args.scattered,
         seed=args.seed,
     )
     asked = CHAT in data.tasks

@@ -158,6 +158,9 @@ class StageConfig:
             each of them, and each reading is a sequence of its own in the packed row.
         unpack_weight: Weight of the unpack loss (`unpacking.py`) beside the next-token loss; with it, and only then,
             the part `unpacker` learns.
+        teacher_weight: Weight of the KL divergence from the decoder that reads the memory as text (`teaching.py`),
+            on the labels of answers that it gives right, beside the next-token loss. It costs a forward pass over the
+            text of each example.
         warmup_steps: Linear rise of the learning rate; then a cosine.
         final_rate: What the cosine falls to, as a part of the peak.
         weight_decay: AdamW's, on matrices only.
@@ -176,6 +179,7 @@ class StageConfig:
     expanded: float = 0.0
     ratios: int = 1
     unpack_weight: float = 0.0
+    teacher_weight: float = 0.0
     warmup_steps: int = 20
     final_rate: float = 0.1
     weight_decay: float = 0.01
@@ -189,6 +193,7 @@ class StageConfig:
         _check_weights("chunk_sizes", self.chunk_sizes)
         _check_weights("mixture", self.mixture)
         _check_range("ratios", self.ratios, 1, sum(weight > 0 for weight in self.chunk_sizes.values()))
+        _check_range("teacher_weight", self.teacher_weight, 0)
         if not self.learning_rates:
             raise ConfigError("learning_rates: name at least one part that learns")
         if self.unpack_weight < 0 or (self.unpack_weight > 0) != (UNPACKER in self.learning_rates):
@@ -197,7 +202,10 @@ class StageConfig:
                 f"the {UNPACKER} a learning rate where the weight is above 0, and only there"
             )
         if self.preset == "align" and (
-            set(self.learning_rates) != {"adapter"} or set(self.chunk_sizes) != {1} or self.expanded
+            set(self.learning_rates) != {"adapter"}
+            or set(self.chunk_sizes) != {1}
+            or self.expanded
+            or self.teacher_weight
         ):
             raise ConfigError("the align stage trains the adapter only, at chunk size 1, all latents: set nothing else")
 
@@ -265,6 +273,11 @@ class TrainConfig:
     def trained_parts(self) -> set[str]:
         """The parts that some stage trains."""
         return {part for stage in self.stages for part in stage.learning_rates}
+
+    @property
+    def keeps_decoder(self) -> bool:
+        """Whether the decoder's own weights stay as they are: it learns by LoRA, or not at all."""
+        return self.decoder_tuning.method == "lora" or "decoder" not in self.trained_parts
 
     def what_is_trained(self) -> dict[str, Any]:
         """The settings that decide the trained numbers, as JSON: a run resumes only under the same ones."""

@@ -123,6 +123,12 @@ def step_flops(trainer: Trainer, stage: StageConfig, rows: list[PackedRow]) -> i
         total += cost.encoder.training_flops(windows, causal=causal, learning_weights=learning, recompute=again)
     if align:
         return total
+    teachers = [row.teacher for row in rows if row.teacher is not None]
+    total += cost.decoder.forward_flops(
+        [length for teacher in teachers for length in teacher.lengths],
+        causal=True,
+        logits=2 * sum(len(teacher.labels) for teacher in teachers),
+    )
     return total + cost.decoder.training_flops(
         [length for row in rows for length in row.lengths],
         causal=True,

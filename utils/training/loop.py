@@ -29,6 +29,7 @@ from utils.training.checkpoints import PROGRESS, Progress, check_fits, restore, 
 from utils.training.config import StageConfig, TrainConfig
 from utils.training.data.cache import TokenCache
 from utils.training.data.folder import open_caches
+from utils.training.data.tasks.chat import CHAT
 from utils.training.losses import TrainedPair, check_alignable
 from utils.training.metrics import MetricsFile, StepResults, check_trackers
 from utils.training.packing import ExampleStream, RowPacker, packed_ahead
@@ -94,6 +95,12 @@ class Trainer:
         made: list[dict[str, TokenCache]] = []
         from_main(lambda: made.append(open_caches(config, model, processor)))
         self.caches = made[0] if made else open_caches(config, model, processor, wait=True)
+        for number, stage in enumerate(config.stages):
+            if stage.teacher_weight and CHAT in (stage.mixture or self.caches) and not config.keeps_decoder:
+                raise ConfigError(
+                    f"stages[{number}].teacher_weight: on the task {CHAT} the teacher is the decoder before its "
+                    "training, of which a full tuning leaves nothing: tune the decoder by LoRA, or leave the task out"
+                )
         unpack = any(stage.unpack_weight for stage in config.stages)
         self.pair = TrainedPair(model, self.tokenizers.markers, unpack=unpack)
         torch.manual_seed(config.seed)
@@ -185,7 +192,14 @@ class Trainer:
             expanded=stage.expanded,
             ratios=stage.ratios,
         )
-        return RowPacker(stream, stage.row_tokens, self.tokenizers.markers, stage.memory_tokens, stage.length_discount)
+        return RowPacker(
+            stream,
+            stage.row_tokens,
+            self.tokenizers.markers,
+            stage.memory_tokens,
+            stage.length_discount,
+            teacher_tokens=self.pair.decoder.config.max_position_embeddings if stage.teacher_weight else None,
+        )
 
     def prepare(self, stage: StageConfig) -> tuple[Any, torch.optim.Optimizer]:
         """The pair and an optimiser for a stage, wrapped for the processes there are."""

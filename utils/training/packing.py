@@ -23,6 +23,7 @@ from utils.training.data.cache import TokenCache, TokenizedExample
 from utils.training.expanded import draw_shown
 from utils.training.plain import from_plain
 from utils.training.rows import Draw, PackedRow, pack, packed_length
+from utils.training.teaching import teacher_length
 
 # Examples in a row that may be too long before the data are called unsuitable.
 _MAX_TOO_LONG = 1000
@@ -111,6 +112,7 @@ class RowPacker:
         markers: Ids that are never a label.
         memory_tokens: Most encoder tokens of a packed row; no limit by default.
         length_discount: Each of an answer's n labels weighs n^-length_discount.
+        teacher_tokens: Most rows of an example as a teacher reads it, with its memory as text; None: nobody teaches.
         too_long: Examples so far that fit into no row and were left out.
     """
 
@@ -119,6 +121,7 @@ class RowPacker:
     markers: MarkerIds
     memory_tokens: int | None = None
     length_discount: float = 0.0
+    teacher_tokens: int | None = None
     too_long: int = 0
     _waiting: Draw | None = None
 
@@ -135,19 +138,21 @@ class RowPacker:
             self._waiting = None
             example = self.stream.caches[draw.task][draw.number]
             num_rows, num_memory = packed_length(example, draw), sum(map(len, example.spans))
-            if self._exceeds(num_rows, num_memory):
+            beyond_teacher = self.teacher_tokens is not None and teacher_length(example) > self.teacher_tokens
+            if self._exceeds(num_rows, num_memory) or beyond_teacher:
                 self.too_long += 1
                 failures += 1
                 if failures == _MAX_TOO_LONG:
                     raise DatasetError(
                         f"{failures} examples in a row are longer than row_tokens {self.row_tokens} (memory_tokens "
-                        f"{self.memory_tokens}), the last one with {num_rows} rows and {num_memory} memory tokens: "
-                        "raise these, or make shorter examples"
+                        f"{self.memory_tokens}{'; as text the decoder has room for ' if beyond_teacher else ''}"
+                        f"{self.teacher_tokens if beyond_teacher else ''}), the last one with {num_rows} rows and "
+                        f"{num_memory} memory tokens: raise these, or make shorter examples"
                     )
                 continue
             if self._exceeds(rows + num_rows, memory + num_memory):
                 self._waiting = draw
-                return pack(chosen, self.markers, self.length_discount)
+                return pack(chosen, self.markers, self.length_discount, taught=self.teacher_tokens is not None)
             chosen.append((draw, example))
             rows, memory = rows + num_rows, memory + num_memory
 

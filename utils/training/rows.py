@@ -21,7 +21,9 @@ from utils.model.packed_attention import Segments
 from utils.model.prompt import MemorySpan
 from utils.model.transfer import to_device
 from utils.training.data.cache import TokenizedExample
+from utils.training.data.tasks.chat import CHAT
 from utils.training.expanded import layout, widen_example
+from utils.training.teaching import TeacherRow, label_places, teacher_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class PackedRow:
         spans: All memory spans, with their places in the row; their tokens are arrays, int32.
         shared: Numbers of spans that are one memory at several chunk sizes, to be encoded once; empty where each span
             has an encoding of its own.
+        teacher: The same examples with their memory as text; None where nobody teaches.
     """
 
     input_ids: torch.Tensor
@@ -72,6 +75,7 @@ class PackedRow:
     label_weights: torch.Tensor
     spans: tuple[MemorySpan, ...]
     shared: tuple[tuple[int, ...], ...] = ()
+    teacher: TeacherRow | None = None
 
     def to(self, device: torch.device) -> PackedRow:
         """The same row with its tensors on a device; what Python looks at stays on the host."""
@@ -79,6 +83,7 @@ class PackedRow:
             return self
         names = ("input_ids", "position_ids", "label_rows", "labels", "label_weights")
         moved: dict[str, Any] = {name: to_device(getattr(self, name), device) for name in names}
+        moved["teacher"] = self.teacher and self.teacher.to(device)
         return dataclasses.replace(self, **moved)
 
     @property
@@ -113,9 +118,20 @@ def _reading_length(example: TokenizedExample, chunk_size: int, shown: tuple[int
 
 
 def pack(
-    chosen: Sequence[tuple[Draw, TokenizedExample]], markers: MarkerIds, length_discount: float = 0.0
+    chosen: Sequence[tuple[Draw, TokenizedExample]],
+    markers: MarkerIds,
+    length_discount: float = 0.0,
+    *,
+    taught: bool = False,
 ) -> PackedRow:
-    """Lay examples end to end, equal lengths side by side so that they share one attention call."""
+    """Lay examples end to end, equal lengths side by side so that they share one attention call.
+
+    Args:
+        chosen: The examples, and how each is read.
+        markers: Ids that are never a label.
+        length_discount: Each of an answer's n labels weighs n^-length_discount.
+        taught: Whether a teacher reads them as well.
+    """
     readings = [
         (_reading_length(e, *reading), place, reading) for place, (d, e) in enumerate(chosen) for reading in d.readings
     ]
@@ -124,6 +140,7 @@ def pack(
     label_rows: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     weights: list[np.ndarray] = []
+    answers: list[tuple[int, int]] = []
     spans: list[MemorySpan] = []
     spans_of: list[list[range]] = [[] for _ in chosen]
     start = 0
@@ -131,12 +148,9 @@ def pack(
         example = chosen[place][1]
         # The places of targets and spans move along.
         widened, begins, own = widen_example(example, chunk_size, shown, markers.memory, start)
-        in_memory = np.zeros(len(widened), dtype=bool)
-        for span in own:
-            in_memory[span.start - start : span.stop - start] = True
-        for first, stop in example.targets:
-            wanted = np.arange(begins[first], begins[stop])
-            wanted = wanted[~(in_memory[wanted] | np.isin(widened[wanted], (markers.start, markers.end)))]
+        for answer, narrow in enumerate(label_places(example, markers)):
+            wanted = begins[narrow]
+            answers.append((place, answer))
             label_rows.append(start + wanted - 1)
             labels.append(widened[wanted])
             weights.append(np.full(len(wanted), max(1, len(wanted)) ** -length_discount))
@@ -153,6 +167,9 @@ def pack(
         label_weights=torch.from_numpy(np.concatenate(weights).astype(np.float32)),
         spans=tuple(spans),
         shared=tuple(_shared(spans_of)) if any(len(own) > 1 for own in spans_of) else (),
+        teacher=teacher_row([e for _, e in chosen], [d.task == CHAT for d, _ in chosen], answers, markers)
+        if taught
+        else None,
     )
 
 

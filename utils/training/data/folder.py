@@ -20,7 +20,7 @@ from utils.training.data.chat import replayed_answers
 logger = logging.getLogger(__name__)
 
 # Settings that reports did not always name.
-_OLDER: Mapping[str, Any] = {"package_weights": {}, "lengths": "up_to", "scattered": 0.0}
+_OLDER: dict[str, Any] = {"package_weights": {}, "lengths": "up_to", "scattered": 0.0}
 
 
 def open_caches(

@@ -274,11 +274,6 @@ class TrainConfig:
         """The parts that some stage trains."""
         return {part for stage in self.stages for part in stage.learning_rates}
 
-    @property
-    def keeps_decoder(self) -> bool:
-        """Whether the decoder's own weights stay as they are: it learns by LoRA, or not at all."""
-        return self.decoder_tuning.method == "lora" or "decoder" not in self.trained_parts
-
     def what_is_trained(self) -> dict[str, Any]:
         """The settings that decide the trained numbers, as JSON: a run resumes only under the same ones."""
         values = {name: v for name, v in dataclasses.asdict(self).items() if name not in _FREE_ON_RESUME}

@@ -29,7 +29,6 @@ from utils.training.checkpoints import PROGRESS, Progress, check_fits, restore, 
 from utils.training.config import StageConfig, TrainConfig
 from utils.training.data.cache import TokenCache
 from utils.training.data.folder import open_caches
-from utils.training.data.tasks.chat import CHAT
 from utils.training.losses import TrainedPair, check_alignable
 from utils.training.metrics import MetricsFile, StepResults, check_trackers
 from utils.training.packing import ExampleStream, RowPacker, packed_ahead
@@ -47,6 +46,7 @@ from utils.training.run_folder import RUN_FILE, from_main, held_run
 from utils.training.schedule import Schedule, rate_factor
 from utils.training.sharding import check_shares, shard, wants_sharding
 from utils.training.step import step_numbers, train_step
+from utils.training.teaching import check_teachers
 
 logger = logging.getLogger(__name__)
 
@@ -95,12 +95,7 @@ class Trainer:
         made: list[dict[str, TokenCache]] = []
         from_main(lambda: made.append(open_caches(config, model, processor)))
         self.caches = made[0] if made else open_caches(config, model, processor, wait=True)
-        for number, stage in enumerate(config.stages):
-            if stage.teacher_weight and CHAT in (stage.mixture or self.caches) and not config.keeps_decoder:
-                raise ConfigError(
-                    f"stages[{number}].teacher_weight: on the task {CHAT} the teacher is the decoder before its "
-                    "training, of which a full tuning leaves nothing: tune the decoder by LoRA, or leave the task out"
-                )
+        check_teachers(config, self.caches)
         unpack = any(stage.unpack_weight for stage in config.stages)
         self.pair = TrainedPair(model, self.tokenizers.markers, unpack=unpack)
         torch.manual_seed(config.seed)

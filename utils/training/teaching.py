@@ -17,17 +17,20 @@ Shape legend: S rows of the teacher, m of its labels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from utils.errors import ConfigError
 from utils.model.markers import MarkerIds
 from utils.model.packed_attention import Segments
 from utils.model.transfer import to_device
+from utils.training.config import TrainConfig
 from utils.training.data.cache import TokenizedExample
+from utils.training.data.tasks.chat import CHAT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +71,22 @@ class TeacherRow:
     def segments(self) -> Segments:
         """The examples as sequences that do not see each other."""
         return Segments.of(self.lengths, causal=True)
+
+
+def check_teachers(config: TrainConfig, tasks: Iterable[str]) -> None:
+    """Raise `ConfigError` where a stage's teacher is the decoder before training, and training leaves nothing of it.
+
+    Args:
+        config: The run.
+        tasks: Of its data.
+    """
+    kept = config.decoder_tuning.method == "lora" or "decoder" not in config.trained_parts
+    for number, stage in enumerate(config.stages):
+        if stage.teacher_weight and not kept and CHAT in (stage.mixture or tasks):
+            raise ConfigError(
+                f"stages[{number}].teacher_weight: on the task {CHAT} the teacher is the decoder before its training, of "
+                "which a full tuning leaves nothing: tune the decoder by LoRA, or leave the task out"
+            )
 
 
 def teacher_length(example: TokenizedExample) -> int:

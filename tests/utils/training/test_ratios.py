@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +163,6 @@ def test_more_readings_than_chunk_sizes_are_an_error(run_config: Callable[..., T
 def test_a_pair_whose_states_know_the_chunk_size_is_refused() -> None:
     model, tokenizers = build_toy_pair()
     spans = Processor(tokenizers=tokenizers, chunk_size=2).parse_raw(wrap("abcdef"), 2).spans
-    object.__setattr__(model.config, "window_follows", True)
+    model.code_chunker.config = dataclasses.replace(model.config, window_follows=True)
     with pytest.raises(ConfigError, match="a window is one chunk"):
         model.memory_encoder.at_several_sizes([spans])

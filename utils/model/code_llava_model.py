@@ -62,6 +62,16 @@ class MemoryEncoder(nn.Module):
         """How this encoder compresses."""
         return self.chunker.config
 
+    def add_token_columns(self) -> None:
+        """Let the adapter read the tokens' own embeddings as well, in place; the latents stay as they are until it
+        learns to use them.
+
+        Raises:
+            ConfigError: Its pooling or adapter has no place for them.
+        """
+        self.chunker.config = dataclasses.replace(self.config, token_columns=True)
+        self.adapter.add_token_columns(self.chunker.token_width)
+
     def units(self, span: MemorySpan) -> list[MemoryUnit]:
         """Cut a span into its independent units, in order."""
         config = self.config.with_chunk_size(span.chunk_size)

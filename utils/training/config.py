@@ -72,6 +72,8 @@ class PairConfig:
         window: Encoder window of a new pair.
         pooling: Pooling of a new pair.
         adapter_width: Middle width of a new pair's adapter; the decoder's width by default.
+        token_columns: Let the adapter read the tokens' own embeddings as well, where it does not yet. Its new weights
+            begin at zero: the pair, or the trained part, starts as it was.
         trained: Folder with a trained part of this pair, as `pack` writes it: training goes on from there, its LoRA
             unmerged, with a new optimiser. By default from the pair as it is.
     """
@@ -82,6 +84,7 @@ class PairConfig:
     window: int = 1024
     pooling: str = "mean"
     adapter_width: int | None = None
+    token_columns: bool = False
     trained: str | None = None
 
     def __post_init__(self) -> None:

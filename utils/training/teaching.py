@@ -84,8 +84,8 @@ def check_teachers(config: TrainConfig, tasks: Iterable[str]) -> None:
     for number, stage in enumerate(config.stages):
         if stage.teacher_weight and not kept and CHAT in (stage.mixture or tasks):
             raise ConfigError(
-                f"stages[{number}].teacher_weight: on the task {CHAT} the teacher is the decoder before its training, of "
-                "which a full tuning leaves nothing: tune the decoder by LoRA, or leave the task out"
+                f"stages[{number}].teacher_weight: on the task {CHAT} the teacher is the decoder before its training, "
+                "of which a full tuning leaves nothing: tune the decoder by LoRA, or leave the task out"
             )
 
 

@@ -24,10 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from utils.errors import ConfigError
-from utils.training.plain import from_plain
+from utils.training.plain import from_plain, read_layers
 
 UNPACKER = "unpacker"
 PRESETS: dict[str, dict[str, Any]] = {
@@ -285,13 +283,12 @@ class TrainConfig:
 
 
 def load_config(path: str | Path) -> TrainConfig:
-    """Read a run's YAML file; a `ConfigError` names the file and the key of what is wrong."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    """Read a run's YAML file, over the one that it names under `base`.
+
+    Raises:
+        ConfigError: The message names the file and the key of what is wrong.
+    """
+    values = read_layers(Path(path))
     try:
         return parse_config(values)
     except ConfigError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -368,6 +369,23 @@ def test_memories_are_as_long_as_drawn_where_that_is_asked_for(task: str) -> Non
     # Evenly, but for the third by which memories may be short.
     assert np.mean(kept > 0.75) > 0.15
     assert np.quantile(kept, [0.25, 0.5, 0.75]) == pytest.approx([0.25, 0.5, 0.75], abs=0.14)
+
+
+def test_by_default_examples_are_what_they_always_were() -> None:
+    code = "".join(
+        f"def f_{n}(x, y=1):\n    # about number {n}\n    y_{n} = x + {n}\n\n    return y_{n} * {n}\n\n\n"
+        f"LIMIT_{n} = {n}00\n"
+        for n in range(12)
+    )
+    files = [
+        SourceFile(path=f"f{i}.py", text=code.replace("x", f"v{i}"), package="p", licence="MIT") for i in range(20)
+    ]
+    data = data_of(seed=3, question_first=0.25)
+    tasks = ("reconstruct", "continue", "lookup", "needle", "conversation", "which_file", "list_notes", "count")
+    rows = [e.row() for task in tasks for e in itertools.islice(draw_examples(task, files, data), 30)]
+    # Of the rows that were drawn before lengths could be kept and memories scattered.
+    golden = "52ab04da8f436e89b3a1b488d3704811103f7d57cfee512bfa5d579e95bee8d3"
+    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest() == golden
 
 
 def test_a_length_that_no_file_has_is_an_error(files: list[SourceFile]) -> None:

@@ -123,12 +123,12 @@ def step_flops(trainer: Trainer, stage: StageConfig, rows: list[PackedRow]) -> i
         total += cost.encoder.training_flops(windows, causal=causal, learning_weights=learning, recompute=again)
     if align:
         return total
-    teachers = [row.teacher for row in rows if row.teacher is not None]
-    total += cost.decoder.forward_flops(
-        [length for teacher in teachers for length in teacher.lengths],
-        causal=True,
-        logits=2 * sum(len(teacher.labels) for teacher in teachers),
-    )
+    for row in rows:
+        if row.teacher is not None:
+            # The teacher's logits say where it is right, and again what it says; the student's are computed once more
+            # than for the next-token loss, there and back.
+            logits = len(row.teacher.labels) + 3 * row.num_labels
+            total += cost.decoder.forward_flops(row.teacher.lengths, causal=True, logits=logits)
     return total + cost.decoder.training_flops(
         [length for row in rows for length in row.lengths],
         causal=True,
@@ -152,7 +152,11 @@ def _memory_bytes(trainer: Trainer, stage: StageConfig, rows: list[PackedRow], l
             activations += tokens * layers * kept * model.config.hidden_size * width_bytes
         labels = max(row.num_labels for row in rows)
         # Logits in float32 and their gradient, at most one piece of the head at a time.
-        activations += min(labels, pair.head_rows) * pair.decoder.get_output_embeddings().weight.shape[0] * 8
+        vocabulary = pair.decoder.get_output_embeddings().weight.shape[0]
+        activations += min(labels, pair.head_rows) * vocabulary * 8
+        if stage.teacher_weight:
+            # What teacher and student say, their logarithms, and a gradient.
+            activations += min(labels, pair.head_rows // 3) * vocabulary * 20
     return weights + learning * _LEARNING_BYTES + activations
 
 

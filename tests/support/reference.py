@@ -28,9 +28,10 @@ def reference_latents(
 ) -> torch.Tensor:
     """Latents of one span, [n, D], computed with an encoder whose attention is `eager`."""
     pooled = torch.cat([_window(encoder, ids, at, config, pad_token_id) for at in range(0, len(ids), config.window)])
+    extra = torch.cat([_tokens(encoder, ids, at, config) for at in range(0, len(ids), config.window)])
     if config.adapter == "attn_mlp":
         pooled = _attention_layers(adapter_state, layer_config, pooled)
-    latents = _mlp(adapter_state, pooled)
+    latents = _mlp(adapter_state, pooled, extra if config.token_columns else None)
     if config.adapter == "mlp_attn":
         latents = _attention_layers(adapter_state, layer_config, latents)
     return latents
@@ -90,9 +91,25 @@ def _hidden_states(encoder: Any, row: list[int], *, causal: bool) -> torch.Tenso
     return out.last_hidden_state[0]
 
 
-def _mlp(state: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-    normed = rows * torch.rsqrt(rows.pow(2).mean(dim=-1, keepdim=True) + 1e-6) * state["norm.weight"]
-    middle = normed @ state["fc1.weight"].T + state["fc1.bias"]
+def _tokens(encoder: Any, ids: Sequence[int], at: int, config: CompressionConfig) -> torch.Tensor:
+    """For each chunk of a window the mean of its tokens' embeddings, and the mean of these turned by their places."""
+    core, vectors = ids[at : at + config.window], []
+    table = encoder.get_input_embeddings().weight
+    for begin in range(0, len(core), config.chunk_size):
+        states = torch.stack([table[token] for token in core[begin : begin + config.chunk_size]])
+        turned = torch.stack([_turned(state, place) for place, state in enumerate(states)])
+        vectors.append(torch.cat([states.mean(dim=0), turned.mean(dim=0)]))
+    return torch.stack(vectors)
+
+
+def _normed(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return rows * torch.rsqrt(rows.pow(2).mean(dim=-1, keepdim=True) + 1e-6) * weight
+
+
+def _mlp(state: dict[str, torch.Tensor], rows: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    middle = _normed(rows, state["norm.weight"]) @ state["fc1.weight"].T + state["fc1.bias"]
+    if tokens is not None:
+        middle = middle + _normed(tokens, state["token_norm.weight"]) @ state["token_fc.weight"].T
     middle = middle * 0.5 * (1 + torch.erf(middle / 2**0.5))
     return middle @ state["fc2.weight"].T + state["fc2.bias"]
 

@@ -120,7 +120,8 @@ def make_memory_encoder(
     part = CodeChunker(encoder, config, pad_token_id=256, **chunker)
     layer_config = encoder.config if config.adapter == "attn_mlp" else make_decoder().config
     torch.manual_seed(seed)
-    adapter = Adapter(part.width, DECODER_WIDTH, config=config, layer_config=layer_config)
+    sizes = {"token_width": part.token_width, "layer_config": layer_config}
+    adapter = Adapter(part.width, DECODER_WIDTH, config=config, **sizes)
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return MemoryEncoder(part, adapter).eval()

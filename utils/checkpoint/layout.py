@@ -17,7 +17,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,18 @@ class Layout:
         decoder: Folder of the decoder.
         encoder: Folder of the encoder.
         adapter: File(s) of the adapter → prefix map from the names on disk to ours.
+        token_columns: The same for what token columns add; empty where that stands in a file of the adapter.
     """
 
     name: str
     decoder: str
     encoder: str
     adapter: Mapping[str, Mapping[str, str]]
+    token_columns: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def adapter_files(self, config: CompressionConfig) -> dict[str, Mapping[str, str]]:
+        """The adapter's files under a configuration, as `adapter`."""
+        return {**self.adapter, **(self.token_columns if config.token_columns else {})}
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -68,6 +74,9 @@ CODE_LLAVA = Layout(
             "2.weight": "fc2.weight",
             "2.bias": "fc2.bias",
         },
+    },
+    token_columns={
+        "projectors/code_tokens.safetensors": {"norm.weight": "token_norm.weight", "weight": "token_fc.weight"}
     },
 )
 LCLM = Layout(name="lclm", decoder="decoder", encoder="encoder", adapter={"adapter/adapter.safetensors": {}})
@@ -120,7 +129,7 @@ class CheckpointFiles:
     def fingerprint(self) -> str:
         """Hex sha256 over everything that decides a latent: encoder, adapter and compression (not the chunk size)."""
         parts = [(f"{self.layout.encoder}/{path.name}", path) for path in _model_files(self.encoder)]
-        parts += [(name, self.root / name) for name in self.layout.adapter]
+        parts += [(name, self.root / name) for name in self.layout.adapter_files(self.config)]
         if is_peft_folder(self.encoder):
             parts += [(f"base/{path.name}", path) for path in _model_files(base_of(self.encoder))]
         settings = {key: value for key, value in self.config.to_json().items() if key != "compression_ratio"}
@@ -188,7 +197,7 @@ def _read_config(root: Path, layout: Layout, chunk_size: int | None) -> Compress
 
 
 def _check_complete(files: CheckpointFiles) -> None:
-    for name in files.layout.adapter:
+    for name in files.layout.adapter_files(files.config):
         tensor_names(files.root / name)
     for folder in (files.decoder, files.encoder):
         config = ADAPTER_CONFIG if is_peft_folder(folder) else CONFIG

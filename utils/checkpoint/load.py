@@ -287,14 +287,15 @@ def _round_rotary_frequencies(encoder: Any, dtype: torch.dtype) -> None:
 
 def _load_adapter(files: CheckpointFiles, chunker: CodeChunker, dtype: torch.dtype) -> Adapter:
     state: dict[str, torch.Tensor] = {}
-    for name, renamed in files.layout.adapter.items():
+    parts = files.layout.adapter_files(files.config)
+    for name, renamed in parts.items():
         path = files.root / name
         with loading(path, "cannot be read"):
             tensors = load_file(path)
         if renamed and set(tensors) != set(renamed):
             raise CheckpointError(f"{path}: expected the keys {sorted(renamed)}, got {sorted(tensors)}")
         state |= {renamed.get(key, key): value for key, value in tensors.items()}
-    where = " and ".join(str(files.root / name) for name in files.layout.adapter)
+    where = " and ".join(str(files.root / name) for name in parts)
     for key in ("fc1.weight", "fc2.weight"):
         if key not in state or state[key].ndim != 2 or not state[key].numel():
             raise CheckpointError(f"{where}: {key} is missing or is not a matrix")
@@ -307,6 +308,7 @@ def _load_adapter(files: CheckpointFiles, chunker: CodeChunker, dtype: torch.dty
     if files.config.adapter == "attn_mlp":
         layer_config, source = chunker.encoder.config, files.encoder
     sizes: dict[str, Any] = {"middle_width": state["fc1.weight"].shape[0], "layer_config": layer_config}
+    sizes["token_width"] = chunker.token_width
     with loading(source / CONFIG, "describes no layers that an adapter can be built of"), torch.device("meta"):
         shapes = Adapter(chunker.width, decoder_config.hidden_size, config=files.config, **sizes).state_dict()
     _check_state(state, shapes, where)

@@ -54,7 +54,7 @@ def save_adapter(folder: Path, adapter: Adapter, config: CompressionConfig, layo
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.state_dict().items()}
     if layout is CODE_LLAVA and adapter.has_attention:
         raise CheckpointError(f"the {layout.name} layout cannot hold a {adapter.kind} adapter: save it as {LCLM.name}")
-    for name, renamed in layout.adapter.items():
+    for name, renamed in layout.adapter_files(config).items():
         tensors = {disk: state[ours] for disk, ours in renamed.items()} if renamed else state
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,9 +4,12 @@
     attn_mlp   attention layers of the encoder's size, then the MLP
     mlp_attn   the MLP, then attention layers of the decoder's size
 
+With `token_columns` there is a second way into the MLP: RMSNorm → Linear of the pooled token embeddings, added before
+the GELU. Its matrix begins at zero, so that an adapter that gets it gives the latents that it gave before.
+
 The attention layers are stock Qwen3 decoder layers without a causal mask, with RoPE positions 0..n-1 inside one span.
-State-dict keys are LCLM's (arXiv 2606.09659). Shape legend: N latents of all spans end to end, E input width, D decoder
-width.
+State-dict keys are LCLM's (arXiv 2606.09659), but for `token_norm` and `token_fc`. Shape legend: N latents of all spans
+end to end, E input width, F token columns, D decoder width.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ class Adapter(nn.Module):
     Args:
         input_width: E: `CodeChunker.width`.
         output_width: D, the decoder's width.
+        token_width: F: `CodeChunker.token_width`, 0 without token columns.
         middle_width: Width between the two linear maps; D in published checkpoints.
         config: Which kind of adapter.
         layer_config: Hugging Face configuration that sizes the attention layers: the encoder's for attn_mlp, the
@@ -43,6 +47,7 @@ class Adapter(nn.Module):
         output_width: int,
         *,
         config: CompressionConfig,
+        token_width: int = 0,
         middle_width: int | None = None,
         layer_config: Any = None,
     ) -> None:
@@ -52,10 +57,22 @@ class Adapter(nn.Module):
         self.norm = nn.RMSNorm(input_width, eps=NORM_EPS)
         self.fc1 = nn.Linear(input_width, middle_width)
         self.fc2 = nn.Linear(middle_width, output_width)
+        self.token_width = 0
+        if token_width:
+            self.add_token_columns(token_width)
         if self.has_attention:
             self.attention_layers = nn.ModuleList(
                 _AttentionLayer(_qwen3_config(layer_config)) for _ in range(config.num_adapter_layers)
             )
+
+    def add_token_columns(self, token_width: int) -> None:
+        """Let it read F token columns as well; at first they change nothing."""
+        weight = self.fc1.weight
+        place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        self.token_norm = nn.RMSNorm(token_width, eps=NORM_EPS, **place)
+        self.token_fc = nn.Linear(token_width, weight.shape[0], bias=False, **place)
+        nn.init.zeros_(self.token_fc.weight)
+        self.token_width = token_width
 
     @property
     def has_attention(self) -> bool:
@@ -66,7 +83,7 @@ class Adapter(nn.Module):
         """Project pooled states.
 
         Args:
-            pooled_NE: [N, E], the spans end to end.
+            pooled_NE: [N, E], with token columns [N, E + F], the spans end to end.
             span_lengths: Latents of each span, adding up to N.
 
         Returns:
@@ -76,7 +93,12 @@ class Adapter(nn.Module):
             pooled_NE = self._attend(pooled_NE, span_lengths)
         # In training the adapter may be kept in float32 behind an encoder in bfloat16.
         pooled_NE = pooled_NE.to(self.norm.weight.dtype)
-        latents_ND = self.fc2(nn.functional.gelu(self.fc1(self.norm(pooled_NE))))
+        if self.token_width:
+            pooled_NE, tokens_NF = pooled_NE.split([pooled_NE.shape[1] - self.token_width, self.token_width], dim=1)
+            middle = self.fc1(self.norm(pooled_NE)) + self.token_fc(self.token_norm(tokens_NF))
+        else:
+            middle = self.fc1(self.norm(pooled_NE))
+        latents_ND = self.fc2(nn.functional.gelu(middle))
         if self.kind == "mlp_attn":
             latents_ND = self._attend(latents_ND, span_lengths)
         return latents_ND

@@ -9,7 +9,8 @@ equal window length instead: also without padding, on any attention implementati
 
 Semantics: LCLM, "End-to-End Context Compression at Scale", arXiv 2606.09659.
 
-Shape legend: T packed tokens, H encoder width, R chunk size, N chunks of a batch, n chunks of a window, E pooled width.
+Shape legend: T packed tokens, H encoder width, R chunk size, N chunks of a batch, n chunks of a window, E pooled width,
+F token columns.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from utils.model.transfer import to_device
 from utils.model.windows import Window, micro_batches
 
 # Tokens of one encoder pass. Enough to keep matrix products at full speed, small enough to keep memory flat.
+# Token embeddings keep their places: they are there to be told apart.
+_TOKEN_POOLING = POOLINGS["rotary"]
 _CPU_TOKENS, _MOST_CUDA_TOKENS, _LEAST_CUDA_TOKENS = 4096, 65536, 1024
 
 
@@ -93,8 +96,22 @@ class CodeChunker(nn.Module):
 
     @property
     def width(self) -> int:
-        """E, the width of a pooled vector."""
+        """E, the width of a pooled vector, without token columns."""
         return self.pooling.width(int(self.encoder.config.hidden_size), self.config.chunk_size)
+
+    @property
+    def token_width(self) -> int:
+        """F, how many columns of token embeddings stand behind the E; 0 where there are none.
+
+        Raises:
+            ConfigError: The embeddings cannot be turned by their places.
+        """
+        if not self.config.token_columns:
+            return 0
+        table_width = int(self.encoder.get_input_embeddings().weight.shape[1])
+        if table_width % 2:
+            raise ConfigError(f"token_columns: expected an encoder with embeddings of even width, got {table_width}")
+        return _TOKEN_POOLING.width(table_width, self.config.chunk_size)
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +122,7 @@ class CodeChunker(nn.Module):
         """Encode and pool windows.
 
         Returns:
-            One [n, E] tensor a window, in the order given, in the encoder's dtype.
+            One [n, E + F] tensor a window, in the order given, in the encoder's dtype.
         """
         results: list[torch.Tensor] = [torch.empty(0)] * len(windows)
         for indices, pooled_NE in self.batches(windows):
@@ -118,13 +135,17 @@ class CodeChunker(nn.Module):
         """Encode micro-batch by micro-batch, so that a long memory needs no more room than a short one.
 
         Yields:
-            The indices of the windows of a micro-batch, and their pooled vectors end to end, [N, E].
+            The indices of the windows of a micro-batch, and their pooled vectors end to end, [N, E + F].
         """
         sizes = [(window.chunk_size, window.num_tokens) for window in windows]
         for indices in micro_batches(sizes, self.pass_tokens):
             batch = [windows[i] for i in indices]
             rows = [self._encoder_tokens(window) for window in batch]
-            yield indices, self._pool(batch, self._hidden_states(rows))
+            states = [(self._hidden_states(rows), self.pooling)]
+            if self.config.token_columns:
+                ids_T = self._to_device(np.concatenate(rows))
+                states.append((self.encoder.get_input_embeddings()(ids_T), _TOKEN_POOLING))
+            yield indices, self._pool(batch, states)
 
     @cached_property
     def _first_position(self) -> int:
@@ -210,17 +231,23 @@ class CodeChunker(nn.Module):
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
         return to_device(values, self.device)
 
-    def _pool(self, windows: Sequence[Window], hidden_TH: torch.Tensor) -> torch.Tensor:
-        """Pool a micro-batch, [N, E]; the windows are sorted by chunk size, and those of one size share a gather."""
+    def _pool(self, windows: Sequence[Window], states: Sequence[tuple[torch.Tensor, Pooling]]) -> torch.Tensor:
+        """Pool a micro-batch, [N, E + F], its windows end to end; all chunks of one size share a gather.
+
+        `states` are [T, H] each, and how they are pooled.
+        """
         counts = np.array([w.num_latents for w in windows])
         offsets = np.cumsum([0, *(w.num_tokens + (w.num_latents if self.pooling.reads_marks else 0) for w in windows)])
         if self.pooling.reads_marks:
             # Markers stand last in their window, in the order of their latents.
             first = np.repeat(offsets[1:] - counts, counts) + _ranges(counts)
-            return self._pool_chunks(hidden_TH, first, np.ones_like(first), 1)
-        cores = np.array([len(w.core) for w in windows])
-        begins = offsets[:-1] + [len(w.left) for w in windows]
-        sizes = np.array([w.chunk_size for w in windows])
+            return self._pool_chunks(states, first, np.ones_like(first), 1)
+        # From here on a row for each window and chunk size at which it is pooled.
+        owners = np.repeat(np.arange(len(windows)), [len(w.chunk_sizes) for w in windows])
+        sizes = np.array([size for w in windows for size in w.chunk_sizes])
+        counts = np.array([count for w in windows for count in w.latents_by_size])
+        cores = np.array([len(w.core) for w in windows])[owners]
+        begins = (offsets[:-1] + [len(w.left) for w in windows])[owners]
         pooled = []
         for size in np.unique(sizes):
             chosen = sizes == size
@@ -228,18 +255,30 @@ class CodeChunker(nn.Module):
             chunk = _ranges(counts[chosen]) * size
             first = np.repeat(begins[chosen], counts[chosen]) + chunk
             real = np.minimum(np.repeat(cores[chosen], counts[chosen]) - chunk, size)
-            pooled.append(self._pool_chunks(hidden_TH, first, real, int(size)))
-        return torch.cat(pooled)
+            pooled.append(self._pool_chunks(states, first, real, int(size)))
+        # Sorted by size now, as the windows of a micro-batch are; not so where one is pooled at several sizes.
+        order = np.argsort(sizes, kind="stable")
+        whole = torch.cat(pooled)
+        if (np.diff(order) == 1).all():
+            return whole
+        parts = whole.split(counts[order].tolist())
+        return torch.cat([parts[i] for i in np.argsort(order)])
 
-    def _pool_chunks(self, hidden_TH: torch.Tensor, first: np.ndarray, real: np.ndarray, size: int) -> torch.Tensor:
-        """Pool chunks of `real` ≤ `size` states that begin at `first`."""
+    def _pool_chunks(
+        self, states: Sequence[tuple[torch.Tensor, Pooling]], first: np.ndarray, real: np.ndarray, size: int
+    ) -> torch.Tensor:
+        """Pool chunks of `real` ≤ `size` states that begin at `first`; what several states give stands side by side."""
         within = np.arange(size)
         # Places beyond a short last chunk repeat its first token here and are blanked below.
         index_NR = self._to_device(first[:, None] + np.where(within < real[:, None], within, 0))
-        states_NRH = hidden_TH[index_NR]
-        if (real < size).any():
-            states_NRH = states_NRH.masked_fill(self._to_device(within >= real[:, None])[..., None], 0)
-        return self.pooling.pool(states_NRH, self._to_device(real)[:, None]).to(hidden_TH.dtype)
+        blank_NR1 = self._to_device(within >= real[:, None])[..., None] if (real < size).any() else None
+        real_N1, columns = self._to_device(real)[:, None], []
+        for states_TH, pooling in states:
+            states_NRH = states_TH[index_NR]
+            if blank_NR1 is not None:
+                states_NRH = states_NRH.masked_fill(blank_NR1, 0)
+            columns.append(pooling.pool(states_NRH, real_N1).to(states[0][0].dtype))
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
 
 def tokens_that_fit(encoder: Any, free_bytes: int | None) -> int:

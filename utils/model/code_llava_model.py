@@ -8,6 +8,7 @@ a span, D decoder width.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from utils.errors import ConfigError
 from utils.model.adapter import Adapter
 from utils.model.code_chunker import CodeChunker
 from utils.model.config import CompressionConfig
@@ -60,6 +62,16 @@ class MemoryEncoder(nn.Module):
         """How this encoder compresses."""
         return self.chunker.config
 
+    def add_token_columns(self) -> None:
+        """Let the adapter read the tokens' own embeddings as well, in place; the latents stay as they are until it
+        learns to use them.
+
+        Raises:
+            ConfigError: Its pooling or adapter has no place for them.
+        """
+        self.chunker.config = dataclasses.replace(self.config, token_columns=True)
+        self.adapter.add_token_columns(self.chunker.token_width)
+
     def units(self, span: MemorySpan) -> list[MemoryUnit]:
         """Cut a span into its independent units, in order."""
         config = self.config.with_chunk_size(span.chunk_size)
@@ -98,6 +110,46 @@ class MemoryEncoder(nn.Module):
         units_of_spans = [self.units(span) for span in spans]
         latents = self.encode_units([unit for units in units_of_spans for unit in units])
         return list(latents.split([sum(unit.num_latents for unit in units) for units in units_of_spans]))
+
+    def at_several_sizes(self, groups: Sequence[Sequence[MemorySpan]]) -> list[list[torch.Tensor]]:
+        """Latents of spans that differ in their chunk sizes only: the encoder runs once for each group of them.
+
+        Args:
+            groups: Spans of equal tokens and different chunk sizes.
+
+        Returns:
+            For each span of each group what `forward` gives, up to rounding: [n, D].
+
+        Raises:
+            ConfigError: As `check_several_sizes`.
+        """
+        self.check_several_sizes()
+        windows_of_groups = []
+        for group in groups:
+            configs = [self.config.with_chunk_size(span.chunk_size) for span in group]
+            also = tuple(config.chunk_size for config in configs[1:])
+            planned = plan_windows(group[0].token_ids, configs[0])
+            windows_of_groups.append([dataclasses.replace(window, also=also) for window in planned])
+        windows = [window for planned in windows_of_groups for window in planned]
+        latents = self.encode_units([MemoryUnit(windows=(window,)) for window in windows])
+        parts = iter(latents.split([count for window in windows for count in window.latents_by_size]))
+        found = []
+        for group, planned in zip(groups, windows_of_groups, strict=True):
+            by_window = [[next(parts) for _ in group] for _ in planned]
+            found.append([torch.cat(of_size) for of_size in zip(*by_window, strict=True)])
+        return found
+
+    def check_several_sizes(self) -> None:
+        """Raise `ConfigError` unless hidden states do not depend on the chunk size at which they are pooled."""
+        reason = ""
+        if self.chunker.pooling.reads_marks:
+            reason = f"{self.config.pooling} pooling puts a marker for each chunk into the window"
+        elif self.config.window_follows:
+            reason = "a window is one chunk, whatever its size"
+        elif self.adapter.has_attention:
+            reason = f"the {self.adapter.kind} adapter attends over the latents of a span"
+        if reason:
+            raise ConfigError(f"this pair cannot be pooled at several chunk sizes from one encoding: {reason}")
 
     def _encode_batches(self, units: Sequence[MemoryUnit]) -> Iterator[tuple[list[int], torch.Tensor]]:
         windows = [window for unit in units for window in unit.windows]

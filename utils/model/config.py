@@ -4,8 +4,8 @@
      "boundary_overlap": 0, "adapter_type": "mlp"}
 
 The two published layouts are one model: Code-LLaVA is {pooling eos, window = chunk size, overlap 0, causal, mlp}.
-Source of the keys: LCLM, "End-to-End Context Compression at Scale", arXiv 2606.09659. `chunk_sizes` and
-`encoder_rope_dtype` are ours.
+Source of the keys: LCLM, "End-to-End Context Compression at Scale", arXiv 2606.09659. `chunk_sizes`,
+`encoder_rope_dtype` and `token_columns` are ours.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ _JSON_KEYS = {
     "num_adapter_layers": "num_adapter_layers",
     "chunk_sizes": "chunk_sizes",
     "encoder_rope_dtype": "rope_dtype",
+    "token_columns": "token_columns",
 }
 
 
@@ -56,6 +57,8 @@ class CompressionConfig:
         chunk_sizes: Chunk sizes the weights were trained for; empty when unknown.
         rope_dtype: Precision of the encoder's rotary frequencies. The published Code-LLaVA programs cast the whole
             model, these frequencies included, to bfloat16; their checkpoints give the same latents only that way.
+        token_columns: Whether the adapter also reads what the encoder begins with, the embeddings of a chunk's tokens,
+            under rotary pooling: its last states may have overwritten how a token is spelt.
         window_follows: Whether a window is one chunk whatever the chunk size, as Code-LLaVA's is; None: it is if
             window and chunk size are equal here. Kept when the chunk size changes.
     """
@@ -69,6 +72,7 @@ class CompressionConfig:
     num_adapter_layers: int = 0
     chunk_sizes: tuple[int, ...] = ()
     rope_dtype: str = "float32"
+    token_columns: bool = False
     window_follows: bool | None = None
 
     def __post_init__(self) -> None:
@@ -86,6 +90,13 @@ class CompressionConfig:
             raise ConfigError(
                 f"encoder_window_size {self.window} is not a multiple of the chunk size {self.chunk_size}: "
                 f"choose one of {_divisors(self.window)}"
+            )
+        if not isinstance(self.token_columns, bool):
+            raise ConfigError(f"token_columns: expected true or false, got {self.token_columns!r}")
+        if self.token_columns and (self.pooling == "eos" or self.adapter == "attn_mlp"):
+            raise ConfigError(
+                f"token_columns: pooling {self.pooling} with adapter_type {self.adapter} has no place for them: eos "
+                "pooling reads no states of tokens, attn_mlp has layers of the encoder's width"
             )
         if self.adapter == "attn_mlp" and self.pooling in ("concat", "rotary"):
             raise ConfigError(
@@ -127,6 +138,8 @@ class CompressionConfig:
             del values["chunk_sizes"]
         if self.rope_dtype == "float32":
             del values["encoder_rope_dtype"]
+        if not self.token_columns:
+            del values["token_columns"]
         return values
 
     @classmethod

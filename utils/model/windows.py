@@ -18,17 +18,29 @@ class Window:
         core: The tokens that become latents.
         right: Encoder tokens after the core.
         chunk_size: Tokens of the core per latent.
+        also: Further chunk sizes at which the same states are pooled; their latents follow, one size after another.
     """
 
     left: TokenIds
     core: TokenIds
     right: TokenIds
     chunk_size: int
+    also: tuple[int, ...] = ()
+
+    @property
+    def chunk_sizes(self) -> tuple[int, ...]:
+        """All sizes at which it is pooled."""
+        return (self.chunk_size, *self.also)
 
     @property
     def num_latents(self) -> int:
-        """Vectors that this window gives."""
-        return num_latents(len(self.core), self.chunk_size)
+        """Vectors that this window gives, at all its chunk sizes."""
+        return sum(self.latents_by_size)
+
+    @property
+    def latents_by_size(self) -> list[int]:
+        """Vectors that it gives at each of its chunk sizes."""
+        return [num_latents(len(self.core), size) for size in self.chunk_sizes]
 
     @property
     def num_tokens(self) -> int:

@@ -24,10 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from utils.errors import ConfigError
-from utils.training.plain import from_plain
+from utils.training.plain import from_plain, read_layers
 
 UNPACKER = "unpacker"
 PRESETS: dict[str, dict[str, Any]] = {
@@ -72,6 +70,8 @@ class PairConfig:
         window: Encoder window of a new pair.
         pooling: Pooling of a new pair.
         adapter_width: Middle width of a new pair's adapter; the decoder's width by default.
+        token_columns: Let the adapter read the tokens' own embeddings as well, where it does not yet. Its new weights
+            begin at zero: the pair, or the trained part, starts as it was.
         trained: Folder with a trained part of this pair, as `pack` writes it: training goes on from there, its LoRA
             unmerged, with a new optimiser. By default from the pair as it is.
     """
@@ -82,6 +82,7 @@ class PairConfig:
     window: int = 1024
     pooling: str = "mean"
     adapter_width: int | None = None
+    token_columns: bool = False
     trained: str | None = None
 
     def __post_init__(self) -> None:
@@ -96,24 +97,32 @@ class DataConfig:
     Attributes:
         folder: Where the JSONL files and their tokenised caches live.
         tasks: Examples of each builder task; empty where the folder's own JSONL files are to be used as they are.
-        memory_tokens: Shortest and longest memory, in tokens (roughly: builders count characters).
+        memory_tokens: Shortest and longest memory, in tokens (roughly: builders count characters). A length is drawn
+            evenly over the logarithm.
+        lengths: What becomes of it. "up_to": a memory is at most as long, and the end of a file cuts it short, so that
+            long ones are rarer than drawn. "log_uniform": an example is drawn again and again until its memory has at
+            least two thirds of the length, so that memories are as long as drawn.
         source: "installed" (packages and standard library of this machine), "symbols" (toy texts) or a code folder.
         max_files: Draw from a random choice of so many files; from all by default.
         package_weights: Package → how many times as often as others its files are drawn; `python` is the standard
             library.
         chars_per_token: What the builders reckon with.
         question_first: Part of the examples in which the question stands before the memory.
+        scattered: Part of the examples in which the memory is dealt out over the prompt: one to a few spans, some of
+            its lines as plain text before, between and after them, the question anywhere among these.
         seed: Of the builders.
     """
 
     folder: str
     tasks: dict[str, int] = field(default_factory=dict)
     memory_tokens: tuple[int, int] = (64, 256)
+    lengths: Literal["up_to", "log_uniform"] = "up_to"
     source: str = "installed"
     max_files: int | None = None
     package_weights: dict[str, int] = field(default_factory=dict)
     chars_per_token: float = 3.2
     question_first: float = 0.0
+    scattered: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -124,6 +133,7 @@ class DataConfig:
             for key, number in getattr(self, name).items():
                 _check_range(f"{name}.{key}", number, 1)
         _check_range("question_first", self.question_first, 0, 1)
+        _check_range("scattered", self.scattered, 0, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,8 +155,13 @@ class StageConfig:
             (InternVL 2.5's square averaging, arXiv 2412.05271).
         expanded: Share of the examples in which some segments of the memory are text and the rest latents, as selective
             expansion shows it: what the selector chooses, or one to three others.
+        ratios: How many different chunk sizes each example is read at: it is encoded once, its states are pooled at
+            each of them, and each reading is a sequence of its own in the packed row.
         unpack_weight: Weight of the unpack loss (`unpacking.py`) beside the next-token loss; with it, and only then,
             the part `unpacker` learns.
+        teacher_weight: Weight of the KL divergence from the decoder that reads the memory as text (`teaching.py`),
+            on the labels of answers that it gives right, beside the next-token loss. It costs a forward pass over the
+            text of each example.
         warmup_steps: Linear rise of the learning rate; then a cosine.
         final_rate: What the cosine falls to, as a part of the peak.
         weight_decay: AdamW's, on matrices only.
@@ -163,7 +178,9 @@ class StageConfig:
     rows: int = 1
     length_discount: float = 0.0
     expanded: float = 0.0
+    ratios: int = 1
     unpack_weight: float = 0.0
+    teacher_weight: float = 0.0
     warmup_steps: int = 20
     final_rate: float = 0.1
     weight_decay: float = 0.01
@@ -176,6 +193,8 @@ class StageConfig:
         _check_range("expanded", self.expanded, 0, 1)
         _check_weights("chunk_sizes", self.chunk_sizes)
         _check_weights("mixture", self.mixture)
+        _check_range("ratios", self.ratios, 1, sum(weight > 0 for weight in self.chunk_sizes.values()))
+        _check_range("teacher_weight", self.teacher_weight, 0)
         if not self.learning_rates:
             raise ConfigError("learning_rates: name at least one part that learns")
         if self.unpack_weight < 0 or (self.unpack_weight > 0) != (UNPACKER in self.learning_rates):
@@ -184,7 +203,10 @@ class StageConfig:
                 f"the {UNPACKER} a learning rate where the weight is above 0, and only there"
             )
         if self.preset == "align" and (
-            set(self.learning_rates) != {"adapter"} or set(self.chunk_sizes) != {1} or self.expanded
+            set(self.learning_rates) != {"adapter"}
+            or set(self.chunk_sizes) != {1}
+            or self.expanded
+            or self.teacher_weight
         ):
             raise ConfigError("the align stage trains the adapter only, at chunk size 1, all latents: set nothing else")
 
@@ -261,13 +283,12 @@ class TrainConfig:
 
 
 def load_config(path: str | Path) -> TrainConfig:
-    """Read a run's YAML file; a `ConfigError` names the file and the key of what is wrong."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    """Read a run's YAML file, over the one that it names under `base`.
+
+    Raises:
+        ConfigError: The message names the file and the key of what is wrong.
+    """
+    values = read_layers(Path(path))
     try:
         return parse_config(values)
     except ConfigError as error:

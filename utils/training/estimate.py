@@ -15,7 +15,7 @@ from utils.model.prompt import num_latents
 from utils.training.config import StageConfig, TrainConfig
 from utils.training.flops import PairCost, layer_matrices
 from utils.training.loop import Trainer
-from utils.training.packing import PackedRow
+from utils.training.rows import PackedRow
 
 _PROBED_STEPS = 2
 # Bytes that AdamW keeps beside a float32 weight: gradient and two moments.
@@ -111,7 +111,8 @@ def step_flops(trainer: Trainer, stage: StageConfig, rows: list[PackedRow]) -> i
     align = stage.preset == "align"
     # Aligning gives each memory token a latent of its own.
     sizes = [(len(span.token_ids), 1 if align else span.chunk_size) for span in spans]
-    windows = [rows for length, size in sizes for rows in cost.window_lengths([length], size)]
+    encoded = [(len(span.token_ids), 1 if align else span.chunk_size) for row in rows for span in row.encoded]
+    windows = [rows for length, size in encoded for rows in cost.window_lengths([length], size)]
     latents = [num_latents(length, size) for length, size in sizes]
     again, causal = trainer.config.gradient_checkpointing, cost.config.causal
     total = cost.adapter.training_flops(latents, causal=False, learning_weights=cost.adapter.matrix_weights)
@@ -122,6 +123,12 @@ def step_flops(trainer: Trainer, stage: StageConfig, rows: list[PackedRow]) -> i
         total += cost.encoder.training_flops(windows, causal=causal, learning_weights=learning, recompute=again)
     if align:
         return total
+    for row in rows:
+        if row.teacher is not None:
+            # The teacher's logits say where it is right, and again what it says; the student's are computed once more
+            # than for the next-token loss, there and back.
+            logits = len(row.teacher.labels) + 3 * row.num_labels
+            total += cost.decoder.forward_flops(row.teacher.lengths, causal=True, logits=logits)
     return total + cost.decoder.training_flops(
         [length for row in rows for length in row.lengths],
         causal=True,
@@ -145,7 +152,11 @@ def _memory_bytes(trainer: Trainer, stage: StageConfig, rows: list[PackedRow], l
             activations += tokens * layers * kept * model.config.hidden_size * width_bytes
         labels = max(row.num_labels for row in rows)
         # Logits in float32 and their gradient, at most one piece of the head at a time.
-        activations += min(labels, pair.head_rows) * pair.decoder.get_output_embeddings().weight.shape[0] * 8
+        vocabulary = pair.decoder.get_output_embeddings().weight.shape[0]
+        activations += min(labels, pair.head_rows) * vocabulary * 8
+        if stage.teacher_weight:
+            # What teacher and student say, their logarithms, and a gradient.
+            activations += min(labels, pair.head_rows // 3) * vocabulary * 20
     return weights + learning * _LEARNING_BYTES + activations
 
 

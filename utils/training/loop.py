@@ -31,7 +31,7 @@ from utils.training.data.cache import TokenCache
 from utils.training.data.folder import open_caches
 from utils.training.losses import TrainedPair, check_alignable
 from utils.training.metrics import MetricsFile, StepResults, check_trackers
-from utils.training.packing import ExampleStream, PackedRow, RowPacker, packed_ahead
+from utils.training.packing import ExampleStream, RowPacker, packed_ahead
 from utils.training.pairs import starting_pair
 from utils.training.parts import (
     add_lora,
@@ -41,10 +41,12 @@ from utils.training.parts import (
     start_from,
     trained_names,
 )
+from utils.training.rows import PackedRow
 from utils.training.run_folder import RUN_FILE, from_main, held_run
 from utils.training.schedule import Schedule, rate_factor
 from utils.training.sharding import check_shares, shard, wants_sharding
 from utils.training.step import step_numbers, train_step
+from utils.training.teaching import check_teachers
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,8 @@ class Trainer:
         )
         check_shares(config, self.accelerator.num_processes)
         model, self.tokenizers = starting_pair(config.pair, config.seed)
+        if any(stage.ratios > 1 for stage in config.stages):
+            model.memory_encoder.check_several_sizes()
         # Which chunk sizes the weights know is settled when the pair is exported.
         model.code_chunker.config = dataclasses.replace(model.config, chunk_sizes=())
         if any(stage.preset == "align" for stage in config.stages):
@@ -91,6 +95,7 @@ class Trainer:
         made: list[dict[str, TokenCache]] = []
         from_main(lambda: made.append(open_caches(config, model, processor)))
         self.caches = made[0] if made else open_caches(config, model, processor, wait=True)
+        check_teachers(config, self.caches)
         unpack = any(stage.unpack_weight for stage in config.stages)
         self.pair = TrainedPair(model, self.tokenizers.markers, unpack=unpack)
         torch.manual_seed(config.seed)
@@ -180,8 +185,16 @@ class Trainer:
             stage.chunk_sizes,
             seed=f"{self.config.seed} stage {stage_number}",
             expanded=stage.expanded,
+            ratios=stage.ratios,
         )
-        return RowPacker(stream, stage.row_tokens, self.tokenizers.markers, stage.memory_tokens, stage.length_discount)
+        return RowPacker(
+            stream,
+            stage.row_tokens,
+            self.tokenizers.markers,
+            stage.memory_tokens,
+            stage.length_discount,
+            teacher_tokens=self.pair.decoder.config.max_position_embeddings if stage.teacher_weight else None,
+        )
 
     def prepare(self, stage: StageConfig) -> tuple[Any, torch.optim.Optimizer]:
         """The pair and an optimiser for a stage, wrapped for the processes there are."""

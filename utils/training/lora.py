@@ -12,7 +12,8 @@ in and out, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,13 +39,20 @@ class LoraLinear(nn.Module):
         nn.init.zeros_(up.weight)
         self.lora_B = nn.ModuleDict({"default": up})
         self.scale = alpha / rank
+        # [T, 1]: rows of the input on which the change acts; None: on all.
+        self.acts_on: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's output on [..., i]: [..., o]."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         down_ri, up_or = self.lora_A["default"].weight, self.lora_B["default"].weight
-        return _lora_linear(x.to(dtype), self.base_layer.weight, self.base_layer.bias, down_ri, up_or, self.scale)
+        weight_oi, bias_o = self.base_layer.weight, self.base_layer.bias
+        y = _lora_linear(x.to(dtype), weight_oi, bias_o, down_ri, up_or, self.scale)
+        if self.acts_on is None:
+            return y
+        plain = F.linear(x.to(dtype), weight_oi.to(dtype), None if bias_o is None else bias_o.to(dtype))
+        return torch.where(self.acts_on, y, plain)
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -87,6 +95,19 @@ class _LoraProduct(torch.autograd.Function):
 
 
 _lora_linear: Callable[..., torch.Tensor] = _LoraProduct.apply
+
+
+@contextlib.contextmanager
+def acting_on(model: nn.Module, rows_T: torch.Tensor | None) -> Iterator[None]:
+    """Let a model's LoRA act on some rows [T] bool of a packed row only; None: on all, as without this."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLinear)]
+    for layer in layers:
+        layer.acts_on = None if rows_T is None else rows_T[:, None]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.acts_on = None
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float) -> None:

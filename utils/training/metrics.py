@@ -17,7 +17,7 @@ from accelerate.utils import LoggerType
 from utils.errors import ConfigError
 from utils.files import atomic_path, write_jsonl
 from utils.training.config import StageConfig
-from utils.training.packing import PackedRow
+from utils.training.rows import PackedRow
 
 logger = logging.getLogger(__name__)
 

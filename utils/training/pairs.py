@@ -38,6 +38,13 @@ def starting_pair(config: PairConfig, seed: int = 0) -> tuple[CodeLLaVAModel, Pr
         CheckpointError: A checkpoint or model is missing or inconsistent.
         ConfigError: The models do not fit together.
     """
+    model, tokenizers = _as_configured(config, seed)
+    if config.token_columns and not model.config.token_columns:
+        model.memory_encoder.add_token_columns()
+    return model, tokenizers
+
+
+def _as_configured(config: PairConfig, seed: int) -> tuple[CodeLLaVAModel, PromptTokenizers]:
     if config.checkpoint == TOY:
         return build_toy_pair(seed)
     if config.checkpoint:

@@ -13,11 +13,51 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from utils.errors import ConfigError
 
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list"}
+
+
+def read_layers(path: Path, above: tuple[Path, ...] = ()) -> Any:
+    """The values of a YAML file, laid over those of the file that it names under `base`, relative to itself.
+
+    Mappings are merged key by key and lists of mappings place by place; anything else is replaced.
+
+    Args:
+        path: The file.
+        above: Files that are based on it.
+
+    Raises:
+        ConfigError: A file is missing or no YAML, or its own base.
+    """
+    if path in above:
+        raise ConfigError(f"{path}: base: it is based on itself, through {', '.join(map(str, above))}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist{f' (the base of {above[-1]})' if above else ''}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, Mapping) or "base" not in values:
+        return values
+    if not isinstance(values["base"], str):
+        raise ConfigError(f"{path}: base: expected a text, got {values['base']!r:.100}")
+    below = read_layers(path.parent / values["base"], (*above, path))
+    return _laid_over(below, {key: value for key, value in values.items() if key != "base"})
+
+
+def _laid_over(below: Any, value: Any) -> Any:
+    if isinstance(below, Mapping) and isinstance(value, Mapping):
+        return {**below, **{key: _laid_over(below.get(key), own) for key, own in value.items()}}
+    if isinstance(below, list) and isinstance(value, list) and all(isinstance(x, Mapping) for x in (*below, *value)):
+        changed = [_laid_over(*pair) for pair in zip(below, value, strict=False)]
+        return [*changed, *below[len(value) :], *value[len(below) :]]
+    return value
 
 
 def from_plain(kind: Any, value: Any, where: str = "") -> Any:

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from utils.model.transfer import to_device
 from utils.training.config import StageConfig
 from utils.training.losses import loss_units
-from utils.training.packing import PackedRow
+from utils.training.rows import PackedRow
 from utils.training.schedule import rate_factor
 from utils.training.sharding import full, without_sync
 from utils.training.unpacking import unpacked_tokens
@@ -51,11 +51,13 @@ def train_step(
     unpacked = max(1, sum(unpacked_tokens(row.spans) for row in rows))
     world, rank = accelerator.num_processes, accelerator.process_index
     mine = rows[rank::world]
-    device, count = accelerator.device, 2 if unpack else 1
-    losses = torch.zeros(count, device=device)
-    units, weights = to_device(
-        np.array([[total, unpacked], [1.0, stage.unpack_weight]], dtype=np.float32)[:, :count].copy(), device
-    )
+    # For each loss what it is divided by, and its weight; how often the teacher is right is none, and only told.
+    columns = [(total, 1.0)]
+    columns += [(unpacked, stage.unpack_weight)] if unpack else []
+    columns += [(total, stage.teacher_weight), (total, 0.0)] if stage.teacher_weight else []
+    device = accelerator.device
+    losses = torch.zeros(len(columns), device=device)
+    units, weights = to_device(np.array(columns, dtype=np.float32).T.copy(), device)
     for number, row in enumerate(mine):
         last = number == len(mine) - 1
         with contextlib.nullcontext() if last else without_sync(accelerator, wrapped):
@@ -80,9 +82,11 @@ def train_step(
 
 def step_numbers(stage: StageConfig) -> tuple[str, ...]:
     """What a step gives: `loss` a label (or memory token), with an unpack weight `unpack_loss`, a memory token that it
-    covers; `grad_norm` before clipping; and `skipped`, 1 if the step was left out."""
-    losses = ("loss", "unpack_loss") if stage.unpack_weight > 0 else ("loss",)
-    return (*losses, "grad_norm", "skipped")
+    covers; with a teacher `teacher_loss`, a label, and `teacher_right`, the part of the labels that are in answers it
+    gives right; `grad_norm` before clipping; and `skipped`, 1 if the step was left out."""
+    losses = ("unpack_loss",) if stage.unpack_weight > 0 else ()
+    taught = ("teacher_loss", "teacher_right") if stage.teacher_weight > 0 else ()
+    return ("loss", *losses, *taught, "grad_norm", "skipped")
 
 
 def autocast(device: torch.device, precision: str) -> Any:

@@ -32,7 +32,9 @@ LENGTHS = (1, 3, 4, 16, 33, 70)
 MIXED_SIZES = (4, 8, 2, 4, 16, 1)
 
 
-def make_config(pooling: str, mask: str, overlap: int = 0, adapter: str = "mlp", layers: int = 2) -> CompressionConfig:
+def make_config(
+    pooling: str, mask: str, overlap: int = 0, adapter: str = "mlp", layers: int = 2, token_columns: bool = False
+) -> CompressionConfig:
     return CompressionConfig(
         chunk_size=4,
         window=WINDOW,
@@ -41,6 +43,7 @@ def make_config(pooling: str, mask: str, overlap: int = 0, adapter: str = "mlp",
         overlap=overlap,
         adapter=adapter,
         num_adapter_layers=0 if adapter == "mlp" else layers,
+        token_columns=token_columns,
     )
 
 
@@ -74,6 +77,11 @@ SEMANTICS = [
         ("eos", "mean", "concat", "rotary"), ("causal", "bidirectional"), (0, 5), ("mlp", "attn_mlp", "mlp_attn")
     )
     if not (pooling in ("concat", "rotary") and adapter == "attn_mlp")
+] + [
+    make_config(pooling, mask, overlap, adapter, token_columns=True)
+    for pooling, mask, overlap, adapter in itertools.product(
+        ("mean", "concat", "rotary"), ("causal", "bidirectional"), (0, 5), ("mlp", "mlp_attn")
+    )
 ]
 
 # All semantics with one family; with the others, each once: only the chunker meets the family's own code.
@@ -86,7 +94,10 @@ WITH_FAMILIES = [("qwen3", config) for config in SEMANTICS] + [
 
 
 def name_of(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value.pooling}-{value.mask}-{value.overlap}-{value.adapter}"
+    if isinstance(value, str):
+        return value
+    tokens = "-tokens" if value.token_columns else ""
+    return f"{value.pooling}-{value.mask}-{value.overlap}-{value.adapter}{tokens}"
 
 
 def test_a_linear_map_takes_each_state_out_of_a_rotary_sum() -> None:
@@ -191,6 +202,46 @@ def test_gradients_reach_encoder_and_adapter_without_padding_rows() -> None:
     sum(latents.square().sum() for latents in memory_encoder([make_span(20), make_span(3)])).backward()
     # Byte ids that do not occur have no gradient in the table; every other parameter has one.
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in memory_encoder.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_token_columns_are_the_embeddings_of_a_chunk_in_their_places(family: str) -> None:
+    config = make_config("rotary", "bidirectional", 5, token_columns=True)
+    memory_encoder, spans = make_memory_encoder(config, family), spans_for(config)
+    assert (memory_encoder.chunker.width, memory_encoder.chunker.token_width) == (2 * ENCODER_WIDTH, 2 * ENCODER_WIDTH)
+    assert_all_close(memory_encoder(spans), [reference(config, family, memory_encoder, span) for span in spans])
+
+
+@torch.inference_mode()
+def test_new_token_columns_change_no_latent_until_they_learn() -> None:
+    for pooling in ("mean", "rotary", "concat"):
+        memory_encoder = make_memory_encoder(make_config(pooling, "causal")).bfloat16()
+        spans = spans_for(memory_encoder.config)
+        before = memory_encoder(spans)
+        memory_encoder.add_token_columns()
+        assert memory_encoder.config.token_columns
+        assert {p.dtype for p in memory_encoder.parameters()} == {torch.bfloat16}
+        assert all(torch.equal(a, b) for a, b in zip(memory_encoder(spans), before, strict=True))
+        torch.nn.init.normal_(memory_encoder.adapter.token_fc.weight)
+        assert not any(torch.equal(a, b) for a, b in zip(memory_encoder(spans), before, strict=True))
+
+
+def test_new_token_columns_have_a_gradient() -> None:
+    memory_encoder = make_memory_encoder(make_config("mean", "causal"))
+    memory_encoder.add_token_columns()
+    sum(latents.square().sum() for latents in memory_encoder([make_span(20), make_span(3)])).backward()
+    gradient = memory_encoder.adapter.token_fc.weight.grad
+    assert gradient is not None
+    assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("pooling", "adapter"), [("eos", "mlp"), ("mean", "attn_mlp")])
+def test_token_columns_need_a_place(pooling: str, adapter: str) -> None:
+    memory_encoder = make_memory_encoder(make_config(pooling, "causal", adapter=adapter))
+    with pytest.raises(ConfigError, match="token_columns"):
+        memory_encoder.add_token_columns()
+    assert not memory_encoder.config.token_columns
 
 
 def test_concat_fixes_the_chunk_size() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from utils.errors import ConfigError
 from utils.files import PROJECT_ROOT
@@ -16,14 +17,49 @@ from utils.training.config import PRESETS, StageConfig, load_config, parse_confi
 
 # The others beside them are accelerate's.
 CONFIGS = sorted((PROJECT_ROOT / "utils/training/configs").glob("[!a]*.yaml"))
+TRIALS = sorted((PROJECT_ROOT / "utils/training/configs/trials").glob("*.yaml"))
 Values = Callable[..., dict[str, Any]]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, *TRIALS], ids=lambda path: path.stem)
 def test_every_shipped_configuration_is_valid(path: Path) -> None:
     config = load_config(path)
     assert config.name == path.stem
+    assert Path(config.output).name == path.stem
     assert all(set(stage.mixture) <= set(config.data.tasks) for stage in config.stages)
+
+
+def test_a_file_is_laid_over_its_base(run_values: Values, tmp_path: Path) -> None:
+    values = run_values()
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(values))
+    variants = tmp_path / "variants"
+    variants.mkdir()
+    stages = [{}, {"ratios": 2, "chunk_sizes": {8: 3}}, {"preset": "instruct", "steps": 1, "chunk_sizes": {2: 1}}]
+    own = {"base": "../base.yaml", "name": "other", "pair": {"token_columns": True}, "stages": stages}
+    (variants / "one.yaml").write_text(yaml.safe_dump(own))
+    (variants / "two.yaml").write_text(yaml.safe_dump({"base": "one.yaml", "trackers": ["a"]}))
+    base, two = load_config(tmp_path / "base.yaml"), load_config(variants / "two.yaml")
+    assert (two.name, two.trackers) == ("other", ("a",))
+    assert two.pair == dataclasses.replace(base.pair, token_columns=True)
+    assert two.data == base.data
+    assert two.stages[0] == base.stages[0]
+    sizes = {**base.stages[1].chunk_sizes, 8: 3.0}
+    assert two.stages[1] == dataclasses.replace(base.stages[1], ratios=2, chunk_sizes=sizes)
+    assert two.stages[2].preset == "instruct"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: none.yaml", r"none\.yaml does not exist \(the base of .*one\.yaml\)"),
+        ("base: one.yaml", "based on itself"),
+        ("base: [1]", "base: expected a text"),
+    ],
+)
+def test_a_base_that_cannot_be_read_is_an_error(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "one.yaml")
 
 
 def test_a_stage_starts_from_its_preset_and_the_file_wins(run_values: Values) -> None:

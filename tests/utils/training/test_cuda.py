@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from tests.support.fake_cuda import fake_cuda
 from tests.support.marks import DEVICES
 from tests.support.stopping import StopAfter
 from utils.files import read_jsonl
-from utils.training.config import TrainConfig
+from utils.training.config import TrainConfig, parse_config
 from utils.training.loop import Trainer
-from utils.training.packing import PackedRow
+from utils.training.rows import PackedRow
 
 Config = Callable[..., TrainConfig]
 
@@ -59,10 +60,41 @@ def test_a_forward_pass_waits_for_nothing(run_config: Config, precision: str, al
         assert bool(attention) == half
 
 
+def taught(run_values: Callable[..., dict[str, Any]], **changes: Any) -> tuple[torch.nn.Module, PackedRow]:
+    """A pair with token columns, and a row of two readings an example, with a teacher that is untouched in a part."""
+    values = run_values(pair={"checkpoint": "toy", "token_columns": True}, **changes)
+    values["stages"][1] |= {"row_tokens": 256, "ratios": 2, "teacher_weight": 0.5}
+    pair, row = pair_and_row(parse_config(values))
+    torch.nn.init.normal_(pair.get_submodule("memory_encoder.adapter.token_fc").weight, std=0.05)  # type: ignore[arg-type]
+    assert row.shared
+    assert row.teacher is not None
+    # As the task chat would have it, which a toy has no examples of; and of what the teacher itself says.
+    is_trained = torch.arange(len(row.teacher.input_ids)) >= row.teacher.lengths[0]
+    row = dataclasses.replace(row, teacher=dataclasses.replace(row.teacher, is_trained=is_trained))
+    return pair, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_teacher_waits_for_nothing(run_values: Callable[..., dict[str, Any]], precision: str) -> None:
+    pair, row = taught(run_values, precision=precision)
+    with fake_cuda(pair) as record, torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
+        losses = pair(row, False, True)
+    assert losses.is_cuda
+    assert losses.shape == (4,)
+    assert record.waits == []
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_losses_and_gradients_are_the_cpus(run_config: Config, precision: str, device: str) -> None:
-    pair, row = pair_and_row(run_config(precision=precision))
+@pytest.mark.parametrize("kind", ["plain", "taught"])
+def test_losses_and_gradients_are_the_cpus(
+    run_values: Callable[..., dict[str, Any]], precision: str, device: str, kind: str
+) -> None:
+    if kind == "taught":
+        pair, row = taught(run_values, precision=precision)
+    else:
+        pair, row = pair_and_row(parse_config(run_values(precision=precision)))
     plain = copy.deepcopy(pair).float()
     pair.to(device)
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):

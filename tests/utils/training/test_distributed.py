@@ -73,9 +73,12 @@ def until_step_4(run: Path, copy: Path) -> Path:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_are_one(kind: str, run_values: Values, tmp_path: Path) -> None:
     # Two rows a process and step: gradients are kept back once before they are summed.
-    values = run_values(gradient_checkpointing=True, save_minutes=0, keep_checkpoints=9)
+    pair = {"checkpoint": "toy", "token_columns": True}
+    values = run_values(pair=pair, gradient_checkpointing=True, save_minutes=0, keep_checkpoints=9)
     for stage in values["stages"]:
         stage["rows"] = 4
+    # The teacher's pass is one more that all processes make together.
+    values["stages"][1] |= {"row_tokens": 256, "ratios": 2, "teacher_weight": 0.5}
     one = tmp_path / "one"
     assert Trainer(parse_config({**values, "output": str(one)}), device="cpu").run() == "done"
     two = launch(kind, {**values, "output": str(tmp_path / "two")}, "--no-export")

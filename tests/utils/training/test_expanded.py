@@ -25,7 +25,8 @@ from utils.training.config import StageConfig
 from utils.training.data.cache import TokenCache, TokenizedExample, tokenize_row
 from utils.training.expanded import draw_shown
 from utils.training.losses import TrainedPair
-from utils.training.packing import Draw, ExampleStream, PackedRow, RowPacker, pack
+from utils.training.packing import ExampleStream, RowPacker
+from utils.training.rows import Draw, PackedRow, pack
 from utils.training.toy import build_toy_pair, toy_tokenizer
 
 SIZES = {1: 1.0, 4: 1.0, 7: 1.0}
@@ -194,7 +195,7 @@ def test_a_resumed_stream_shows_the_same_text(caches: dict[str, TokenCache]) -> 
                 assert torch.equal(mine.input_ids, theirs.input_ids)
                 assert [s.segments for s in mine.spans] == [s.segments for s in theirs.spans]
     state = packer.state()
-    state["waiting"] = [ROWS, 0, 4, [99]]
+    state["waiting"] = [ROWS, 0, 4, [99], []]
     with pytest.raises(DatasetError, match="other data"):
         packer.restore(state)
 

@@ -12,7 +12,7 @@ from utils.checkpoint.default.build import merge_into_checkpoint
 from utils.checkpoint.default.trained_part import TrainedPart
 from utils.checkpoint.save import save_checkpoint
 from utils.errors import CheckpointError, ConfigError, DatasetError
-from utils.files import PROJECT_ROOT
+from utils.files import PROJECT_ROOT, read_jsonl
 from utils.inference.inference import load_model
 from utils.training import export
 from utils.training.config import TrainConfig, load_config
@@ -144,6 +144,39 @@ def test_a_rate_of_0_keeps_a_part_as_it_is(run_config: Config, tmp_path: Path) -
     changed = [n for n, t in part.tensors().items() if not torch.equal(trainer.trained[n].bfloat16(), t)]
     assert changed
     assert all(".adapter." in name for name in changed)
+
+
+def test_a_packed_part_gets_token_columns_and_keeps_them(run_config: Config, tmp_path: Path) -> None:
+    narrow = run_config(stages=[{"preset": "adapter", "steps": 1, "row_tokens": 128, "chunk_sizes": {2: 1}}])
+    Trainer(narrow, device="cpu").run()
+    pack_run(narrow, tmp_path / "narrow")
+    stage = {"preset": "adapter", "steps": 3, "row_tokens": 128, "chunk_sizes": {2: 1}, "warmup_steps": 1}
+    pair = {"checkpoint": "toy", "trained": str(tmp_path / "narrow")}
+    further, wide = (
+        run_config(pair={**pair, "token_columns": columns}, stages=[stage], output=str(tmp_path / f"columns_{columns}"))
+        for columns in (False, True)
+    )
+    for config in (further, wide):
+        Trainer(config, device="cpu").run()
+    losses = [[row["loss"] for row in read_jsonl(Path(c.output) / "metrics.jsonl")] for c in (further, wide)]
+    # The first step begins where the part ended, to the bit; then the new columns have learnt.
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][2] != losses[1][2]
+
+    exported, _, _ = load_model(export_pair(wide), device="cpu")
+    assert exported.config.token_columns
+    assert exported.memory_encoder.adapter.token_fc.weight.abs().sum() > 0
+    pack_run(wide, tmp_path / "wide")
+    folder = tmp_path / "assembled"
+    save_checkpoint(folder, *starting_pair(narrow.pair, narrow.seed))
+    merge_into_checkpoint(folder, TrainedPart.open(tmp_path / "wide"))
+    merged, _, _ = load_model(folder, device="cpu")
+    assert merged.config == exported.config
+    expected = exported.state_dict()
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=2e-2, atol=2e-3)
+    with pytest.raises(ConfigError, match=r"adapter\.token_"):
+        Trainer(run_config(pair={"checkpoint": "toy", "trained": str(tmp_path / "wide")}), device="cpu")
 
 
 def test_the_gpu_recipe_goes_on_from_the_shipped_part() -> None:

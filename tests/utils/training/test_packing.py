@@ -16,7 +16,8 @@ from utils.files import read_jsonl
 from utils.model.processor import Processor
 from utils.training.data.cache import TokenCache
 from utils.training.losses import TrainedPair, loss_units
-from utils.training.packing import Draw, ExampleStream, RowPacker, pack, packed_ahead, packed_length
+from utils.training.packing import ExampleStream, RowPacker, packed_ahead
+from utils.training.rows import Draw, pack, packed_length
 from utils.training.toy import build_toy_pair
 
 IGNORED_LABEL = -100

@@ -24,7 +24,7 @@ from utils.training.config import TrainConfig
 from utils.training.export import export_pair
 from utils.training.loop import Trainer
 from utils.training.losses import TrainedPair
-from utils.training.packing import PackedRow
+from utils.training.rows import PackedRow
 from utils.training.train import main
 
 Values = Callable[..., dict[str, Any]]

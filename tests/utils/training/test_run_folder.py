@@ -337,7 +337,7 @@ def data_run(folder: Path) -> TrainConfig:
 
 
 @pytest.mark.parametrize("name", ["report.json", "copy_symbols.tokens/meta.json"])
-@pytest.mark.parametrize("text", [*ODD, '{"tasks": 5}', '{"tasks": {"copy_symbols": []}}', '{"version": 4}'])
+@pytest.mark.parametrize("text", [*ODD, '{"tasks": 5}', '{"tasks": {"copy_symbols": []}}', '{"version": 5}'])
 def test_damaged_json_of_data_is_one_error(
     name: str, text: str, pair: tuple[CodeLLaVAModel, Processor], made: Path, tmp_path: Path
 ) -> None:

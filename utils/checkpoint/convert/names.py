@@ -34,7 +34,7 @@ _PARTS = {
     "adapter.": _ADAPTER,
     **{
         f"{Path(file).stem}.{name}": _ADAPTER + ours
-        for file, names in CODE_LLAVA.adapter.items()
+        for file, names in (*CODE_LLAVA.adapter.items(), *CODE_LLAVA.token_columns.items())
         for name, ours in names.items()
     },
 }

@@ -23,7 +23,7 @@ from utils.checkpoint.default.recipe import (
     PACKAGE,
     PACKAGE_VERSION,
 )
-from utils.checkpoint.default.trained_part import CARD, TrainedPart
+from utils.checkpoint.default.trained_part import CARD, TOKEN_COLUMNS, TrainedPart
 from utils.checkpoint.layout import open_checkpoint
 from utils.checkpoint.load import resize_table
 from utils.checkpoint.pair import load_pair
@@ -149,7 +149,10 @@ def merge_into_checkpoint(folder: Path, part: TrainedPart) -> None:
     """
     model, tokenizers = load_pair(open_checkpoint(folder), AS_STORED)
     markers = tokenizers.markers
-    unused = merge_trained_state(model, part.tensors(), part.lora_scales, (markers.start, markers.end))
+    state = part.tensors()
+    if any(name.startswith(TOKEN_COLUMNS) for name in state):
+        model.memory_encoder.add_token_columns()
+    unused = merge_trained_state(model, state, part.lora_scales, (markers.start, markers.end))
     if unused:
         raise CheckpointError(f"{part.folder}: {min(unused)} has no place in the default checkpoint")
     model.code_chunker.config = dataclasses.replace(model.config, chunk_sizes=part.chunk_sizes)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "trained.json"
 CARD = "README.md"
+# How the names of what an adapter's token columns add begin: a pair without them has no place for these.
+TOKEN_COLUMNS = "memory_encoder.adapter.token_"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,11 +29,23 @@ def build_parser() -> argparse.ArgumentParser:
         "--source", default="installed", help="installed, held-out, symbols or a folder; default installed"
     )
     build.add_argument("--memory-tokens", default="64-256", help="shortest and longest, roughly; default 64-256")
+    build.add_argument(
+        "--lengths",
+        choices=("up_to", "log_uniform"),
+        default="up_to",
+        help="memories are at most as long as drawn, or as long; default up_to",
+    )
     build.add_argument("--chars-per-token", type=float, default=3.2, help="what lengths reckon with; default 3.2")
     build.add_argument("--max-files", type=int, help="draw from a random choice of so many files; default: all")
     build.add_argument("--package-weights", help="PACKAGE=NUMBER,…: how many times as often its files are drawn")
     build.add_argument(
         "--question-first", type=float, default=0.0, help="part of the examples that ask before the memory; default 0"
+    )
+    build.add_argument(
+        "--scattered",
+        type=float,
+        default=0.0,
+        help="part of the examples with several spans and text around; default 0",
     )
     build.add_argument("--seed", type=int, default=0, help="default 0")
     build.add_argument("--checkpoint", help="whose decoder answers for the task chat; default: the embedded, untrained")

@@ -23,6 +23,7 @@ from utils.files import sha256_bytes, write_json, write_jsonl
 from utils.locks import remove_leftovers, sole_writer
 from utils.training.config import DataConfig
 from utils.training.data.examples import Example, TaskSources
+from utils.training.data.scatter import scatter
 from utils.training.data.sources import INSTALLED, SourceFile, folder_sources, held_out_sources, training_sources
 from utils.training.data.tasks.registry import TASKS
 
@@ -32,11 +33,13 @@ HELD_OUT = "held-out"
 _NOTHING: Mapping[str, str] = {}
 # Draws in a row that may fail before a task is given up.
 _MAX_FAILURES = 10_000
+# Whole lines, and words without their white space, come up to so much short of the length that was drawn.
+_LEAST_PART = 2 / 3
 
 
 def recipe_of(data: DataConfig) -> dict[str, Any]:
     """The settings that decide the examples of a task, as JSON; a report holds them."""
-    names = ("source", "seed", "max_files", "package_weights", "question_first")
+    names = ("source", "seed", "max_files", "package_weights", "question_first", "scattered", "lengths")
     return {name: getattr(data, name) for name in names} | {"memory_tokens": list(data.memory_tokens)}
 
 
@@ -82,7 +85,7 @@ def draw_examples(
     answers: Mapping[str, str] = _NOTHING,
     least_chars: float = 0,
 ) -> Iterator[Example]:
-    """Endless different examples of one task, a part of them with the question before the memory.
+    """Endless different examples of one task, parts of them with the question first, or with a scattered memory.
 
     `answers` are what the task chat draws from: ordinary question → the decoder's answer. Examples whose memory has
     fewer than `least_chars` are left out: the end of a file cuts an excerpt short, whatever length was drawn.
@@ -91,19 +94,33 @@ def draw_examples(
         DatasetError: The sources give no further one.
     """
     sources = TaskSources(Random(f"{data.seed} {task}"), files, data, answers)
-    order = Random(f"{data.seed} {task} order")  # of its own: the examples are the same whatever their order
+    # Of their own: the examples are the same however they stand in a prompt.
+    order, spans = (Random(f"{data.seed} {task} {name}") for name in ("order", "spans"))
     seen: set[str | None] = set()
-    failures = 0
+    failures, least = 0, least_chars
     while failures < _MAX_FAILURES:
+        if data.lengths == "log_uniform" and not failures:
+            # Kept until an example comes out as long: short ones would else be taken more often than drawn.
+            num_chars = dataclasses.replace(sources, num_chars=None).draw_chars()
+            sources = dataclasses.replace(sources, num_chars=num_chars)
+            least = max(least_chars, _LEAST_PART * num_chars if TASKS[task].fills_length else 0)
         example = TASKS[task].draw(sources)
         key = None if example is None else hash_of(example)
-        if example is None or key in seen or len(example.memory) < least_chars:
+        if example is None or key in seen or len(example.memory) < least:
             failures += 1
             continue
         failures = 0
         seen.add(key)
-        yield dataclasses.replace(example, task=task, question_first=order.random() < data.question_first)
-    raise DatasetError(f"task {task}: no new example in {_MAX_FAILURES} draws after {len(seen)}: ask for fewer")
+        example = dataclasses.replace(example, task=task, question_first=order.random() < data.question_first)
+        if spans.random() < data.scattered:
+            stretches = scatter(spans, example.memory)
+            example = dataclasses.replace(example, stretches=stretches, asked_after=spans.randint(0, len(stretches)))
+        yield example
+    wanted = f" of {least:.0f} characters or more" if least else ""
+    raise DatasetError(
+        f"task {task}: no new example{wanted} in {_MAX_FAILURES} draws after {len(seen)}: ask for fewer"
+        + (", or for shorter memories" if least else "")
+    )
 
 
 def build_examples(data: DataConfig, answers: Mapping[str, str] = _NOTHING) -> dict[str, Any]:

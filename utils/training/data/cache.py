@@ -4,7 +4,7 @@
     cache = TokenCache.open("data/lookup")
     cache[7].decoder_ids        # each span a single placeholder: the chunk size is chosen when rows are packed
 
-A folder holds four plain arrays and `meta.json`. Shape legend: n examples, s spans, m targets, c candidates.
+A folder holds five plain arrays and `meta.json`. Shape legend: n examples, s spans, m targets, c candidates.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from utils.training.data.segments import Candidate, find_candidates
 from utils.training.plain import from_plain
 
 _META, _INDEX = "meta.json", "index.npz"
-_DECODER, _ENCODER, _SHOWN = "decoder.i32", "encoder.i32", "shown.i32"
-_FILES = (_DECODER, _ENCODER, _SHOWN, _INDEX)
-_VERSION = 4
+_DECODER, _ENCODER, _TEXT, _SHOWN = "decoder.i32", "encoder.i32", "text.i32", "shown.i32"
+_FILES = (_DECODER, _ENCODER, _TEXT, _SHOWN, _INDEX)
+_VERSION = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +42,14 @@ class TokenizedExample:
         targets: Half-open ranges of decoder rows that the loss is taken on, one an answer; placeholders and markers in
             them never count.
         candidates: What of the memory may stand as text, in the memory's order.
+        texts: Decoder tokens of each span's whole text, tokenised by itself, int32.
     """
 
     decoder_ids: np.ndarray
     spans: tuple[np.ndarray, ...]
     targets: tuple[tuple[int, int], ...]
     candidates: tuple[Candidate, ...] = ()
+    texts: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +72,12 @@ class TokenCache:
         self.meta = meta
         self._decoder = _map(folder / _DECODER)
         self._encoder = _map(folder / _ENCODER)
+        self._text = _map(folder / _TEXT)
         self._shown = _map(folder / _SHOWN)
         with np.load(folder / _INDEX) as index:
-            # Offsets of decoder ids [n + 1], spans [n + 1], encoder ids [s + 1], targets [n + 1], candidates [n + 1],
-            # their ids [c + 1]; targets [m, 2]; candidates [c, 5]: span, first and last token + 1, holds an answer,
-            # selected.
+            # Offsets of decoder ids [n + 1], spans [n + 1], encoder ids and texts' ids [s + 1], targets [n + 1],
+            # candidates [n + 1], their ids [c + 1]; targets [m, 2]; candidates [c, 5]: span, first and last token + 1,
+            # holds an answer, selected.
             self._index = dict(index)
 
     def __len__(self) -> int:
@@ -85,7 +88,7 @@ class TokenCache:
             slice(*self._index[name][number : number + 2])
             for name in ("decoder_offsets", "span_offsets", "target_offsets", "candidate_offsets")
         )
-        ends, shown = self._index["encoder_offsets"], self._index["shown_offsets"]
+        ends, texts, shown = (self._index[f"{name}_offsets"] for name in ("encoder", "text", "shown"))
         return TokenizedExample(
             decoder_ids=self._decoder[decoder],
             spans=tuple(self._encoder[ends[s] : ends[s + 1]] for s in range(spans.start, spans.stop)),
@@ -100,6 +103,7 @@ class TokenCache:
                 )
                 for c, row in enumerate(self._index["candidates"][candidates], candidates.start)
             ),
+            texts=tuple(self._text[texts[s] : texts[s + 1]] for s in range(spans.start, spans.stop)),
         )
 
     @classmethod
@@ -134,7 +138,7 @@ class TokenCache:
         Raises:
             DatasetError: A row of another shape, without a span, or with wrong markers; the message names it.
         """
-        names = ("decoder", "span", "encoder", "target", "candidate", "shown")
+        names = ("decoder", "span", "encoder", "text", "target", "candidate", "shown")
         offsets: dict[str, list[int]] = {name: [0] for name in names}
         targets: list[tuple[int, int]] = []
         candidates: list[tuple[int, int, int, bool, bool]] = []
@@ -142,6 +146,7 @@ class TokenCache:
             with (
                 (temporary / _DECODER).open("wb") as decoder,
                 (temporary / _ENCODER).open("wb") as encoder,
+                (temporary / _TEXT).open("wb") as texts,
                 (temporary / _SHOWN).open("wb") as shown,
             ):
                 bar = tqdm(rows, desc=f"tokenising {shown_name(Path(source).name)}", unit="example", disable=None)
@@ -149,9 +154,11 @@ class TokenCache:
                     example = tokenize_row(row, processor, f"{source}, row {number}")
                     example.decoder_ids.tofile(decoder)
                     offsets["decoder"].append(offsets["decoder"][-1] + len(example.decoder_ids))
-                    for span in example.spans:
+                    for span, text in zip(example.spans, example.texts, strict=True):
                         span.tofile(encoder)
                         offsets["encoder"].append(offsets["encoder"][-1] + len(span))
+                        text.tofile(texts)
+                        offsets["text"].append(offsets["text"][-1] + len(text))
                     offsets["span"].append(len(offsets["encoder"]) - 1)
                     targets += example.targets
                     offsets["target"].append(len(targets))
@@ -257,7 +264,14 @@ def tokenize_row(row: Mapping[str, Any], processor: Processor, where: str) -> To
         spans=tuple(np.array(span.token_ids, dtype=np.int32) for span in spans),
         targets=tuple(targets),
         candidates=find_candidates(spans, queries, answers, processor.tokenizers),
+        texts=tuple(_text_ids(span, processor) for span in spans),
     )
+
+
+def _text_ids(span: MemorySpan, processor: Processor) -> np.ndarray:
+    """What the decoder reads where a span is text; a control token in it is text as well."""
+    made = processor.tokenizers.decoder(span.text, add_special_tokens=False, split_special_tokens=True)
+    return np.array(made["input_ids"], dtype=np.int32)
 
 
 def _is_answer(message: Any) -> bool:

@@ -29,11 +29,13 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         folder=str(args.output),
         tasks=_numbers("--tasks", args.tasks),
         memory_tokens=(shortest, longest),
+        lengths=args.lengths,
         source=args.source,
         max_files=args.max_files,
         package_weights=_numbers("--package-weights", args.package_weights) if args.package_weights else {},
         chars_per_token=args.chars_per_token,
         question_first=args.question_first,
+        scattered=args.scattered,
         seed=args.seed,
     )
     asked = CHAT in data.tasks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -10,6 +11,7 @@ from typing import Any
 from utils.model.markers import wrap
 from utils.training.config import DataConfig
 from utils.training.data.excerpts import excerpt_range
+from utils.training.data.scatter import Stretch
 from utils.training.data.sources import SourceFile
 
 
@@ -26,6 +28,8 @@ class Example:
         kind: Finer kind of the task, for reports.
         more: Questions and answers that follow in the same chat; evaluation asks the first question only.
         question_first: The question stands before the memory, not after it.
+        stretches: The memory dealt out over the prompt; empty where it is one span.
+        asked_after: Stretches that stand before the question.
     """
 
     memory: str
@@ -36,12 +40,20 @@ class Example:
     kind: str = ""
     more: tuple[tuple[str, str], ...] = ()
     question_first: bool = False
+    stretches: tuple[Stretch, ...] = ()
+    asked_after: int = 0
 
     def messages(self, memory: str | None = None) -> list[dict[str, str]]:
         """The chat, with the marked memory or another text in its place."""
-        shown = wrap(self.memory) if memory is None else memory
-        parts = (self.question, shown) if self.question_first else (shown, self.question)
-        return [{"role": "user", "content": parts[0] + "\n" + parts[1]}]
+        if self.stretches and memory is None:
+            parts = [stretch.shown for stretch in self.stretches]
+            parts.insert(self.asked_after, self.question)
+        else:
+            shown = wrap(self.memory) if memory is None else memory
+            parts = [self.question, shown] if self.question_first else [shown, self.question]
+        # Added, not joined: what is wrapped must stay so whatever it holds.
+        content = functools.reduce(lambda before, part: before + "\n" + part, parts)
+        return [{"role": "user", "content": content}]
 
     def row(self) -> dict[str, Any]:
         """The JSONL form."""
@@ -53,7 +65,9 @@ class Example:
             return row | {"messages": turns}
         if self.question:
             return row | {"messages": self.messages(), "target": self.answer}
-        return row | {"text": f"{wrap(self.memory)}{self.answer}"}
+        stretches = self.stretches or (Stretch(self.memory, True),)
+        before = "".join(wrap(stretch.text) if stretch.is_memory else stretch.text for stretch in stretches)
+        return row | {"text": f"{before}{self.answer}"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +79,19 @@ class TaskSources:
         files: Source files.
         data: How long memories are.
         answers: Ordinary question → what the decoder answers to it untrained (`chat.py`).
+        num_chars: How long all memories are, in characters; None: each length is drawn.
     """
 
     random: Random
     files: Sequence[SourceFile]
     data: DataConfig
     answers: Mapping[str, str] = field(default_factory=dict)
+    num_chars: int | None = None
 
     def draw_chars(self) -> int:
         """A memory's length in characters, drawn evenly over the logarithm, so that short ones are not rare."""
+        if self.num_chars is not None:
+            return self.num_chars
         shortest, longest = self.data.memory_tokens
         tokens = shortest * (longest / shortest) ** self.random.random()
         return max(1, round(tokens * self.data.chars_per_token))

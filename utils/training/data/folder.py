@@ -19,6 +19,9 @@ from utils.training.data.chat import replayed_answers
 
 logger = logging.getLogger(__name__)
 
+# Settings that reports did not always name.
+_OLDER: dict[str, Any] = {"package_weights": {}, "lengths": "up_to", "scattered": 0.0}
+
 
 def open_caches(
     config: TrainConfig, model: CodeLLaVAModel, processor: Processor, *, wait: bool = False
@@ -86,7 +89,7 @@ def _is_built(folder: Path, recipe: Mapping[str, Any]) -> bool:
     anew = f"delete {path} to build the examples again"
     try:
         report = read_json(path)
-        made = {"package_weights": {}} | {key: report[key] for key in recipe if key in report}  # older have no weights
+        made = _OLDER | {key: report[key] for key in recipe if key in report}
         made["tasks"] = {task: entry["examples"] for task, entry in report["tasks"].items()}
     except DatasetError as error:
         raise DatasetError(f"{error}: {anew}") from None

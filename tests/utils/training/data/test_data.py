@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -203,6 +205,27 @@ def test_a_conversation_asks_what_its_memory_still_says(files: list[SourceFile])
     assert kinds == {"line", "file", "note"}
 
 
+def test_strings_are_asked_for_where_only_the_memory_tells_them(files: list[SourceFile]) -> None:
+    kinds: dict[str, set[int]] = {}
+    for example in itertools.islice(draw_examples("strings", files, data_of(seed=5)), 300):
+        turns = [(example.question, example.answer), *example.more]
+        kinds.setdefault(example.kind, set()).add(len(example.answer))
+        lines = example.memory.splitlines()
+        added = [line for line in lines if any(value in line for _, value in turns)]
+        assert len(added) == len(turns)
+        assert not any(value in question for question, _ in turns for _, value in turns)
+        for question, value in turns:
+            assert 8 <= len(value) <= 36
+            [line] = [line for line in lines if value in line]
+            about = question.split("`")[1] if "`" in question else question.split(" of the ")[1].split("?")[0]
+            # No other line is about the same.
+            assert [other for other in lines if about in other] == [line]
+    assert set(kinds) == {"uuid", "hex", "identifier", "path"}
+    assert kinds["uuid"] == {36}
+    assert min(kinds["identifier"] | kinds["path"]) < 12
+    assert max(kinds["identifier"] | kinds["path"]) > 30
+
+
 def test_training_never_sees_what_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def files_of(*paths: str) -> list[SourceFile]:
         return [SourceFile(path=x, text=f"# {x[-4:]}\n" * 30, package="python", licence="PSF-2.0") for x in paths]
@@ -319,6 +342,56 @@ def test_what_the_end_of_a_file_cut_short_can_be_left_out(files: list[SourceFile
     assert kept == [example for example in drawn if len(example.memory) >= 160][:20]
     with pytest.raises(DatasetError, match="ask for fewer"):
         next(draw_examples("reconstruct", files, data, least_chars=10_000))
+
+
+@pytest.mark.parametrize("task", ["lookup", "needle", "shuffled", "conversation"])
+def test_memories_are_as_long_as_drawn_where_that_is_asked_for(task: str) -> None:
+    # One file of ten is long; the others end before most memories would.
+    long, short = (100, 4)
+    files = [
+        SourceFile(
+            path=f"part_{i}.py",
+            text="".join(CODE.replace("42", f"{i}{n}").replace("area", f"area_{i}_{n}") for n in range(times)),
+            package="shapes",
+            licence="MIT",
+        )
+        for i, times in enumerate([long, *[short] * 9] * 3)
+    ]
+    plain = data_of(memory_tokens=(64, 4000), chars_per_token=3.2, seed=2)
+
+    def lengths(data: DataConfig) -> np.ndarray:
+        """Where between the shortest and the longest the memories are, on a logarithmic scale."""
+        drawn = itertools.islice(draw_examples(task, files, data), 150)
+        return np.log([len(example.memory) / 3.2 / 64 for example in drawn]) / np.log(4000 / 64)
+
+    cut, kept = lengths(plain), lengths(dataclasses.replace(plain, lengths="log_uniform"))
+    assert np.mean(cut > 0.75) < 0.1
+    # Evenly, but for the third by which memories may be short.
+    assert np.mean(kept > 0.75) > 0.15
+    assert np.quantile(kept, [0.25, 0.5, 0.75]) == pytest.approx([0.25, 0.5, 0.75], abs=0.14)
+
+
+def test_by_default_examples_are_what_they_always_were() -> None:
+    code = "".join(
+        f"def f_{n}(x, y=1):\n    # about number {n}\n    y_{n} = x + {n}\n\n    return y_{n} * {n}\n\n\n"
+        f"LIMIT_{n} = {n}00\n"
+        for n in range(12)
+    )
+    files = [
+        SourceFile(path=f"f{i}.py", text=code.replace("x", f"v{i}"), package="p", licence="MIT") for i in range(20)
+    ]
+    data = data_of(seed=3, question_first=0.25)
+    tasks = ("reconstruct", "continue", "lookup", "needle", "conversation", "which_file", "list_notes", "count")
+    rows = [e.row() for task in tasks for e in itertools.islice(draw_examples(task, files, data), 30)]
+    # Of the rows that were drawn before lengths could be kept and memories scattered.
+    golden = "52ab04da8f436e89b3a1b488d3704811103f7d57cfee512bfa5d579e95bee8d3"
+    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest() == golden
+
+
+def test_a_length_that_no_file_has_is_an_error(files: list[SourceFile]) -> None:
+    data = data_of(memory_tokens=(4000, 4000), lengths="log_uniform")
+    with pytest.raises(DatasetError, match="of 8533 characters or more"):
+        next(draw_examples("reconstruct", files, data))
 
 
 def test_requests_that_cannot_be_met_are_errors(tmp_path: Path, files: list[SourceFile]) -> None:

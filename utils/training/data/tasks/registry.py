@@ -26,6 +26,7 @@ from utils.training.data.tasks import (
     next_lines,
     reconstruct,
     shuffled,
+    strings,
     variables,
     which_file,
 )
@@ -42,11 +43,13 @@ class Task:
         draw: Makes one example; None where what it drew does not suit, and the builder draws again.
         metrics: What evaluation judges it by; the first is drawn as a picture.
         needs_files: Whether it draws from source files.
+        fills_length: Whether its memories have the length that is drawn, where the files are long enough.
     """
 
     draw: Callable[[TaskSources], Example | None]
     metrics: tuple[str, ...] = _ANSWERED
     needs_files: bool = True
+    fills_length: bool = True
 
 
 TASKS = {
@@ -57,11 +60,12 @@ TASKS = {
     "next_lines": Task(next_lines.draw),
     "which_file": Task(which_file.draw),
     "needle": Task(needle.draw),
+    "strings": Task(strings.draw),
     "list_notes": Task(list_notes.draw),
     "conversation": Task(conversation.draw),
     "variables": Task(variables.draw),
     "count": Task(count.draw, needs_files=False),
-    chat.CHAT: Task(chat.draw),
+    chat.CHAT: Task(chat.draw, fills_length=False),
     "copy_symbols": Task(copy_symbols.draw, _REPEATED, needs_files=False),
-    "find_symbol": Task(find_symbol.draw, needs_files=False),
+    "find_symbol": Task(find_symbol.draw, needs_files=False, fills_length=False),
 }

@@ -115,6 +115,20 @@ def atomic_folder(path: str | Path, holds: Iterable[str] | None = None) -> Itera
             shutil.rmtree(old, ignore_errors=True)
 
 
+def check_name(path: str | Path) -> None:
+    """Refuse a place whose name is not UTF-8, before any work: the safetensors library cannot open files in it.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{path}: the name is not UTF-8, and weights cannot be read or written there: rename it"
+        ) from None
+
+
 def is_stream(path: str | Path) -> bool:
     """Whether a name is a pipe or a device, which is written into and keeps nothing beside it."""
     state = _stat(path)
@@ -286,7 +300,17 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON with a final newline, atomically."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    write_text(path, json_text(value, indent=2) + "\n")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON as UTF-8 can hold it: escaped where it has half a character, as a file's name may that is not UTF-8."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent)
+    return text
 
 
 def text_encoding(head: bytes) -> str:
@@ -351,7 +375,7 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     count = 0
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
         for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.write(json_text(row) + "\n")
             count += 1
     return count
 

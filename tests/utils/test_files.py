@@ -313,6 +313,29 @@ def test_json_lines_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: l
     assert list(read_jsonl(path)) == rows
 
 
+def test_weights_need_names_that_are_utf8(tmp_path: Path) -> None:
+    folder = os.fsdecode(b"dir \xff")
+    outputs = {
+        "utils.corpus.__main__": [str(tmp_path), "--output", f"{tmp_path}/{folder}"],
+        "utils.checkpoint.convert.__main__": [str(tmp_path), f"{tmp_path}/{folder}"],
+        "utils.checkpoint.describe": [f"{tmp_path}/{folder}"],
+        "utils.training.train": ["--config", "utils/training/configs/toy.yaml", "--output", f"{tmp_path}/{folder}"],
+    }
+    (tmp_path / folder).mkdir()
+    for module, argv in outputs.items():
+        done = run_python("-m", module.removesuffix(".__main__"), *argv)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "the name is not UTF-8" in done.stderr
+
+
+def test_json_holds_names_that_are_not_utf8(tmp_path: Path) -> None:
+    value = {"file": os.fsdecode(b"\xff.py"), "text": "Größe"}
+    write_json(tmp_path / "x.json", value)
+    write_jsonl(tmp_path / "x.jsonl", [value, {"text": "Größe"}])
+    assert (read_json(tmp_path / "x.json"), next(read_jsonl(tmp_path / "x.jsonl"))) == (value, value)
+    assert "Größe" in (tmp_path / "x.jsonl").read_text(encoding="utf-8")
+
+
 def test_readers_name_file_and_place(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     with pytest.raises(DatasetError, match=r"x\.json does not exist"):

@@ -8,6 +8,7 @@ from utils.checkpoint.default.assemble import assemble_default_checkpoint
 from utils.checkpoint.layout import CheckpointFiles, newest_child, open_checkpoint
 from utils.checkpoint.lora import HUB_ID
 from utils.errors import CheckpointError
+from utils.files import check_name
 from utils.pretrained import fetch
 
 
@@ -21,7 +22,8 @@ def find_checkpoint(path_or_id: str | Path | None = None, chunk_size: int | None
 
     Raises:
         CheckpointError: Nothing there, or something is missing in it.
-        ConfigError: The checkpoint cannot serve this chunk size, or does not say its own and none was given.
+        ConfigError: The checkpoint cannot serve this chunk size, or does not say its own and none was given; or its
+            name is not UTF-8.
     """
     return open_checkpoint(newest_child(_local_folder(path_or_id)), chunk_size)
 
@@ -31,6 +33,7 @@ def _local_folder(path_or_id: str | Path | None) -> Path:
         return assemble_default_checkpoint()
     path = Path(path_or_id).expanduser()
     if path.is_dir():
+        check_name(path)
         return path
     if path.exists():
         raise CheckpointError(f"{path} is a file: give the checkpoint's folder")

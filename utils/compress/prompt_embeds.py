@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import stat
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -22,7 +21,7 @@ import safetensors.torch
 import torch
 
 from utils.errors import ConfigError, DatasetError, first_line
-from utils.files import atomic_path, is_stream, read_json, sha256_bytes, sha256_file
+from utils.files import atomic_path, is_stream, json_text, read_json, sha256_bytes, sha256_file
 
 TENSOR_NAME = "prompt_embeds"
 SIDECAR_VERSION = 1
@@ -152,7 +151,7 @@ def save_prompt_embeds(path: str | Path, embeds: PromptEmbeds, *, format: str | 
     with contextlib.ExitStack() as stack:
         stack.enter_context(atomic_path(path)).write_bytes(data)
         if not is_stream(path):
-            text = json.dumps(sidecar, ensure_ascii=False, indent=2) + "\n"
+            text = json_text(sidecar, indent=2) + "\n"
             stack.enter_context(atomic_path(sidecar_path(path))).write_text(text, encoding="utf-8")
 
 

@@ -24,6 +24,7 @@ from utils.compress.latent_cache import default_cache_dir, parse_size
 from utils.corpus.index import SKIPPED_FILE
 from utils.corpus.source import MAX_TEXT_BYTES, FolderSource, JsonlSource, Source
 from utils.errors import ConfigError
+from utils.files import check_name
 from utils.flags import add_checkpoint_flags, encoder_settings
 
 
@@ -99,6 +100,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.prune and not args.output:
         raise ConfigError("--prune is for --output: the latent cache makes room by itself")
     written = Path(args.output or args.cache_dir or default_cache_dir()).expanduser().absolute()
+    if args.output:
+        check_name(written)
     source = _source(args, written)
     files = find_checkpoint(args.checkpoint, args.chunk_size)
     files = replace(files, root=files.root.resolve())  # Ray's workers may stand in another folder

@@ -8,6 +8,7 @@ import sys
 
 from utils.cli import EXIT_INTERRUPTED, EXIT_OK, make_parser, print_json, run_command
 from utils.errors import ConfigError
+from utils.files import check_name
 from utils.training.config import load_config
 
 
@@ -52,6 +53,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--stage {args.stage}: the configuration has the stages 0 to {len(config.stages) - 1}")
     if args.output:
         config = dataclasses.replace(config, output=args.output)
+    check_name(config.output)
     from utils.training import session
 
     result, text, interrupted = session.run(config, args)

@@ -25,6 +25,7 @@ from utils.compress.prompt_embeds import (
     sidecar_path,
 )
 from utils.errors import ConfigError, DatasetError
+from utils.files import read_json
 
 STATS = CompressionStats(memory_tokens=12, num_latents=3, prompt_tokens=7, cached_tokens=4)
 
@@ -150,6 +151,13 @@ def test_bad_values_write_nothing(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="span 0 is rows 1 to 3 of 2"):
         save_prompt_embeds(tmp_path / "rows.npy", outside)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"rows \xff.npy")
+    save_prompt_embeds(path, make_embeds())
+    assert load_prompt_embeds(path).spans == make_embeds().spans
+    assert read_json(sidecar_path(path))["array"]["file"] == path.name
 
 
 def test_an_array_never_appears_without_its_sidecar(tmp_path: Path) -> None:

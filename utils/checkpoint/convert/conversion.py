@@ -28,7 +28,7 @@ from utils.checkpoint.pair import load_pair
 from utils.checkpoint.save import save_checkpoint
 from utils.checkpoint.settings import AS_STORED, StateOptions
 from utils.errors import CheckpointError
-from utils.files import refuse_overwriting_inputs
+from utils.files import check_name, refuse_overwriting_inputs
 from utils.pretrained import without_progress_bars
 
 _BIN_PARTS = {
@@ -108,6 +108,7 @@ def convert(
 
 
 def _check_output(output: Path, source: str | Path, base: str | Path | None, overwrite: bool) -> None:
+    check_name(output)
     if output.exists():
         refuse_overwriting_inputs({"output": output}, {"source": source, "--base": base})
         if not overwrite:

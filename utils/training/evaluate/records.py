@@ -7,13 +7,12 @@ output/result.json       written last: with it the evaluation is whole, and the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 from utils.errors import ConfigError
-from utils.files import parse_json, read_json, write_json, write_jsonl
+from utils.files import json_text, parse_json, read_json, write_json, write_jsonl
 
 SETTINGS, RECORDS, RESULT = "settings.json", "records.jsonl", "result.json"
 # They change no record, or only its times.
@@ -61,7 +60,7 @@ class RecordsFile:
         for record in records:
             self.all.append(record)
             if self._stream is not None:
-                self._stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+                self._stream.write(json_text(record) + "\n")
                 self._stream.flush()
 
     def _unfinished(self, output: Path) -> list[dict[str, Any]]:

@@ -122,7 +122,7 @@ def check_name(path: str | Path) -> None:
         ConfigError: It is not.
     """
     try:
-        os.path.abspath(path).encode()
+        str(Path(path).absolute()).encode()
     except UnicodeEncodeError:
         raise ConfigError(
             f"{path}: the name is not UTF-8, and weights cannot be read or written there: rename it"

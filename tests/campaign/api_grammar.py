@@ -78,9 +78,11 @@ class Grammar:
             right = {"prompt": self._text(), "max_tokens": draw.choice([1, 2, 4])}
         elif path == "/v1/memories":
             right = {"text": draw.choice(["def f(): pass\n" * draw.randint(1, 40), self._text()])}
+        elif path == "/v1/compress":
+            right = {"messages": self._messages(), "as": draw.choice(["text", "text", "latents"])}
         else:
             right = {"messages": self._messages(), "max_tokens": draw.choice([1, 2, 4])}
-        right["model"] = draw.choice([*[MODEL] * 6, f"{MODEL}@8x", f"{MODEL}@16x+expand", "another"])
+        right["model"] = draw.choice([*[MODEL] * 12, f"{MODEL}@8x", f"{MODEL}@16x+expand", "another"])
         if draw.random() < 0.2:
             right["stream"] = True
         for _ in range(draw.choice([0, 0, 0, 0, 1, 1, 2, 3])):

@@ -16,6 +16,7 @@ from tests.support import fake_server
 
 LONGEST_S = 20.0
 _AT_ONCE = 4
+_LOG_BYTES = 200
 _FAULTS = ("error500", "garbage", "html", "drop", "other_json")
 # What a request can be told; 502 where a server behind fails, 503 and 429 with a time to come back.
 _FINE = {200, 201, 204, 400, 401, 403, 404, 405, 408, 413, 414, 415, 417, 422, 429, 431, 503}
@@ -55,6 +56,11 @@ def _attack(gateway: RunningGateway, part: str, count: int, seed: int, fine: set
     if fine == _FINE and ask_the_canary(gateway) != wanted:
         figures.failures.append(f"{part}, seed {seed}: the canary answers {ask_the_canary(gateway)!r}, not {wanted!r}")
     figures.failures += [f"{part}, seed {seed}: {complaint}" for complaint in gateway.complaints()]
+    # What clients say must not fill the disk.
+    log_bytes = gateway.log.stat().st_size
+    figures.notes.append(f"{log_bytes / count:.0f} bytes of log a request")
+    if log_bytes > 10_000 + _LOG_BYTES * count:
+        figures.failures.append(f"{part}, seed {seed}: the log has {log_bytes} bytes")
     return figures
 
 

@@ -15,7 +15,6 @@ import io
 import json
 import os
 import platform
-import re
 import shutil
 import stat
 import subprocess
@@ -26,11 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import ConfigError, DatasetError
-
-try:
-    import fcntl
-except ImportError:  # Windows: what killed writers leave stays there
-    fcntl = None  # type: ignore[assignment]
+from utils.locks import held, leftover_prefix, remove_leftovers_of
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
@@ -100,7 +95,7 @@ def atomic_folder(path: str | Path, holds: Iterable[str] | None = None) -> Itera
             yield temporary
             temporary.chmod(_mode(state, 0o777))
             with contextlib.suppress(FileNotFoundError):
-                stack.enter_context(_held(target))
+                stack.enter_context(held(target))
                 target.rename(old)
             try:
                 temporary.rename(target)
@@ -212,15 +207,14 @@ def _check_holds_only(folder: Path, patterns: tuple[str, ...]) -> None:
 @contextlib.contextmanager
 def _temporary(target: Path, make: Callable[..., Any]) -> Iterator[Path]:
     """A temporary file or folder beside its target, locked so that it is known as used; errors name the target."""
-    prefix = f".{target.name[:50]}."  # a name may have 255 bytes
     with contextlib.ExitStack() as stack:
         made = None
         # Before it is locked, another writer of the target may take it for a leftover: then there is a next one.
         while made is None or not made.exists():
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _remove_leftovers(target, prefix)
-                new = make(prefix=prefix, suffix=".tmp", dir=target.parent)
+                remove_leftovers_of(target)
+                new = make(prefix=leftover_prefix(target), suffix=".tmp", dir=target.parent)
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(target)) from None
             if not isinstance(new, str):
@@ -228,44 +222,8 @@ def _temporary(target: Path, make: Callable[..., Any]) -> Iterator[Path]:
                 new = new[1]
             made = Path(new)
             with contextlib.suppress(FileNotFoundError):
-                stack.enter_context(_held(made, wait=True))
+                stack.enter_context(held(made, wait=True))
         yield made
-
-
-def _remove_leftovers(target: Path, prefix: str) -> None:
-    """Remove what killed writers of a file or folder left; a whole folder that was put aside goes back to its place."""
-    for path in target.parent.iterdir():
-        # As tempfile names them.
-        kind = re.fullmatch(re.escape(prefix) + r"[a-z0-9_]{8}\.(tmp|old)", path.name, re.DOTALL)
-        with contextlib.suppress(OSError):
-            if kind is None or path.is_symlink():
-                continue
-            with _held(path) as is_ours:
-                if not is_ours:
-                    continue
-                if kind[1] == "old" and not target.exists():
-                    path.rename(target)
-                elif path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink()
-
-
-@contextlib.contextmanager
-def _held(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Lock what lies at a path until the block or the process ends; yields whether that could be done."""
-    if fcntl is None:
-        yield False
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        locked = False
-        with contextlib.suppress(OSError):  # another process has it, or the file system has no locks
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            locked = True
-        yield locked
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -25,11 +25,17 @@ from typing import Any
 
 from utils.errors import ConfigError
 
+try:
+    import fcntl
+except ImportError:  # Windows: what killed writers leave stays there
+    fcntl = None  # type: ignore[assignment]
+
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 # As `atomic_path` and `atomic_folder` name what they are about to put in place, and what they put aside.
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]+\.(?P<kind>tmp|old)", re.DOTALL)
+_RANDOM = re.compile(r"[a-z0-9_]{8}\.(?P<kind>tmp|old)")  # as tempfile draws it
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP})
 
 
@@ -105,6 +111,57 @@ def _named(writer: Path) -> str:
     return ""
 
 
+@contextlib.contextmanager
+def held(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Lock a file or folder that is being made, until the block or the process ends.
+
+    Args:
+        path: It.
+        wait: Wait for another process that has it.
+
+    Yields:
+        Whether that could be done; not where another process has it, or where there are no locks.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+    """
+    handle = None
+    if fcntl is not None:
+        with contextlib.suppress(PermissionError):  # a folder may be written and not read
+            handle = os.open(path, os.O_RDONLY)
+    try:
+        locked = False
+        with contextlib.suppress(OSError):
+            if handle is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                locked = True
+        yield locked
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def leftover_prefix(target: Path) -> str:
+    """How the name of a temporary file or folder beside its target begins."""
+    return f".{target.name[:50]}."  # a name may have 255 bytes
+
+
+def remove_leftovers_of(target: Path) -> None:
+    """Remove what killed writers of one file or folder left beside it; what others are writing is left alone.
+
+    A whole folder that had been put aside for a new one, which did not come, goes back to its place.
+    """
+    prefix = leftover_prefix(target)
+    # Most names are of other things, in a folder that may have many.
+    for path in _listed(target.parent):
+        match = _RANDOM.fullmatch(path.name, len(prefix)) if path.name.startswith(prefix) else None
+        if match is None or path.is_symlink():
+            continue
+        with contextlib.suppress(OSError), held(path) as is_unused:
+            if is_unused:
+                _clear(path, target, match["kind"])
+
+
 def remove_leftovers(folder: Path, *names: str) -> None:
     """Remove what killed writers left of some files and folders; only to be called while their folder is locked.
 
@@ -114,20 +171,27 @@ def remove_leftovers(folder: Path, *names: str) -> None:
         folder: Where they are.
         names: Shell patterns of what they were to become.
     """
-    try:
-        found = list(folder.iterdir())
-    except OSError:
-        return
-    for path in found:
+    for path in _listed(folder):
         match = _LEFTOVER.fullmatch(path.name)
         if match is None or path.is_symlink() or not any(fnmatch.fnmatchcase(match["name"], name) for name in names):
             continue
-        target = folder / match["name"]
         with contextlib.suppress(OSError):
-            if match["kind"] == "old" and not target.exists():
-                path.rename(target)
-            elif path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()
+            _clear(path, folder / match["name"], match["kind"])
             logger.info("%s was left by a run that was killed", path)
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _clear(path: Path, target: Path, kind: str) -> None:
+    """Remove one leftover, or put it back into its place."""
+    if kind == "old" and not target.exists():
+        path.rename(target)
+    elif path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink()

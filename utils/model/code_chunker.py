@@ -32,9 +32,9 @@ from utils.model.pooling import POOLINGS, Pooling
 from utils.model.transfer import to_device
 from utils.model.windows import Window, micro_batches
 
-# Tokens of one encoder pass. Enough to keep matrix products at full speed, small enough to keep memory flat.
 # Token embeddings keep their places: they are there to be told apart.
 _TOKEN_POOLING = POOLINGS["rotary"]
+# Tokens of one encoder pass. Enough to keep matrix products at full speed, small enough to keep memory flat.
 _CPU_TOKENS, _MOST_CUDA_TOKENS, _LEAST_CUDA_TOKENS = 4096, 65536, 1024
 
 

@@ -23,7 +23,7 @@ from utils.model.transfer import to_device
 from utils.training.data.cache import TokenizedExample
 from utils.training.data.tasks.chat import CHAT
 from utils.training.expanded import layout, widen_example
-from utils.training.teaching import TeacherRow, label_places, teacher_row
+from utils.training.teaching import TeacherRow, joined, label_places, teacher_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +159,11 @@ def pack(
         ids.append(widened)
         start += len(widened)
     return PackedRow(
-        input_ids=_tensor(ids),
-        position_ids=_tensor([np.arange(len(widened)) for widened in ids]),
+        input_ids=joined(ids),
+        position_ids=joined([np.arange(len(widened)) for widened in ids]),
         lengths=tuple(map(len, ids)),
-        label_rows=_tensor(label_rows),
-        labels=_tensor(labels),
+        label_rows=joined(label_rows),
+        labels=joined(labels),
         label_weights=torch.from_numpy(np.concatenate(weights).astype(np.float32)),
         spans=tuple(spans),
         shared=tuple(_shared(spans_of)) if any(len(own) > 1 for own in spans_of) else (),
@@ -177,7 +177,3 @@ def _shared(spans_of: Sequence[Sequence[range]]) -> Iterator[tuple[int, ...]]:
     """For each example's memory spans their numbers in all its readings."""
     for readings in spans_of:
         yield from zip(*readings, strict=True)
-
-
-def _tensor(parts: Sequence[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64))

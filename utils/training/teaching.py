@@ -134,15 +134,15 @@ def teacher_row(
         start += len(own)
     is_trained = np.concatenate([np.full(len(own), not untouched[n]) for n, own in zip(order, ids, strict=True)])
     return TeacherRow(
-        input_ids=_tensor(ids),
-        position_ids=_tensor([np.arange(len(own)) for own in ids]),
+        input_ids=joined(ids),
+        position_ids=joined([np.arange(len(own)) for own in ids]),
         lengths=tuple(map(len, ids)),
-        label_rows=_tensor(label_rows),
-        labels=_tensor(labels),
-        answers=_tensor([np.full(len(part), number) for number, part in enumerate(places.values())]),
+        label_rows=joined(label_rows),
+        labels=joined(labels),
+        answers=joined([np.full(len(part), number) for number, part in enumerate(places.values())]),
         num_answers=len(places),
         is_trained=None if is_trained.all() else torch.from_numpy(is_trained),
-        label_of=_tensor([places[place] for place in label_numbers]),
+        label_of=joined([places[place] for place in label_numbers]),
     )
 
 
@@ -159,5 +159,6 @@ def _as_text(example: TokenizedExample, markers: MarkerIds) -> tuple[np.ndarray,
     return ids, begins
 
 
-def _tensor(parts: Sequence[np.ndarray]) -> torch.Tensor:
+def joined(parts: Sequence[np.ndarray]) -> torch.Tensor:
+    """Arrays end to end, as one tensor of whole numbers."""
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))

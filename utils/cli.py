@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import logging
 import os
 import re
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import CodeLlavaError
+from utils.files import json_text
 
 EXIT_OK = 0
 EXIT_ERROR = 1
@@ -97,12 +97,8 @@ def run_command(
 
 def print_json(value: Any) -> None:
     """Write one JSON object as one line to stdout."""
-    text = json.dumps(value, ensure_ascii=False) + "\n"
-    try:
-        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
-    except UnicodeEncodeError:  # JSON has escapes of its own
-        text = json.dumps(value) + "\n"
-    sys.stdout.write(text)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    sys.stdout.write(json_text(value, encoding=encoding) + "\n")
     sys.stdout.flush()
 
 

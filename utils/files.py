@@ -261,11 +261,11 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json_text(value, indent=2) + "\n")
 
 
-def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON as UTF-8 can hold it: escaped where it has half a character, as a file's name may that is not UTF-8."""
+def json_text(value: Any, indent: int | None = None, encoding: str = "utf-8") -> str:
+    """JSON as an encoding can hold it, else with escapes: names of files may hold what UTF-8 has no bytes for."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     try:
-        text.encode()
+        text.encode(encoding)
     except UnicodeEncodeError:
         return json.dumps(value, indent=indent)
     return text

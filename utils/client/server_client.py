@@ -12,8 +12,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -113,9 +114,8 @@ class VllmClient:
         """
 
         async def list_once() -> Any:
-            with request_errors(self.base_url, self._timeout_s):
-                async with asyncio.timeout(self._timeout_s):
-                    return await self._openai.models.list()
+            async with self._in_time(self.base_url):
+                return await self._openai.models.list()
 
         listing: Any = await self._retrying(lambda error: not error.unreachable)(list_once)
         offered = getattr(listing, "data", None) or []
@@ -219,9 +219,8 @@ class VllmClient:
     async def _tokenize(self, content: Any) -> Any:
         url = self.base_url.removesuffix("/v1") + "/tokenize"
         body = {"model": self.model, "messages": [{"role": "user", "content": content}]}
-        with request_errors(url, self._timeout_s):
-            async with asyncio.timeout(self._timeout_s):
-                reply = await self._openai.post(url, cast_to=object, body=body)
+        async with self._in_time(url):
+            reply = await self._openai.post(url, cast_to=object, body=body)
         return reply.get("tokens") if isinstance(reply, dict) else None
 
     async def _check_embeds(self, width: int) -> None:
@@ -295,24 +294,33 @@ class VllmClient:
         ask = self._retrying(lambda error: not begun)
         return await ask(self._ask_once, path, content, note_text if on_text else None)
 
+    @contextlib.asynccontextmanager
+    async def _in_time(self, where: str) -> AsyncIterator[None]:
+        """Bound the whole time of a request; its errors as `request_errors` tells them.
+
+        The package's own limit begins anew with each byte: a server that drips would hold us for ever.
+        """
+        with request_errors(where, self._timeout_s):
+            async with asyncio.timeout(self._timeout_s):
+                yield
+
     async def _ask_once(self, path: str, content: bytes, on_text: OnText | None) -> Completion:
         where = self.base_url + path
         chat = path.startswith("/chat")
         options: Any = {"headers": {"Content-Type": "application/json"}}
         reader = AnswerReader(where)
+        if on_text is None:
+            whole: Any = ChatCompletion if chat else TextCompletion
+            async with self._in_time(where):
+                reader.read(await self._openai.post(path, cast_to=whole, content=content, options=options))
+            return reader.completion(streamed=False)
+        piece: Any = ChatCompletionChunk if chat else TextCompletion
+        kind = openai.AsyncStream[piece]
+        async with self._in_time(where):
+            stream: openai.AsyncStream[Any] = await self._openai.post(
+                path, cast_to=piece, content=content, options=options, stream=True, stream_cls=kind
+            )
         with request_errors(where, self._timeout_s):
-            if on_text is None:
-                whole: Any = ChatCompletion if chat else TextCompletion
-                # The package's own limit begins anew with each byte: a server that drips would hold us for ever.
-                async with asyncio.timeout(self._timeout_s):
-                    reader.read(await self._openai.post(path, cast_to=whole, content=content, options=options))
-                return reader.completion(streamed=False)
-            piece: Any = ChatCompletionChunk if chat else TextCompletion
-            kind = openai.AsyncStream[piece]
-            async with asyncio.timeout(self._timeout_s):
-                stream: openai.AsyncStream[Any] = await self._openai.post(
-                    path, cast_to=piece, content=content, options=options, stream=True, stream_cls=kind
-                )
             async with stream:
                 async for reply in stream:
                     if text := reader.read(reply):

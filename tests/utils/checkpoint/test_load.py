@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
+from tests.support.loaded import check_loaded
 from tests.support.tiny import make_model, tokenizers, write_checkpoint
 from utils.checkpoint import load as weights
 from utils.checkpoint.layout import CODE_LLAVA, LCLM, Layout
@@ -50,14 +51,7 @@ def test_what_is_saved_is_what_is_loaded(family: str, decoder_family: str, layou
     config = CONFIGS[layout.name]
     original = make_model(config, family, decoder_family)
     write_checkpoint(tmp_path / "pair", config, family=family, decoder_family=decoder_family, layout=layout)
-    model, _, processor = load_model(tmp_path / "pair", device="cpu")
-    assert model.config == config
-    prompt = processor.parse_raw(TEXT)
-    compressor = Compressor.load(tmp_path / "pair", settings=ON_CPU)
-    with torch.inference_mode():
-        expected = original.embed_prompt(prompt)
-        torch.testing.assert_close(model.embed_prompt(prompt), expected, atol=1e-5, rtol=0)
-        torch.testing.assert_close(compressor.compress([prompt])[0].values_TD, expected, atol=1e-5, rtol=0)
+    model, prompt = check_loaded(original, tmp_path / "pair", TEXT)
     assert model.generate([prompt], max_new_tokens=5) == original.generate([prompt], max_new_tokens=5)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.loaded import check_loaded
 from tests.support.tiny import make_model, tokenizers, write_checkpoint
 from utils.checkpoint.convert.conversion import convert
 from utils.checkpoint.convert.names import pair_names
@@ -16,8 +17,7 @@ from utils.checkpoint.describe import main as describe
 from utils.checkpoint.layout import CODE_LLAVA, LAYOUTS, LCLM, Layout
 from utils.checkpoint.locate import find_checkpoint
 from utils.checkpoint.save import save_checkpoint
-from utils.checkpoint.settings import ON_CPU, StateOptions
-from utils.compress.compressor import Compressor
+from utils.checkpoint.settings import StateOptions
 from utils.errors import CheckpointError, ConfigError
 from utils.inference.inference import load_model
 from utils.model.config import CONFIG_FILE, CompressionConfig
@@ -31,14 +31,7 @@ TOKENS = "projectors/code_tokens.safetensors"
 def test_what_is_saved_is_what_is_loaded(layout: Layout, tmp_path: Path) -> None:
     original = make_model(CONFIG)
     write_checkpoint(tmp_path / "pair", CONFIG, layout=layout)
-    model, _, processor = load_model(tmp_path / "pair", device="cpu")
-    assert model.config == CONFIG
-    prompt = processor.parse_raw(TEXT)
-    compressor = Compressor.load(tmp_path / "pair", settings=ON_CPU)
-    with torch.inference_mode():
-        expected = original.embed_prompt(prompt)
-        torch.testing.assert_close(model.embed_prompt(prompt), expected, atol=1e-5, rtol=0)
-        torch.testing.assert_close(compressor.compress([prompt])[0].values_TD, expected, atol=1e-5, rtol=0)
+    check_loaded(original, tmp_path / "pair", TEXT)
 
 
 def test_layouts_there_and_back(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.support import gateway_server, local_gateway
+from tests.support.failing import failing
 from tests.support.fake_server import FakeServer, rows_of
 from tests.support.prompts import CHAT, CODE
 from utils.checkpoint.settings import ON_CPU
@@ -208,17 +209,9 @@ def test_the_store_keeps_a_text_once_and_refuses_what_has_no_room() -> None:
 
 
 def test_an_encoder_that_fails_is_told(compressor: Compressor, server: FakeServer) -> None:
-    class Failing:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(compressor, name)
-
-        def encode_spans(self, *_: Any) -> Any:
-            raise RuntimeError("out of memory")
-
-    failing: Any = Failing()
     for policy, status in (("fail", 500), ("plain-text", 200)):
         with (
-            gateway_server.running(failing, server.url, on_error=policy) as url,
+            gateway_server.running(failing(compressor), server.url, on_error=policy) as url,
             httpx.Client(base_url=url, timeout=20) as client,
         ):
             got = client.post(

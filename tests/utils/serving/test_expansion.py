@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.support import gateway_server, local_gateway, prompts
+from tests.support.failing import failing
 from tests.support.fake_server import FakeServer, rows_of
 from tests.support.prompts import CHAT, CODE, COMPLETIONS
 from tests.support.rows_read import rows_read
@@ -289,15 +290,8 @@ def test_the_local_decoder_answers_the_expanded_prompt(checkpoints: dict[str, Pa
 def test_the_memory_goes_as_plain_text_where_the_encoder_fails(
     compressor: Compressor, backend: FakeServer, fields: dict[str, Any]
 ) -> None:
-    class Failing:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(compressor, name)
-
-        def encode_spans(self, *_: Any) -> Any:
-            raise RuntimeError("out of memory")
-
     body = chat_body(TEXT, code_llava=fields)
-    with gateway_server.running(Failing(), backend.url, on_error="plain-text") as url:
+    with gateway_server.running(failing(compressor), backend.url, on_error="plain-text") as url:
         got = httpx.post(url + CHAT, json=body).json()
     plain = f"{COLOURS} {CODE} {QUESTION}"
     assert backend.bodies == [chat_body([{"type": "text", "text": plain}])]

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from tests.support import gateway_server, local_gateway, prompts
+from tests.support.failing import failing
 from tests.support.prompts import CHAT, CODE, COMPLETIONS
 from utils.checkpoint.settings import ON_CPU
 from utils.client.completion import Completion, Sampling
@@ -435,17 +436,12 @@ def test_limits_and_defaults_of_an_answer(gateway: httpx.Client) -> None:
 
 
 def test_an_encoder_that_fails_leaves_plain_text(compressor: Compressor, expected: Any) -> None:
-    class Failing:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(compressor, name)
-
-        def encode_spans(self, *_: Any) -> Any:
-            raise RuntimeError("out of memory")
-
-    failing: Any = Failing()
     before, after = "What is ", "?"
     plain = before + CODE + after
-    with local_gateway.running(failing, on_error="plain-text") as url, httpx.Client(base_url=url, timeout=60) as client:
+    with (
+        local_gateway.running(failing(compressor), on_error="plain-text") as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
         chat = client.post(CHAT, json=chat_body(before + wrap(CODE) + after)).json()
         text = client.post(COMPLETIONS, json={"prompt": before + wrap(CODE) + after, "temperature": 0}).json()
     assert chat["choices"][0]["message"]["content"] == expected(plain, chat=True)[1]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.support import gateway_server, prompts
+from tests.support.failing import failing
 from tests.support.fake_server import FakeServer, rows_of
 from tests.support.prompts import CHAT, CODE, COMPLETIONS
 from tests.support.tiny import CHATML, byte_tokenizer
@@ -98,16 +99,8 @@ def test_what_cannot_fit_is_refused_before_anything_is_encoded(gateway: httpx.Cl
 def test_memory_as_plain_text_is_not_obeyed_either(
     compressor: Compressor, server: FakeServer, backend: FakeServer
 ) -> None:
-    class Failing:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(compressor, name)
-
-        def encode_spans(self, *_: Any) -> Any:
-            raise RuntimeError("out of memory")
-
-    failing: Any = Failing()
     with (
-        gateway_server.running(failing, server.url, on_error="plain-text") as url,
+        gateway_server.running(failing(compressor), server.url, on_error="plain-text") as url,
         httpx.Client(base_url=url, timeout=20) as client,
     ):
         got = client.post(CHAT, json=chat_body(f"What? {wrap(SAID)} Say."))
